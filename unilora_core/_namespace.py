@@ -1,0 +1,24 @@
+"""The one door to the Array API: nothing else in unilora imports array_api_compat."""
+
+from types import ModuleType
+from typing import Any
+
+from array_api_compat import array_namespace, device, is_jax_array, is_numpy_namespace, is_torch_array
+
+__all__ = [
+    "Array",
+    "array_namespace",
+    "device",
+    "is_jax_array",
+    "is_numpy_namespace",
+    "is_torch_array",
+    "standard",
+]
+
+Array = Any
+"""An array of any namespace that follows the Array API standard."""
+
+
+def standard(xp: ModuleType) -> ModuleType:
+    """The Array API namespace for ``xp``, which may be a framework's own module (``torch``, ``jax.numpy``)."""
+    return array_namespace(xp.zeros(0))

@@ -1,0 +1,44 @@
+"""The errors of unilora. Each message says where, what was expected, what came, and what to do."""
+
+__all__ = [
+    "AdapterFileError",
+    "CorruptFileError",
+    "MismatchError",
+    "SpecError",
+    "TargetError",
+    "UniLoraError",
+    "UnknownVersionError",
+    "ValuesError",
+]
+
+
+class UniLoraError(Exception):
+    """Base class of every error raised on purpose by unilora."""
+
+
+class SpecError(UniLoraError, ValueError):
+    """A layout or a projection that cannot exist: d < 1, d > D, a repeated name, an unknown grouping."""
+
+
+class ValuesError(UniLoraError, ValueError):
+    """An array that does not fit: wrong shape, wrong dtype, NaN or infinity in θ_d."""
+
+
+class AdapterFileError(UniLoraError):
+    """An adapter file that cannot be used."""
+
+
+class CorruptFileError(AdapterFileError):
+    """The file is truncated, damaged, or no unilora file at all."""
+
+
+class UnknownVersionError(AdapterFileError):
+    """The file was written by a format or an algorithm that this version does not know."""
+
+
+class MismatchError(UniLoraError):
+    """The file is whole, but belongs to another model: a missing module, another width, another head."""
+
+
+class TargetError(UniLoraError, ValueError):
+    """A module that cannot be adapted, or a choice of targets that reaches none."""

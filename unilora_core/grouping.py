@@ -1,0 +1,287 @@
+"""Grouping: the group g(i) ∈ {0 … d-1} of each position i ∈ {0 … D-1}, an exact function of (seed, D, d, i).
+
+A grouping is part of the file format: what is written here never changes; another algorithm is another name.
+Reasons and statistics: ``docs/grouping.md``.
+
+Arrays are int32 and wrap on overflow. Only operations are used that mean the same in NumPy, array-api-strict, PyTorch
+and JAX, also under ``jit`` and ``torch.compile``: ``+ - * ^ & <<``, ``>>`` followed by a mask, and ``//`` of
+non-negative numbers. A position past 2^31 is a pair (segment, offset) whose segment is a Python integer.
+"""
+
+import functools
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from unilora_core._namespace import Array, is_numpy_namespace, standard
+
+__all__ = ["ALGORITHMS", "MAX_D", "MAX_d", "Problem", "counts", "groups", "uniform"]
+
+MAX_D = 2**48
+MAX_d = 2**31
+
+WORD = 2**31
+"""No segment is longer, so that every offset fits int32."""
+
+BLOCK = 2**15
+"""NumPy works on this many positions at a time: the temporaries stay in the L2 cache (2 to 3 times faster)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a grouping depends on, and nothing else."""
+
+    D: int
+    d: int
+    seed: int
+
+
+# ---- balanced: g(i) = π(i) mod d, π a keyed permutation of each segment -----------------------------------------
+
+ROUNDS = 8
+WINDOW = 2**16
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A keyed permutation of {0 … size-1}: an unbalanced Feistel network on Z_a × Z_b, a·b ≥ size.
+
+    Attributes:
+        outside: where cycle walking leads from each of the few points {size … a·b-1}.
+    """
+
+    size: int
+    a: int
+    b: int
+    keys: tuple[int, ...]
+    outside: tuple[int, ...] = ()
+
+    def __call__(self, p: Array, xp: ModuleType, device: object = None) -> Array:
+        """π(p); p: (n,) int32 in {0 … size-1}."""
+        y = self.network(p)
+        if not self.outside:
+            return y
+        over = y >= self.size
+        back = xp.asarray(np.asarray(self.outside, np.int32), device=device)
+        return xp.where(over, xp.take(back, xp.where(over, y - self.size, 0 * y), axis=0), y)
+
+    def network(self, p: Array) -> Array:
+        """The Feistel network itself, a permutation of {0 … a·b-1}."""
+        left = p // self.b
+        right = p - left * self.b
+        m, n = self.a, self.b
+        for key in self.keys:
+            left, right = right, _mod(left + (_lowbias32(right ^ key) & 0x3FFFFFFF), m)
+            m, n = n, m
+        return left * self.b + right
+
+
+def _balanced_segment(problem: Problem) -> int:
+    """As many whole rounds of all d groups as fit a word: every segment but the last is exactly balanced."""
+    return min(problem.D, WORD // problem.d * problem.d)
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(problem: Problem, segment: int) -> Permutation:
+    longest = _balanced_segment(problem)
+    size = min(longest, problem.D - segment * longest)
+    a, b = _factor(size)
+    bare = Permutation(size, a, b, _words("balanced", problem, segment)[:ROUNDS])
+    outside = bare.network(np.arange(size, a * b, dtype=np.int32))
+    while (over := outside >= size).any():
+        outside[over] = bare.network(outside[over])
+    return Permutation(size, a, b, bare.keys, tuple(outside.tolist()))
+
+
+def _factor(size: int) -> tuple[int, int]:
+    """(a, b), a·b ≥ size, a from ⌈√size⌉ upwards: the pair with the fewest points outside, the first of equals."""
+    root = math.isqrt(size - 1) + 1
+    a = np.arange(root, min(2 * root, root + WINDOW), dtype=np.int64)
+    b = -(-size // a)
+    best = int(np.argmin(a * b))
+    return int(a[best]), int(b[best])
+
+
+def _balanced(problem: Problem, segment: int, offset: int, n: int, xp: ModuleType, device: object) -> Array:
+    pi = _permutation(problem, segment)
+    y = pi(_positions(offset, n, xp, device), xp, device)
+    return _mod(y, problem.d) if pi.size > problem.d else y
+
+
+def _balanced_counts(problem: Problem) -> np.ndarray:
+    least, more = divmod(problem.D, problem.d)
+    return least + (np.arange(problem.d) < more)
+
+
+# ---- iid: g(i) = ⌊u·d / 2^64⌋, u the 64 bits that Threefry-2x32-20 gives for the counter i -----------------------
+
+
+def _iid_segment(problem: Problem) -> int:
+    return min(problem.D, WORD)
+
+
+def _iid(problem: Problem, segment: int, offset: int, n: int, xp: ModuleType, device: object) -> Array:
+    p = _positions(offset, n, xp, device)
+    high, low = _threefry(_words("iid", problem, 0)[:2], 0 * p + segment, p)
+    return _times_shifted(high, low, problem.d, xp)
+
+
+def _threefry(key: tuple[int, ...], x0: Array, x1: Array) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)."""
+    keys = [*key, _signed(key[0] ^ key[1] ^ 0x1BD11BDA)]
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for i in range(5):
+        for r in (13, 15, 26, 6) if i % 2 == 0 else (17, 29, 16, 24):
+            x0 = x0 + x1
+            x1 = ((x1 << r) | _shift(x1, 32 - r)) ^ x0
+        x0, x1 = x0 + keys[(i + 1) % 3], x1 + _signed(keys[(i + 2) % 3] + i + 1)
+    return x0, x1
+
+
+def _times_shifted(high: Array, low: Array, d: int, xp: ModuleType) -> Array:
+    """⌊(high·2^32 + low)·d / 2^64⌋ of two unsigned words, d ≤ 2^31."""
+    top, middle = _multiply(high, d)
+    carried = middle + _multiply(low, d)[0]
+    carry = (carried ^ -WORD) < (middle ^ -WORD)  # an unsigned comparison: the 32-bit sum wrapped
+    return xp.where(carry, top + 1, top)
+
+
+def _multiply(word: Array, d: int) -> tuple[Array, Array]:
+    """The high and the low 32 bits of the unsigned product word·d, d ≤ 2^31, by 16-bit limbs."""
+    w1, w0 = _shift(word, 16), word & 0xFFFF
+    d1, d0 = d >> 16, d & 0xFFFF
+    low, cross_w, cross_d = w0 * d0, w1 * d0, w0 * d1
+    middle = _shift(low, 16) + (cross_w & 0xFFFF) + (cross_d & 0xFFFF)
+    high = w1 * d1 + _shift(cross_w, 16) + _shift(cross_d, 16) + _shift(middle, 16)
+    return high, (middle << 16) | (low & 0xFFFF)
+
+
+def _iid_counts(problem: Problem) -> np.ndarray:
+    found = np.zeros(problem.d, np.int64)
+    for start in range(0, problem.D, 2**24):
+        block = groups("iid", problem, start, min(start + 2**24, problem.D), np)
+        found += np.bincount(block, minlength=problem.d)
+    return found
+
+
+# ---- numpy-shuffle: what PEFT ≥ 0.20 generates, so that its adapters can be read ----------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(problem: Problem) -> np.ndarray:
+    """All D groups: ⌊D/d⌋ of each, some at random once more, in the order of `numpy.random.Generator.shuffle`."""
+    rng = np.random.default_rng(problem.seed)
+    least, more = divmod(problem.D, problem.d)
+    table = np.repeat(np.arange(problem.d, dtype=np.int32), least)
+    if more:
+        table = np.concatenate([table, rng.choice(problem.d, size=more, replace=False).astype(np.int32)])
+    rng.shuffle(table)
+    table.flags.writeable = False
+    return table
+
+
+def _shuffle_segment(problem: Problem) -> int:
+    return problem.D
+
+
+def _numpy_shuffle(problem: Problem, _segment: int, offset: int, n: int, xp: ModuleType, device: object) -> Array:
+    return xp.asarray(_shuffled(problem)[offset : offset + n].copy(), device=device)
+
+
+def _shuffle_counts(problem: Problem) -> np.ndarray:
+    return np.bincount(_shuffled(problem), minlength=problem.d)
+
+
+# ---- the three, and what they share -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A grouping as data: its version, and how segments, groups and counts come about."""
+
+    version: int
+    segment: Callable[[Problem], int]
+    groups: Callable[[Problem, int, int, int, ModuleType, object], Array]
+    counts: Callable[[Problem], np.ndarray]
+
+
+ALGORITHMS = {
+    "balanced": Algorithm(1, _balanced_segment, _balanced, _balanced_counts),
+    "iid": Algorithm(1, _iid_segment, _iid, _iid_counts),
+    "numpy-shuffle": Algorithm(1, _shuffle_segment, _numpy_shuffle, _shuffle_counts),
+}
+
+
+def groups(name: str, problem: Problem, start: int, stop: int, xp: ModuleType, device: object = None) -> Array:
+    """g(start) … g(stop-1): (stop-start,) int32 in the namespace ``xp``."""
+    xp = standard(xp)
+    algorithm = ALGORITHMS[name]
+    length = algorithm.segment(problem)
+    block = BLOCK if is_numpy_namespace(xp) else length
+    parts = [
+        algorithm.groups(problem, segment, offset, n, xp, device)
+        for segment, offset, n in _pieces(start, stop, length, block)
+    ]
+    return xp.concat(parts) if parts else xp.zeros(0, dtype=xp.int32, device=device)
+
+
+def uniform(problem: Problem, bound: float) -> np.ndarray:
+    """(d,) float32, NumPy: U(-bound, bound) at 2^24 equidistant points, from Threefry under a key of its own."""
+    key = _words("init", problem, 0)[:2]
+    values = np.empty(problem.d, np.float32)
+    for start in range(0, problem.d, BLOCK):
+        j = np.arange(start, min(start + BLOCK, problem.d)).astype(np.int32)
+        word, _ = _threefry(key, 0 * j, j)
+        values[start : start + BLOCK] = ((_shift(word, 8) + 0.5) / 2**23 - 1) * bound
+    return values
+
+
+def counts(name: str, problem: Problem) -> np.ndarray:
+    """n_j, how many positions each group has: (d,) int64, NumPy."""
+    return ALGORITHMS[name].counts(problem)
+
+
+def _pieces(start: int, stop: int, segment: int, block: int) -> Iterator[tuple[int, int, int]]:
+    """Cut {start … stop-1} into (segment number, offset in it, length), none longer than a block."""
+    while start < stop:
+        number, offset = divmod(start, segment)
+        n = min(stop - start, segment - offset, block)
+        yield number, offset, n
+        start += n
+
+
+def _positions(offset: int, n: int, xp: ModuleType, device: object) -> Array:
+    return xp.arange(n, dtype=xp.int32, device=device) + offset
+
+
+def _words(name: str, problem: Problem, segment: int) -> tuple[int, ...]:
+    """Eight int32 keys: the SHA-256 of everything that a segment depends on, read as little-endian words."""
+    text = f"unilora/{name}/1 seed={problem.seed} D={problem.D} d={problem.d} segment={segment}"
+    return struct.unpack("<8i", hashlib.sha256(text.encode("ascii")).digest())
+
+
+def _lowbias32(x: Array) -> Array:
+    """A bijection of 32-bit words with low avalanche bias (C. Wellons, hash-prospector, "lowbias32")."""
+    x = (x ^ _shift(x, 16)) * 0x7FEB352D
+    x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
+    return x ^ _shift(x, 16)
+
+
+def _shift(x: Array, n: int) -> Array:
+    """Logical right shift: int32 ``>>`` copies the sign bit, so it is masked."""
+    return (x >> n) & ((1 << (32 - n)) - 1)
+
+
+def _mod(x: Array, m: int) -> Array:
+    """x mod m, x ≥ 0 (NumPy divides by a constant much faster than it takes the remainder)."""
+    return x - (x // m) * m
+
+
+def _signed(word: int) -> int:
+    """The int32 with the same 32 bits."""
+    return (word + WORD) % 2**32 - WORD

@@ -1,0 +1,130 @@
+"""Layout: which numbers of θ_D belong to which LoRA factor.
+
+θ_D = Concat(vec(F_1), vec(F_2), …), each factor flattened row by row (C order), in the order given.
+Source: Uni-LoRA (arXiv 2506.00799), section 3; the order of the factors is ours, and is stored with every adapter.
+"""
+
+import hashlib
+import json
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from unilora_core._namespace import Array, array_namespace
+from unilora_core.errors import SpecError, ValuesError
+
+__all__ = ["Layout"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An ordered list of named factor shapes.
+
+    Args:
+        factors: pairs of a name and a shape, in the order in which they fill θ_D. By convention the factors of a
+            linear layer ``m`` are ``("m.A", (r, in_features))`` and ``("m.B", (out_features, r))``.
+
+    Raises:
+        SpecError: no factor, a repeated or empty name, a shape that is empty or has a size below 1.
+    """
+
+    factors: tuple[tuple[str, Shape], ...]
+
+    def __init__(self, factors: Iterable[tuple[str, Iterable[int]]]):
+        object.__setattr__(self, "factors", tuple(_checked(name, shape) for name, shape in factors))
+        if not self.factors:
+            raise SpecError("Layout: expected at least one factor, got none.")
+        if len(self.shapes) < len(self.factors):
+            names = [name for name, _ in self.factors]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise SpecError(f"Layout: the name {twice!r} occurs twice; every factor needs a name of its own.")
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Name → shape, in order."""
+        return dict(self.factors)
+
+    @cached_property
+    def slices(self) -> Mapping[str, slice]:
+        """Name → its slice of θ_D, in order."""
+        slices, start = {}, 0
+        for name, shape in self.factors:
+            stop = start + math.prod(shape)
+            slices[name] = slice(start, stop)
+            start = stop
+        return slices
+
+    @cached_property
+    def size(self) -> int:
+        """D, the number of LoRA parameters."""
+        return sum(math.prod(shape) for _, shape in self.factors)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of names, shapes and their order: the identity of a layout across files and frameworks."""
+        return hashlib.sha256(json.dumps(self.to_json(), separators=(",", ":")).encode()).hexdigest()
+
+    def split(self, theta_D: Array) -> dict[str, Array]:
+        """Cut θ_D into its factors.
+
+        Args:
+            theta_D: (D,), any namespace.
+
+        Returns:
+            Name → array of the factor's shape, in layout order (views where the namespace gives views).
+
+        Raises:
+            ValuesError: ``theta_D`` has another shape.
+        """
+        if tuple(theta_D.shape) != (self.size,):
+            raise ValuesError(f"Layout.split: expected theta_D of shape ({self.size},), got {tuple(theta_D.shape)}.")
+        xp = array_namespace(theta_D)
+        return {name: xp.reshape(theta_D[self.slices[name]], shape) for name, shape in self.factors}
+
+    def join(self, factors: Mapping[str, Array]) -> Array:
+        """The inverse of `split`: the factors, flattened in layout order, as one (D,) array.
+
+        Raises:
+            ValuesError: a factor is missing, unknown, or has another shape.
+        """
+        for name, shape in self.factors:
+            if name not in factors:
+                raise ValuesError(f"Layout.join: the factor {name!r} {shape} is missing.")
+            if tuple(factors[name].shape) != shape:
+                raise ValuesError(f"Layout.join: expected {name!r} of shape {shape}, got {tuple(factors[name].shape)}.")
+        if unknown := sorted(set(factors) - set(self.shapes)):
+            raise ValuesError(f"Layout.join: {unknown[0]!r} is no factor of this layout.")
+        arrays = [factors[name] for name, _ in self.factors]
+        xp = array_namespace(*arrays)
+        return xp.concat([xp.reshape(array, (-1,)) for array in arrays])
+
+    def to_json(self) -> list[list]:
+        """``[[name, [sizes…]], …]``, ready for `json.dumps`."""
+        return [[name, list(shape)] for name, shape in self.factors]
+
+    @classmethod
+    def from_json(cls, data: object) -> "Layout":
+        """The inverse of `to_json`.
+
+        Raises:
+            SpecError: ``data`` has another structure.
+        """
+        if not isinstance(data, list) or not all(isinstance(row, list) and len(row) == 2 for row in data):
+            raise SpecError("Layout: expected a list of [name, shape] pairs.")
+        return cls((name, shape) for name, shape in data)
+
+
+def _checked(name: object, shape: Iterable) -> tuple[str, Shape]:
+    if not isinstance(name, str) or not name:
+        raise SpecError(f"Layout: a factor's name must be a non-empty string, got {name!r}.")
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise SpecError(f"Layout: the shape of {name!r} must be a sequence of positive integers, got {shape!r}.")
+    return name, sizes

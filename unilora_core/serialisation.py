@@ -1,0 +1,186 @@
+"""An adapter as one safetensors file: θ_d, a header that says what it belongs to, and extra tensors (a trained head).
+
+The format is specified in ``docs/format.md``.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from unilora_core._namespace import Array
+from unilora_core.errors import CorruptFileError, MismatchError, SpecError, UnknownVersionError, ValuesError
+from unilora_core.spec import ProjectionSpec
+
+__all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
+
+FORMAT_VERSION = "1"
+THETA = "theta_d"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The contents of an adapter file.
+
+    Attributes:
+        spec: what fixes P.
+        theta_d: (d,) float32, NumPy.
+        tensors: extra tensors by name, NumPy; usually the parameters of a trained head.
+        metadata: extra strings by name, for whoever wrote the file (targets, base model, versions).
+    """
+
+    spec: ProjectionSpec
+    theta_d: np.ndarray
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def save_adapter(
+    path: str | os.PathLike,
+    spec: ProjectionSpec,
+    theta_d: Array,
+    *,
+    tensors: Mapping[str, Array] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter, atomically: until the new file is whole, an old one at ``path`` stays as it is.
+
+    Args:
+        theta_d: (d,), anything `numpy.asarray` takes; stored as float32.
+        tensors: extra tensors by name, stored in their own dtype.
+        metadata: extra strings by name.
+
+    Raises:
+        ValuesError: θ_d has another shape, or holds NaN or infinity; an extra name is taken.
+        OSError: the folder cannot be written.
+    """
+    theta = np.ascontiguousarray(theta_d, dtype=np.float32)
+    _check_values(theta, spec, f"save_adapter: {path}")
+    arrays = {name: np.ascontiguousarray(array) for name, array in (tensors or {}).items()}
+    header = {
+        "format": "unilora",
+        "format_version": FORMAT_VERSION,
+        "spec": json.dumps(spec.to_json(), separators=(",", ":")),
+        "fingerprint": spec.layout.fingerprint,
+    }
+    extra = dict(metadata or {})
+    if THETA in arrays or extra.keys() & {*header, "checksum"}:
+        raise ValuesError(f"save_adapter: the names {THETA!r}, 'checksum' and {sorted(header)} are taken.")
+    arrays = {THETA: theta, **arrays}
+    header |= extra
+    header["checksum"] = _checksum(arrays, header)
+    _write_atomically(Path(path), save(arrays, metadata=header))
+
+
+def load_adapter(path: str | os.PathLike) -> tuple[ProjectionSpec, np.ndarray]:
+    """The spec and θ_d ((d,) float32, NumPy) of an adapter file; see `read_adapter` for everything in it."""
+    file = read_adapter(path)
+    return file.spec, file.theta_d
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Read and check an adapter file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CorruptFileError: truncated, damaged, or not written by unilora.
+        UnknownVersionError: a format or an algorithm that this version does not know.
+        MismatchError: the layout in the file is not the one its fingerprint was made of.
+        ValuesError: θ_d has another shape than the spec says, or holds NaN or infinity.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such adapter file.")
+    header, arrays = _read(path)
+    if header.get("format") != "unilora":
+        raise CorruptFileError(f"{path}: a safetensors file, but not a unilora adapter (no format = unilora in it).")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise UnknownVersionError(
+            f"{path}: expected format version {FORMAT_VERSION}, got {header.get('format_version')!r}; "
+            "a newer unilora may read it."
+        )
+    checksum = header.pop("checksum", None)
+    if checksum != _checksum(arrays, header):
+        raise CorruptFileError(f"{path}: the contents do not match the checksum; the file is damaged, fetch it again.")
+    for name in ("format", "format_version"):
+        del header[name]
+    spec = _spec(path, header.pop("spec", ""))
+    fingerprint = header.pop("fingerprint", None)
+    if fingerprint != spec.layout.fingerprint:
+        raise MismatchError(
+            f"{path}: the layout's fingerprint is {spec.layout.fingerprint[:12]}…, the file says {fingerprint!r:.15}…; "
+            "its factors were renamed, reshaped or permuted after training."
+        )
+    if THETA not in arrays:
+        raise CorruptFileError(f"{path}: there is no tensor {THETA!r} in it.")
+    theta_d = arrays.pop(THETA)
+    _check_values(theta_d, spec, str(path))
+    return AdapterFile(spec, theta_d, arrays, header)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, UnicodeDecodeError, OverflowError, TypeError) as error:
+        raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
+
+
+def _spec(path: Path, text: str) -> ProjectionSpec:
+    try:
+        return ProjectionSpec.from_json(json.loads(text))
+    except UnknownVersionError as error:
+        raise UnknownVersionError(f"{path}: {error}") from error
+    except (SpecError, ValueError, TypeError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: the header's spec cannot be read: {error}") from error
+
+
+def _check_values(theta_d: np.ndarray, spec: ProjectionSpec, where: str) -> None:
+    if theta_d.shape != (spec.d,) or theta_d.dtype != np.float32:
+        raise ValuesError(f"{where}: expected theta_d ({spec.d},) float32, got {theta_d.shape} {theta_d.dtype}.")
+    if bad := int(np.count_nonzero(~np.isfinite(theta_d))):
+        raise ValuesError(
+            f"{where}: {bad} of the {spec.d} values of theta_d are NaN or infinite; training diverged "
+            "(a lower learning rate, or gradient clipping), so nothing was written or loaded."
+        )
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
+    """SHA-256 (hex) over the header and each tensor's name, dtype, shape and bytes, both in order of name."""
+    digest = hashlib.sha256(json.dumps(sorted(header.items()), separators=(",", ":")).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, str(array.dtype), array.shape], separators=(",", ":")).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the target, flush to the disk, then rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    """The process's umask (mkstemp makes files private; an adapter should be as readable as any other file)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
