@@ -76,7 +76,7 @@ class ProjectionSpec:
             stray = next((name for name in self.layout.shapes if not name.endswith((".A", ".B"))), None)
             if stray is not None:
                 raise SpecError(
-                    f"ProjectionSpec: start='identity' must tell A from B; the name {stray!r} ends in neither .A nor .B."
+                    f"ProjectionSpec: start='identity' must tell A from B; {stray!r} ends in neither .A nor .B."
                 )
         if not (isinstance(self.bound, (int, float)) and math.isfinite(self.bound) and self.bound > 0):
             raise SpecError(f"ProjectionSpec: bound must be a positive number, got {self.bound!r}.")

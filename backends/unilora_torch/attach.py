@@ -1,0 +1,207 @@
+"""attach, load: put one vector beside a model."""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from unilora_core import (
+    AdapterFile,
+    CorruptFileError,
+    Layout,
+    MismatchError,
+    ProjectionSpec,
+    SpecError,
+    TargetError,
+    read_adapter,
+)
+from unilora_torch.adapter import NAME, Adapter
+from unilora_torch.rates import default_bound, default_d
+from unilora_torch.targets import Target, check_targets, find_targets
+
+__all__ = ["attach", "layout_of", "load"]
+
+
+def attach(
+    model: nn.Module,
+    targets: str | Iterable[str] | Sequence[Target] = "all-linear",
+    *,
+    exclude: str | Iterable[str] = (),
+    rank: int = 4,
+    d: int | str = "auto",
+    seed: int = 0,
+    grouping: str = "balanced",
+    start: str = "identity",
+    bound: float | None = None,
+    modules_to_save: Iterable[str] = (),
+) -> Adapter:
+    """Freeze a model and put one trainable vector beside its linear layers.
+
+    Args:
+        model: any module; changed in place. Its outputs change by B·A·x at each target, its `state_dict` gains
+            ``unilora.theta_d``.
+        targets: ``"all-linear"``, a regular expression for whole names, a list of names or endings (see
+            `find_targets`), or a list of `Target`.
+        exclude: taken away from ``targets``, by regular expression or list.
+        rank: r of every target.
+        d: the number of trained values, or ``"auto"``: D/16.
+        seed: fixes P and θ_d⁰.
+        grouping: ``"balanced"``, ``"iid"`` or ``"numpy-shuffle"``; see `unilora_core.ProjectionSpec`.
+        start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)).
+        bound: of θ_d⁰; by default 0.02 for the paper's start, and as large as LoRA's A for the identity.
+        modules_to_save: names of modules that train in full, such as ``("classifier",)``.
+
+    Returns:
+        The adapter, also found at ``model.unilora``.
+
+    Raises:
+        TargetError: nothing to adapt, or something that cannot be adapted rightly; the model is unchanged.
+        SpecError: rank or d out of range; the model is unchanged.
+    """
+    found = _resolve(model, targets, exclude, modules_to_save := tuple(modules_to_save))
+    layout = layout_of(found, rank)
+    spec = ProjectionSpec(layout, default_d(layout.size) if d == "auto" else d, seed, grouping, start)
+    if bound is not None or start == "identity":
+        spec = dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+    return _install(model, spec, found, modules_to_save)
+
+
+def load(model: nn.Module, path: str | os.PathLike) -> Adapter:
+    """Read an adapter file and attach it to its base model.
+
+    The file names its targets, so the order in which the model registers its layers does not matter.
+
+    Raises:
+        AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`).
+        MismatchError: the file belongs to another model; the message names the module, expected and found.
+        TargetError: a layer that cannot be adapted rightly. In each case the model is unchanged.
+    """
+    file = read_adapter(path)
+    targets, modules_to_save = _contents(path, file)
+    for target in targets:
+        _check_fits(path, model, target)
+    heads = {module: _head_state(path, model, module, file) for module in modules_to_save}
+    check_targets(model, targets)
+    adapter = _install(model, file.spec, targets, modules_to_save)
+    with torch.no_grad():
+        adapter.theta_d.copy_(torch.from_numpy(file.theta_d))
+    for module, state in heads.items():
+        model.get_submodule(module).load_state_dict(state)
+    return adapter
+
+
+def layout_of(targets: Iterable[Target], rank: int) -> Layout:
+    """``name.A`` (r, in) and ``name.B`` (out, r) of each target, in order.
+
+    Raises:
+        SpecError: rank < 1.
+    """
+    if rank < 1:
+        raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
+    factors = []
+    for target in targets:
+        factors.append((f"{target.name}.A", (rank, target.in_features)))
+        factors.append((f"{target.name}.B", (target.out_features, rank)))
+    return Layout(factors)
+
+
+def _resolve(
+    model: nn.Module,
+    targets: str | Iterable[str] | Sequence[Target],
+    exclude: str | Iterable[str],
+    modules_to_save: tuple[str, ...],
+) -> tuple[Target, ...]:
+    for name in modules_to_save:
+        _submodule(model, name, "modules_to_save")
+    chosen = targets if isinstance(targets, str) else tuple(targets)
+    if isinstance(chosen, str) or not all(isinstance(target, Target) for target in chosen):
+        chosen = find_targets(model, chosen, exclude=exclude)
+    inside = tuple(f"{name}." for name in modules_to_save)
+    kept = tuple(target for target in chosen if not f"{target.module}.".startswith(inside or ("\0",)))
+    if not kept:
+        raise TargetError(f"every target lies inside modules_to_save = {modules_to_save}; nothing is left to adapt.")
+    check_targets(model, kept)
+    return kept
+
+
+def _install(
+    model: nn.Module, spec: ProjectionSpec, targets: tuple[Target, ...], modules_to_save: tuple[str, ...]
+) -> Adapter:
+    if hasattr(model, NAME):
+        raise TargetError(f"the model already has a submodule {NAME!r}; call model.{NAME}.detach() first.")
+    adapter = Adapter(model, spec, targets, modules_to_save)
+    model.requires_grad_(False)
+    for name in modules_to_save:
+        model.get_submodule(name).requires_grad_(True)
+    adapter.to(model.get_submodule(targets[0].module).weight.device)
+    model.add_module(NAME, adapter)
+    return adapter
+
+
+def _contents(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """The targets and the modules to save that a file names; without such names, a target per pair of factors."""
+    shapes = file.spec.layout.shapes
+    names = [name.removesuffix(".A") for name in shapes if name.endswith(".A")]
+    try:
+        rows = json.loads(file.metadata.get("targets", "null")) or [[name, name, 0, False] for name in names]
+        targets = tuple(
+            Target(name, module, shapes[f"{name}.A"][1], shapes[f"{name}.B"][0], int(first_row), bool(transposed))
+            for name, module, first_row, transposed in rows
+        )
+        modules_to_save = tuple(json.loads(file.metadata.get("modules_to_save", "[]")))
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise CorruptFileError(f"{path}: its targets do not fit its layout ({error!r}).") from error
+    if len(shapes) != 2 * len(targets):
+        raise CorruptFileError(f"{path}: {len(shapes)} factors, but {len(targets)} targets; expected two for each.")
+    return targets, modules_to_save
+
+
+def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
+    module = _submodule(model, target.module, str(path))
+    found = getattr(module, "weight", None)
+    if not isinstance(found, torch.Tensor):
+        raise MismatchError(f"{path}: {target.module} should be a linear layer, the model has {type(module).__name__}.")
+    width, height = _features(module, target.transposed)
+    if width != target.in_features or height < target.first_row + target.out_features:
+        raise MismatchError(
+            f"{path}: {target.module}: expected a layer of {target.in_features} inputs and at least "
+            f"{target.first_row + target.out_features} outputs, the model has {width} and {height}; "
+            "the adapter was trained on another model."
+        )
+
+
+def _features(module: nn.Module, transposed: bool) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    width, height = module.weight.shape if transposed else reversed(module.weight.shape)
+    return width, height
+
+
+def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        near = difflib.get_close_matches(name, [other for other, _ in model.named_modules() if other], 3)
+        raise MismatchError(f"{where}: the model has no module {name!r}; the nearest are {near}.") from None
+
+
+def _head_state(path: str | os.PathLike, model: nn.Module, name: str, file: AdapterFile) -> dict[str, torch.Tensor]:
+    """The saved state of one module, checked against the model's."""
+    expected = _submodule(model, name, str(path)).state_dict()
+    state = {
+        key.removeprefix(f"{name}."): torch.from_numpy(value)
+        for key, value in file.tensors.items()
+        if key.startswith(f"{name}.")
+    }
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    wanted = {key: tuple(value.shape) for key, value in expected.items()}
+    if shapes != wanted:
+        raise MismatchError(
+            f"{path}: {name}: the file holds {shapes}, the model expects {wanted}; "
+            "build the model with the number of classes that the adapter was trained for."
+        )
+    return state
