@@ -55,23 +55,28 @@ class Adapter(nn.Module):
         self.register_buffer("_groups", _table_index(spec), persistent=False)
         self.register_buffer("_scale", torch.from_numpy(spec.scale()), persistent=False)
         self.register_buffer("_origin", self.theta_d.detach().clone() if identity else None, persistent=False)
+        self.to(model.get_submodule(targets[0].module).weight.device)
         self.merged = False
         self._enabled = True
         self._current: dict[str, Tensor] | None = None
         self._unreached = {target.module for target in targets}
         self._originals: dict[str, Tensor] = {}
+        self._slices = spec.layout.slices  # read here once: torch.compile cannot trace the cached property's lock
         self._root = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
         self._was_trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._handles = [
-            model.register_forward_pre_hook(self._open),
-            model.register_forward_hook(self._close, always_call=True),
-        ]
+        self._handles = [model.register_forward_pre_hook(self._open)]
         for module in dict.fromkeys(target.module for target in targets):
             parts = tuple(target for target in targets if target.module == module)
-            self._handles.append(model.get_submodule(module).register_forward_hook(LowRankPath(self, parts)))
+            layer = model.get_submodule(module)
+            self._handles.append(layer.register_forward_hook(LowRankPath(self, parts), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._close, always_call=True))
 
     def __repr__(self) -> str:
         return f"Adapter({self.summary()})"
+
+    def forward(self, x: Any) -> Any:
+        """``x`` itself: an `nn.Sequential` calls the adapter as its last submodule."""
+        return x
 
     # ---- A and B ------------------------------------------------------------------------------------------------
 
@@ -90,8 +95,11 @@ class Adapter(nn.Module):
         names = f"{target.name}.A", f"{target.name}.B"
         factors = self._current
         if factors is None:
-            A, B = (self.spec.layout.slices[name] for name in names)
-            both = project(self.theta_d, self._groups[A.start : B.stop], self._scale, self._origin)
+            A, B = (self._slices[name] for name in names)
+            groups = self._groups[A.start : B.stop]
+            if A.stop != B.start:  # a file may hold another order
+                groups = torch.cat([self._groups[A], self._groups[B]])
+            both = project(self.theta_d, groups, self._scale, self._origin)
             factors = _split(both, {name: self.spec.layout.shapes[name] for name in names})
         return factors[names[0]], factors[names[1]]
 
@@ -144,9 +152,15 @@ class Adapter(nn.Module):
             *args, **kwargs: example inputs of the model.
 
         Raises:
-            TargetError: a target that is bypassed, or through which no gradient flows.
+            TargetError: a target that is bypassed, or through which no gradient flows; or the adapter is merged or
+                disabled.
         """
-        model, was_training, loss = self._root[0], self._root[0].training, 0.0
+        if not self.active:
+            raise TargetError(
+                "verify: the adapter is merged or disabled, so no gradient reaches θ_d; unmerge it first."
+            )
+        model, loss = self._root[0], self.theta_d.new_zeros((), requires_grad=True)
+        was_training = [module for module in model.modules() if module.training]
         seen: dict[str, Tensor] = {}
         try:
             model.eval()
@@ -161,7 +175,8 @@ class Adapter(nn.Module):
                     loss = loss + (tensor.float() * noise).sum()
                 grads = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
         finally:
-            model.train(was_training)
+            for module in was_training:
+                module.training = True
         alive = {name for name, grad in zip(seen, grads, strict=True) if grad is not None and grad.any()}
         dead = [target.name for target in self.targets if not {f"{target.name}.A", f"{target.name}.B"} & alive]
         if dead:
@@ -267,7 +282,14 @@ class Adapter(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        was_meta = self._groups.is_meta
+        super()._apply(move, recurse)
+        if was_meta and not self._groups.is_meta:  # `to_empty`: P is made again, θ_d waits for its `load_state_dict`
+            device = self._groups.device
+            self._groups, self._scale = _table_index(self.spec).to(device), self.spec.scale(xp=torch, device=device)
+            if self._origin is not None:
+                self._origin = self.spec.init(xp=torch, device=device)
+        return self
 
     def _saved_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -299,13 +321,13 @@ class LowRankPath:
     def __init__(self, adapter: Adapter, targets: tuple[Target, ...]):
         self.adapter, self.targets = adapter, targets
 
-    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The new output, or None where the adapter is off."""
         if not self.adapter.active:
             return None
         if not torch.compiler.is_compiling():
             self.adapter._unreached.discard(self.targets[0].module)
-        x = args[0]
+        x = args[0] if args else next(iter(kwargs.values()))
         for target in self.targets:
             A, B = self.adapter.factors_of(target)
             update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(output.dtype)

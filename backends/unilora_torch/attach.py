@@ -1,7 +1,6 @@
 """attach, load: put one vector beside a model."""
 
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from unilora_core import (
 )
 from unilora_torch.adapter import NAME, Adapter
 from unilora_torch.rates import default_bound, default_d
-from unilora_torch.targets import Target, check_targets, find_targets
+from unilora_torch.targets import Target, check_targets, features, find_targets, nearest
 
 __all__ = ["attach", "layout_of", "load"]
 
@@ -62,7 +61,8 @@ def attach(
         TargetError: nothing to adapt, or something that cannot be adapted rightly; the model is unchanged.
         SpecError: rank or d out of range; the model is unchanged.
     """
-    found = _resolve(model, targets, exclude, modules_to_save := tuple(modules_to_save))
+    modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
+    found = _resolve(model, targets, exclude, modules_to_save)
     layout = layout_of(found, rank)
     spec = ProjectionSpec(layout, default_d(layout.size) if d == "auto" else d, seed, grouping, start)
     if bound is not None or start == "identity":
@@ -116,9 +116,9 @@ def _resolve(
     modules_to_save: tuple[str, ...],
 ) -> tuple[Target, ...]:
     for name in modules_to_save:
-        _submodule(model, name, "modules_to_save")
+        _submodule(model, name, "modules_to_save", TargetError)
     chosen = targets if isinstance(targets, str) else tuple(targets)
-    if isinstance(chosen, str) or not all(isinstance(target, Target) for target in chosen):
+    if isinstance(chosen, str) or not chosen or not all(isinstance(target, Target) for target in chosen):
         chosen = find_targets(model, chosen, exclude=exclude)
     inside = tuple(f"{name}." for name in modules_to_save)
     kept = tuple(target for target in chosen if not f"{target.module}.".startswith(inside or ("\0",)))
@@ -137,7 +137,6 @@ def _install(
     model.requires_grad_(False)
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    adapter.to(model.get_submodule(targets[0].module).weight.device)
     model.add_module(NAME, adapter)
     return adapter
 
@@ -162,10 +161,9 @@ def _contents(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Target,
 
 def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
     module = _submodule(model, target.module, str(path))
-    found = getattr(module, "weight", None)
-    if not isinstance(found, torch.Tensor):
+    width, height = features(module, target.transposed)
+    if not width:
         raise MismatchError(f"{path}: {target.module} should be a linear layer, the model has {type(module).__name__}.")
-    width, height = _features(module, target.transposed)
     if width != target.in_features or height < target.first_row + target.out_features:
         raise MismatchError(
             f"{path}: {target.module}: expected a layer of {target.in_features} inputs and at least "
@@ -174,19 +172,11 @@ def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> No
         )
 
 
-def _features(module: nn.Module, transposed: bool) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    width, height = module.weight.shape if transposed else reversed(module.weight.shape)
-    return width, height
-
-
-def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
+def _submodule(model: nn.Module, name: str, where: str, error: type[Exception] = MismatchError) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        near = difflib.get_close_matches(name, [other for other, _ in model.named_modules() if other], 3)
-        raise MismatchError(f"{where}: the model has no module {name!r}; the nearest are {near}.") from None
+        raise error(f"{where}: the model has no module {name!r}; the nearest are {nearest(model, name)}.") from None
 
 
 def _head_state(path: str | os.PathLike, model: nn.Module, name: str, file: AdapterFile) -> dict[str, torch.Tensor]:

@@ -34,9 +34,15 @@ def project_transpose(y: Tensor, groups: Tensor, scale: Tensor) -> Tensor:
 class _Project(torch.autograd.Function):
     """Keeps nothing among autograd's saved tensors, which are counted: see `adapter.Adapter.factors_of`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, theta_d, groups, scale, origin):
-        ctx.groups, ctx.scale, ctx.shifted = groups, scale, origin is not None
+    def setup_context(ctx, inputs, _output):
+        _, ctx.groups, ctx.scale, origin = inputs
+        ctx.shifted = origin is not None
+
+    @staticmethod
+    def forward(theta_d, groups, scale, origin):
         table = theta_d * scale
         if origin is not None:
             table = torch.cat([table, (theta_d - origin) * scale])

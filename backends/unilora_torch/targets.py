@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from unilora_core import TargetError
 
-__all__ = ["Target", "check_targets", "find_targets", "linear_target"]
+__all__ = ["Target", "check_targets", "features", "find_targets", "linear_target", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def find_targets(
 
 
 def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
-    """Refuse what cannot be adapted rightly: a tied, meta or integer weight, overlapping blocks, a repeated name.
+    """Refuse what cannot be adapted rightly: no such layer, a tied, meta or integer weight, overlapping blocks.
 
     Raises:
         TargetError: with the module and the remedy.
@@ -88,9 +88,18 @@ def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
+    modules = dict(model.named_modules(remove_duplicate=False))
     taken: dict[str, list[Target]] = {}
     for target in targets:
-        module = model.get_submodule(target.module)
+        if target.module not in modules:
+            raise TargetError(f"{target.module}: no such module; the nearest are {nearest(model, target.module)}.")
+        module = modules[target.module]
+        width, height = features(module, target.transposed)
+        if width != target.in_features or not 0 <= target.first_row <= height - target.out_features:
+            raise TargetError(
+                f"{target.module}: the target expects a linear layer of {target.in_features} inputs and outputs up to "
+                f"{target.first_row + target.out_features}, {type(module).__name__} has {width} and {height}."
+            )
         weight = module.weight
         if len(owners.get(id(weight), ())) > 1:
             raise TargetError(
@@ -113,6 +122,22 @@ def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
             ):
                 raise TargetError(f"{target.name} and {other.name} adapt the same outputs of {target.module}.")
         taken[target.module].append(target)
+
+
+def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; (0, 0) for a module that is none."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return 0, 0
+    height, width = weight.shape
+    return (height, width) if transposed else (width, height)
+
+
+def nearest(model: nn.Module, name: str) -> list[str]:
+    """The names of the model's modules that look most like ``name``."""
+    return difflib.get_close_matches(name, [other for other, _ in model.named_modules() if other], 3)
 
 
 def _known_quantised(module: nn.Module) -> bool:
