@@ -1,0 +1,75 @@
+"""`unilora convert`: adapter files, plain LoRA folders, and PEFT's Uni-LoRA folders."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from unilora_cli.console import CommandError, say
+from unilora_cli.models import Base, build, load_adapter, remembered
+from unilora_core import read_adapter
+
+__all__ = ["run"]
+
+KINDS = {"SEQ_CLS": "text", "CAUSAL_LM": "lm"}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert as the arguments say.
+
+    Raises:
+        CommandError: the source does not fit the wanted format.
+    """
+    source = Path(arguments.source).expanduser()
+    if not source.exists():
+        raise CommandError(f"{arguments.source}: no such adapter file or folder.")
+    if source.is_dir() != (arguments.to == "unilora"):
+        wanted = "a PEFT folder" if arguments.to == "unilora" else "an adapter file"
+        raise CommandError(f"{arguments.source}: --to {arguments.to} starts from {wanted}.")
+    (_from_peft if source.is_dir() else _from_file)(source, arguments)
+
+
+def _from_file(source: Path, arguments: argparse.Namespace) -> None:
+    base = remembered(read_adapter(source).metadata, arguments, str(source))
+    if arguments.to == "peft-unilora" and base.kind == "vit":
+        raise CommandError("PEFT's Uni-LoRA folders are for transformers models; for a timm model use --to lora.")
+    model, _ = build(base)
+    adapter = load_adapter(base, model, source)
+    if arguments.to == "lora":
+        adapter.export_lora(arguments.out, base_model=base.name)
+    else:
+        from unilora_transformers import save_peft
+
+        save_peft(adapter, arguments.out)
+    _report(arguments, adapter, Path(arguments.out) / "adapter_model.safetensors")
+
+
+def _from_peft(source: Path, arguments: argparse.Namespace) -> None:
+    from unilora_transformers import load_peft
+
+    base = _peft_base(source, arguments)
+    model, _ = build(base)
+    adapter = load_peft(model, source)
+    names = getattr(model.config, "id2label", None) if base.kind == "text" else None
+    labels = tuple(names[i] for i in sorted(names)) if names else ()
+    adapter.save(arguments.out, metadata=Base(base.kind, base.name, labels, base.arguments).metadata())
+    _report(arguments, adapter, Path(arguments.out))
+
+
+def _peft_base(source: Path, arguments: argparse.Namespace) -> Base:
+    """The base model, from the folder's config and the command line; the number of classes from the saved head."""
+    try:
+        config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CommandError(f"{source}: there is no adapter_config.json in it, so it is no PEFT folder.") from None
+    except ValueError as error:
+        raise CommandError(f"{source / 'adapter_config.json'}: not JSON ({error}).") from error
+    known = {"task": KINDS.get(str(config.get("task_type"))), "base_model": config.get("base_model_name_or_path")}
+    return remembered({key: value for key, value in known.items() if value}, arguments, str(source))
+
+
+def _report(arguments: argparse.Namespace, adapter: Any, written: Path) -> None:
+    say(
+        f"{arguments.source} → {arguments.out} ({arguments.to}): {len(adapter.targets)} targets, "
+        f"d = {adapter.spec.d:,}, D = {adapter.spec.D:,}, {written.stat().st_size:,} bytes"
+    )

@@ -1,0 +1,132 @@
+"""Labelled texts as lists of token numbers, and their batches."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from unilora_cli.console import CommandError
+from unilora_cli.data_records import Tables, column, draw, load_tables, split_off
+
+__all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
+
+TEXT = ("sentence", "text")
+Example = dict[str, Any]
+
+
+class LabelledTexts:
+    """What ``--data`` and ``--eval-data`` hold, before a tokenizer has seen it.
+
+    Attributes:
+        classes: the names of the classes.
+        train, held_out: pairs of the texts (one, or two for a task on pairs) and the class.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, tables: Tables):
+        where = arguments.data
+        text = column(tables.train, arguments.text_column, TEXT, where)
+        second = [column(tables.train, arguments.pair_column, (), where)] if arguments.pair_column else []
+        self.columns = [text, *second]
+        self.label = column(tables.train, arguments.label_column, (), where)
+        values = [_plain(row[self.label], where, i) for i, row in enumerate(tables.train)]
+        self.classes = tables.names.get(self.label) or _classes(values, where, self.label)
+        self._named = self.label in tables.names
+        train = self._pairs(tables.train, where)
+        if tables.held_out is None:
+            kept, apart = split_off(len(train), arguments.holdout, arguments.seed)
+            self.train, self.held_out = [train[i] for i in kept], [train[i] for i in apart]
+        else:
+            self.train = train
+            self.held_out = self._pairs(tables.held_out, arguments.eval_data or where)
+        self.train = [self.train[i] for i in draw(len(self.train), arguments.limit, arguments.seed)]
+
+    def _pairs(self, rows: Sequence[Mapping[str, Any]], where: str) -> list[tuple[tuple[str, ...], int]]:
+        for name in (*self.columns, self.label):
+            column(rows, name, (), where)
+        return [
+            (tuple(_words(row[name], name, where, i) for name in self.columns), self._class(row, where, i))
+            for i, row in enumerate(rows)
+        ]
+
+    def _class(self, row: Mapping[str, Any], where: str, index: int) -> int:
+        value = _plain(row[self.label], where, index)
+        if self._named and value.isdigit() and int(value) < len(self.classes):
+            return int(value)
+        if value not in self.classes:
+            raise CommandError(
+                f"{where}, record {index + 1}: the label {value!r} is not among the training classes "
+                f"({', '.join(self.classes[:10])})."
+            )
+        return self.classes.index(value)
+
+
+def load_texts(arguments: argparse.Namespace) -> LabelledTexts:
+    """Read labelled texts.
+
+    Raises:
+        CommandError: no such data, no such column, a record without text or label, fewer than two classes.
+    """
+    return LabelledTexts(arguments, load_tables(arguments))
+
+
+def encode(pairs: Sequence[tuple[tuple[str, ...], int]], tokenizer: Any, length: int) -> list[Example]:
+    """Token numbers of each text, cut to ``length``, with its class."""
+    texts = [list(column) for column in zip(*(texts for texts, _ in pairs), strict=True)]
+    tokens = tokenizer(*texts, truncation=True, max_length=length)
+    return [
+        {name: values[i] for name, values in tokens.items()} | {"labels": label} for i, (_, label) in enumerate(pairs)
+    ]
+
+
+def pad(filling: Mapping[str, int]) -> Callable[[list[Example]], dict[str, torch.Tensor]]:
+    """A collate function: lists of numbers are filled up at the end to the longest of the batch.
+
+    Args:
+        filling: name → the number to fill up with; 0 for others.
+    """
+    return _Pad(dict(filling))
+
+
+class _Pad:
+    """A class, so that processes that read data can receive it."""
+
+    def __init__(self, filling: dict[str, int]):
+        self.filling = filling
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        return {name: self._stack(name, [example[name] for example in examples]) for name in examples[0]}
+
+    def _stack(self, name: str, values: list[Any]) -> torch.Tensor:
+        if isinstance(values[0], int):
+            return torch.tensor(values)
+        width, fill = max(map(len, values)), self.filling.get(name, 0)
+        return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values])
+
+
+def _classes(values: Sequence[str], where: str, label: str) -> tuple[str, ...]:
+    found = set(values)
+    if len(found) < 2:
+        raise CommandError(f"{where}: the column {label!r} has one class only, {next(iter(found))!r}.")
+    if len(found) > 1000:
+        raise CommandError(
+            f"{where}: the column {label!r} has {len(found)} different values; is it a class? (--label-column)"
+        )
+    whole = all(value.lstrip("-").isdigit() for value in found)
+    return tuple(sorted(found, key=int if whole else str))
+
+
+def _plain(value: Any, where: str, index: int) -> str:
+    """A label as a word: 1, 1.0 and "1" are the same class."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if value is None else str(value).strip()
+    if not text:
+        raise CommandError(f"{where}, record {index + 1}: the label is missing.")
+    return text
+
+
+def _words(value: Any, name: str, where: str, index: int) -> str:
+    if not isinstance(value, str):
+        raise CommandError(f"{where}, record {index + 1}: expected a text in column {name!r}, got {value!r}.")
+    return value

@@ -1,0 +1,111 @@
+"""`unilora inspect`: what an adapter file holds. Imports the core only."""
+
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unilora_cli.console import say, table
+from unilora_core import AdapterFile, read_adapter
+
+__all__ = ["describe", "run"]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print a description of a file."""
+    facts = describe(arguments.file)
+    say(json.dumps(facts, indent=2) if arguments.json else _text(facts))
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Everything that `unilora inspect --json` prints.
+
+    Raises:
+        AdapterFileError: a damaged file, or one of an unknown version; and what else `read_adapter` raises.
+    """
+    from unilora_core.serialisation import FORMAT_VERSION
+
+    file = read_adapter(path)
+    spec = file.spec.to_json()
+    head = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(file.tensors.items())}
+    size, head_bytes = Path(path).stat().st_size, sum(tensor.nbytes for tensor in file.tensors.values())
+    return {
+        "file": str(path),
+        "bytes": size,
+        "bytes_as_lora": 4 * file.spec.D + head_bytes,
+        "format_version": FORMAT_VERSION,
+        "algorithm": {"grouping": spec["grouping"], "version": spec["grouping_version"]},
+        "seed": spec["seed"],
+        "D": file.spec.D,
+        "d": file.spec.d,
+        "D/d": file.spec.D / file.spec.d,
+        "start": spec["start"],
+        "bound": spec["bound"],
+        "fingerprint": file.spec.layout.fingerprint,
+        "targets": _targets(file),
+        "head": head,
+        "theta_d": _statistics(file.theta_d),
+        "metadata": {key: value for key, value in sorted(file.metadata.items()) if key != "targets"},
+    }
+
+
+def _targets(file: AdapterFile) -> dict[str, dict[str, list[int]]]:
+    """Target → {"A": shape, "B": shape}."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, shape in file.spec.layout.factors:
+        target, _, factor = name.rpartition(".")
+        found.setdefault(target, {})[factor] = list(shape)
+    return found
+
+
+def _statistics(theta_d: np.ndarray) -> dict[str, float]:
+    wide = theta_d.astype(np.float64)
+    return {
+        "mean": float(wide.mean()),
+        "std": float(wide.std()),
+        "min": float(wide.min()),
+        "max": float(wide.max()),
+        "norm": float(math.sqrt((wide**2).sum())),
+        "zeros": int((wide == 0).sum()),
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    known = facts["metadata"]
+    rows = [
+        ("file", f"{facts['file']} ({facts['bytes']:,} bytes; as LoRA this would be {facts['bytes_as_lora']:,} bytes)")
+    ]
+    if "base_model" in known:
+        rows.append(("base model", f"{known['base_model']} ({known.get('task', 'unknown task')})"))
+    if labels := json.loads(known.get("labels", "[]")):
+        rows.append(("labels", f"{len(labels)}: " + ", ".join(labels[:10]) + (" …" if len(labels) > 10 else "")))
+    algorithm, theta = facts["algorithm"], facts["theta_d"]
+    rows += [
+        ("format", f"version {facts['format_version']}, written by {known.get('written_by', 'an unnamed program')}"),
+        ("projection", f"{algorithm['grouping']} version {algorithm['version']}, seed {facts['seed']}"),
+        ("numbers", f"d = {facts['d']:,} trained for D = {facts['D']:,} LoRA parameters: D/d = {facts['D/d']:.4g}"),
+        ("start", f"{facts['start']}, U(-{facts['bound']:.4g}, {facts['bound']:.4g})"),
+        ("fingerprint", facts["fingerprint"]),
+        ("theta_d", ", ".join(f"{name} {theta[name]:.4g}" for name in theta)),
+    ]
+    blocks = [table(rows, indent=""), f"targets: {len(facts['targets'])}", table(_summarised(facts["targets"]))]
+    if facts["head"]:
+        head = [(name, " × ".join(map(str, shape)), kind) for name, (shape, kind) in facts["head"].items()]
+        blocks += [f"saved in full: {len(head)} tensors", table(head)]
+    return "\n".join(blocks)
+
+
+def _summarised(targets: dict[str, dict[str, list[int]]]) -> list[tuple[str, ...]]:
+    """One row per kind of target, numbers in names replaced by *: 12 × blocks.*.attn.qkv.q."""
+    kinds = Counter(
+        (
+            ".".join("*" if part.isdigit() else part for part in name.split(".")),
+            ", ".join(f"{factor} {' × '.join(map(str, shape))}" for factor, shape in factors.items()),
+        )
+        for name, factors in targets.items()
+    )
+    return [(f"{count} ×", name, shapes) for (name, shapes), count in kinds.items()]

@@ -1,0 +1,70 @@
+"""The entry point of `unilora`: the parser, and the one place where an error becomes a line and an exit code."""
+
+import argparse
+import contextlib
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from unilora_cli import options
+from unilora_cli.console import one_line
+from unilora_core import UniLoraError, __version__
+
+__all__ = ["build_parser", "main"]
+
+EXTRAS = ("torch", "timm", "transformers", "datasets", "matplotlib", "PIL", "tqdm", "peft")
+"""What a subcommand may miss; the extra ``unilora[cli]`` has all but peft, which converting needs at times."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0; 1 after an error that the user can put right; 130 after Ctrl-C (argparse exits with 2 by itself).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # replaced streams, as in tests and notebooks
+            stream.reconfigure(errors="replace")  # a terminal without θ must not end a training run
+    arguments = build_parser().parse_args(argv)
+    module, function = arguments.run.split(":")
+    try:
+        getattr(importlib.import_module(module), function)(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("unilora: interrupted\n")
+        return 130
+    except (UniLoraError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in EXTRAS:
+            raise
+        if arguments.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"unilora: error: {_message(error)}\n")
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each names the function that runs it as ``module:function``."""
+    parser = argparse.ArgumentParser(
+        prog="unilora",
+        description="One trainable vector adapts a whole model (Uni-LoRA): train it, look at it, convert it, merge it.",
+        epilog="`unilora COMMAND --help` explains each command, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"unilora {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    options.add_finetune(commands)
+    options.add_inspect(commands)
+    options.add_convert(commands)
+    options.add_merge(commands)
+    return parser
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        what = "peft" if package == "peft" else "unilora[cli]"
+        return f"this needs {package}, which is not installed: pip install '{what}'"
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return one_line(error)

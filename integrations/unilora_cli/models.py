@@ -1,0 +1,149 @@
+"""The base model of an adapter: how it is built, and how an adapter file remembers that."""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from unilora_cli.console import CommandError, one_line
+from unilora_core import UniLoraError, __version__
+
+__all__ = ["Base", "build", "load_adapter", "readable_errors", "remembered", "tokenizer"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, as far as it must be known to build it again.
+
+    Attributes:
+        kind: ``"vit"``, ``"text"`` or ``"lm"``.
+        name: a timm name, a name on the hub, or a local folder.
+        labels: the names of the classes, in the order of the head's outputs; empty for a language model.
+        arguments: further arguments for timm's `create_model` or transformers' `from_pretrained`.
+        pretrained: for timm: pretrained weights; else random ones, which ``seed`` fixes.
+        checkpoint: for timm: a file of pretrained weights.
+        seed: of whatever the base model leaves to chance, such as a new head.
+    """
+
+    kind: str
+    name: str
+    labels: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = True
+    checkpoint: str | None = None
+    seed: int = 0
+
+    def metadata(self) -> dict[str, str]:
+        """The strings that an adapter file keeps; `remembered` reads them."""
+        how = {name: getattr(self, name) for name in ("arguments", "pretrained", "checkpoint", "seed")}
+        return {
+            "task": self.kind,
+            "base_model": self.name,
+            "labels": json.dumps(self.labels),
+            "base_arguments": json.dumps(how, default=str),
+            "written_by": f"unilora {__version__}",
+        }
+
+
+def remembered(metadata: dict[str, str], arguments: argparse.Namespace, where: str) -> Base:
+    """The base model that a file's metadata names, with what the command line says put over it.
+
+    Raises:
+        CommandError: neither the file nor the command line says what the base model is.
+    """
+    kind, name = arguments.kind or metadata.get("task"), arguments.model or metadata.get("base_model")
+    if not name:
+        raise CommandError(f"{where} does not say what its base model is; add --model NAME and --kind vit, text or lm.")
+    if kind not in ("vit", "text", "lm"):
+        raise CommandError(f"{where} does not say what kind of model {name!r} is; add --kind vit, text or lm.")
+    try:
+        labels = tuple(map(str, json.loads(metadata.get("labels", "[]"))))
+        base = Base(kind, name, labels, **json.loads(metadata.get("base_arguments", "{}")))
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"{where}: what it says of its base model cannot be read ({error}).") from error
+    given = base.arguments | dict(arguments.model_arg)
+    return replace(base, arguments=given, checkpoint=arguments.checkpoint or base.checkpoint)
+
+
+def build(base: Base) -> tuple[Any, list[str]]:
+    """The base model on the CPU, and the names of its parameters that no checkpoint gave values.
+
+    Raises:
+        CommandError: there is no such model, or it cannot be built so.
+    """
+    import torch
+
+    torch.manual_seed(base.seed)
+    with readable_errors(f"cannot build the model {base.name!r}"):
+        return _build_timm(base) if base.kind == "vit" else _build_transformers(base)
+
+
+def load_adapter(base: Base, model: Any, path: str | Path) -> Any:
+    """The adapter in a file, attached to its base model by the integration for its kind."""
+    if base.kind == "vit":
+        from unilora_timm import load
+    else:
+        from unilora_transformers import load
+    return load(model, path)
+
+
+def tokenizer(base: Base) -> Any:
+    """The base model's tokenizer.
+
+    Raises:
+        CommandError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with readable_errors(f"cannot load the tokenizer of {base.name!r}"):
+        return AutoTokenizer.from_pretrained(base.name)
+
+
+@contextlib.contextmanager
+def readable_errors(what: str) -> Iterator[None]:
+    """Turn the many errors of third parties into one `CommandError` that says what was tried."""
+    try:
+        yield
+    except (UniLoraError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # timm, transformers and datasets raise errors of all kinds, down to AssertionError
+        raise CommandError(f"{what}: {one_line(error, 400)}") from error
+
+
+def _build_timm(base: Base) -> tuple[Any, list[str]]:
+    import timm
+
+    options = dict(base.arguments)
+    if base.labels:
+        options["num_classes"] = len(base.labels)
+    if base.checkpoint:
+        if not Path(base.checkpoint).is_file():
+            raise CommandError(f"{base.checkpoint}: no such checkpoint file.")
+        options["pretrained_cfg_overlay"] = {"file": base.checkpoint}
+    name = f"local-dir:{base.name}" if Path(base.name).is_dir() else base.name
+    return timm.create_model(name, pretrained=base.pretrained, **options), []
+
+
+def _build_transformers(base: Base) -> tuple[Any, list[str]]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options = dict(base.arguments)
+    if base.kind == "lm":
+        auto = transformers.AutoModelForCausalLM
+    else:
+        auto = transformers.AutoModelForSequenceClassification
+        if base.labels:
+            options |= {
+                "num_labels": len(base.labels),
+                "id2label": dict(enumerate(base.labels)),
+                "label2id": {label: i for i, label in enumerate(base.labels)},
+                "ignore_mismatched_sizes": True,
+            }
+    model, report = auto.from_pretrained(base.name, output_loading_info=True, **options)
+    fresh = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", ()))]
+    return model, sorted(fresh)

@@ -1,0 +1,52 @@
+"""Task: what the training loop knows of a model and its data, whatever they are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from unilora_cli.models import Base
+from unilora_torch import Adapter
+
+__all__ = ["Batch", "Scores", "Task"]
+
+Batch = dict[str, Tensor]
+"""The inputs of a model by name, and ``labels``."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one batch gave.
+
+    Attributes:
+        loss: (), the mean over ``count``, differentiable.
+        count: examples, or tokens of a language model.
+        correct: how many of them were right.
+    """
+
+    loss: Tensor
+    count: int
+    correct: int
+
+
+@dataclass
+class Task:
+    """An adapted model, its data, and how a batch becomes a loss.
+
+    Attributes:
+        train, held_out: batches; the latter in a fixed order.
+        score: model and batch → `Scores`.
+        measure: ``"accuracy"`` or ``"perplexity"``, what is reported beside the loss.
+        notes: lines about the data for the printed plan.
+    """
+
+    base: Base
+    model: nn.Module
+    adapter: Adapter
+    train: DataLoader
+    held_out: DataLoader
+    score: Callable[[nn.Module, Batch], Scores]
+    measure: str = "accuracy"
+    notes: list[tuple[str, Any]] = field(default_factory=list)
