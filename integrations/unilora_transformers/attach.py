@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import unilora_torch
 from transformers import PreTrainedModel
-from unilora_torch import Adapter, Target
 
+import unilora_torch
 from unilora_core import TargetError
+from unilora_torch import Adapter, Target
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import InputGradients
 from unilora_transformers.targets import select_targets, task_heads
@@ -21,7 +21,7 @@ def attach(
     targets: str | Iterable[str] | Sequence[Target] | None = None,
     *,
     exclude: str | Iterable[str] = (),
-    modules_to_save: Iterable[str] | None = None,
+    modules_to_save: str | Iterable[str] | None = None,
     example: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Adapter:
@@ -49,7 +49,7 @@ def attach(
     """
     require_model(model)
     found = select_targets(model, targets, exclude)
-    heads = task_heads(model) if modules_to_save is None else tuple(modules_to_save)
+    heads = task_heads(model) if modules_to_save is None else modules_to_save
     adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
     try:
         check(model, adapter, example)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from unilora_torch import Adapter
 
 from unilora_core import TargetError
+from unilora_torch import Adapter
 
 __all__ = ["check", "made_up_inputs"]
 

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import unilora_torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from unilora_torch import Adapter, Target
-from unilora_torch.attach import layout_of
 
+import unilora_torch
 from unilora_core import (
     AdapterFileError,
     CorruptFileError,
@@ -31,6 +29,8 @@ from unilora_core import (
     TargetError,
     ValuesError,
 )
+from unilora_torch import Adapter, Target
+from unilora_torch.attach import layout_of
 from unilora_transformers.attach import finish, require_model
 from unilora_transformers.targets import to_target
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from unilora_torch import Target, find_targets
-from unilora_torch.targets import linear_target
 
 from unilora_core import TargetError
+from unilora_torch import Target, find_targets
+from unilora_torch.targets import linear_target
 
 __all__ = ["LINEAR", "select_targets", "task_heads", "to_target"]
 
