@@ -93,7 +93,9 @@ def _permutation(problem: Problem, segment: int) -> Permutation:
     a, b = _factor(size)
     bare = Permutation(size, a, b, _words("balanced", problem, segment)[:ROUNDS])
     outside = bare.network(np.arange(size, a * b, dtype=np.int32))
-    while (over := outside >= size).any():
+    for _ in range(outside.size):  # a walk still outside after that is a cycle that no position inside leads to
+        if not (over := outside >= size).any():
+            break
         outside[over] = bare.network(outside[over])
     return Permutation(size, a, b, bare.keys, tuple(outside.tolist()))
 
