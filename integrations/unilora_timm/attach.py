@@ -1,0 +1,99 @@
+"""attach: one vector beside a timm model, checked to reach every target."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import unilora_torch
+from unilora_core import TargetError
+from unilora_timm.targets import classifier, find_targets
+from unilora_torch import Adapter, Target
+
+__all__ = ["attach"]
+
+SEPARATE = (
+    " This family calls its qkv once `qkv_bias_separate` is True, with the same result: set it on each attention "
+    "module, or target 'proj' or 'mlp'."
+)
+
+
+def attach(
+    model: nn.Module,
+    targets: str | Iterable[str] | Sequence[Target] | None = None,
+    *,
+    exclude: str | Iterable[str] = (),
+    modules_to_save: str | Iterable[str] | None = None,
+    example: Tensor | None = None,
+    **options: Any,
+) -> Adapter:
+    """Freeze a timm model, put one trainable vector beside its layers, and leave its classifier to train.
+
+    The model is run once, on one image, to check that every target is reached and gives θ_d a gradient.
+
+    Args:
+        model: any timm model; changed in place.
+        targets: None for the default (query and value; see `find_targets`), a word such as ``"qkv"`` or ``"mlp"``, a
+            regular expression, a list of words and names, or a list of `Target`.
+        exclude: taken away from ``targets``, by regular expression or list of names.
+        modules_to_save: names of modules that train in full and are saved with θ_d; by default the classifier.
+        example: (batch, channels, height, width), an input for the check; by default one image of the model's size.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, as in `unilora_torch.attach`.
+
+    Returns:
+        The adapter, also found at ``model.unilora``.
+
+    Raises:
+        TargetError: nothing to adapt, or a layer that the model bypasses (BEiT, EVA-02 and Swin v2 use the weight of
+            ``attn.qkv`` directly); the model is unchanged.
+        SpecError: rank or d out of range; the model is unchanged.
+    """
+    heads = classifier(model) if modules_to_save is None else modules_to_save
+    found = find_targets(model, targets, exclude=exclude)
+    adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
+    try:
+        _verify(model, adapter, _example(model) if example is None else example)
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def _verify(model: nn.Module, adapter: Adapter, image: Tensor) -> None:
+    """`Adapter.verify`, past a classifier of zeros, which lets no gradient through until it has trained a step."""
+    heads = [model.get_submodule(name) for name in classifier(model)]
+    dead = [head for head in heads if not any(parameter.any() for parameter in head.parameters())]
+    handles = [head.register_forward_hook(lambda _module, args, _output: args[0]) for head in dead]
+    try:
+        adapter.verify(image)
+    except TargetError as error:
+        separate = [hasattr(_parent(model, target.module), "qkv_bias_separate") for target in adapter.targets]
+        raise TargetError(f"{error}{SEPARATE if any(separate) else ''}") from None
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise TargetError(
+            f"{type(model).__name__}: cannot check that the targets are reached, the model fails on an image of shape "
+            f"{tuple(image.shape)} ({error}); give attach an input that it takes, as example=."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _example(model: nn.Module) -> Tensor:
+    """One image (1, channels, height, width) of the size, device and dtype that the model takes; not random."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, *size = config.get("input_size") or (3, 224, 224)
+    for module in model.modules():
+        if found := getattr(module, "img_size", None):
+            size = found if isinstance(found, (tuple, list)) else (found, found)
+            break
+    if isinstance(first := config.get("first_conv"), str):
+        channels = getattr(dict(model.named_modules()).get(first), "in_channels", channels)
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    wave = torch.arange(channels * size[0] * size[1], device=weight.device).cos()
+    return wave.view(1, channels, *size).to(weight.dtype)
