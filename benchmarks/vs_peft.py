@@ -1,0 +1,174 @@
+"""unilora beside PEFT's UniLora and LoRA: making the groups, frozen memory, projection, a training step.
+
+    python benchmarks/vs_peft.py            # everything, about five minutes on two cores
+    python benchmarks/vs_peft.py projection # one part
+
+Each part times its cases in turn in one process; ratios of medians are what counts.
+"""
+
+import argparse
+import copy
+import sys
+import warnings
+
+import torch
+from common import interleaved, write
+from peft import LoraConfig, UniLoraConfig, get_peft_model
+from peft.tuners.unilora.layer import UniLoraLayer
+from peft.tuners.unilora.model import UniLoraModel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import unilora_torch
+from unilora_core import Layout, ProjectionSpec
+
+warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def groups() -> dict:
+    """Groups of D = 12.5 M (Gemma-7B, r = 4), d = 524,288."""
+    D, d = 12_500_992, 524_288
+    spec = ProjectionSpec(Layout([("factors", (D,))]), d)
+    times = interleaved(
+        {"unilora": lambda: spec.groups(), "peft": lambda: UniLoraModel.generate_index(D, d, 42)}, repeats=7
+    )
+    return {"D": D, "d": d, **times, "unilora/peft": _ratio(times, "unilora", "peft")}
+
+
+def memory() -> dict:
+    """Bytes of frozen state per LoRA parameter, with a float32 base."""
+    ours, peft = _stacks(D=1_000_000, d=10_000)
+    adapter, D = ours.unilora, ours.unilora.spec.D
+    layers = [module for module in peft.modules() if isinstance(module, UniLoraLayer)]
+    buffers = [
+        tensor
+        for layer in layers
+        for store in (layer.unilora_indices_A, layer.unilora_indices_B, layer.unilora_scales_A, layer.unilora_scales_B)
+        for tensor in (store["default"],)
+    ]
+    frozen = sum(b.numel() * b.element_size() for b in adapter.buffers())
+    per_d = adapter._scale.element_size() * (1 if adapter._origin is None else 2)
+    return {
+        "D": D,
+        "d": adapter.spec.d,
+        "unilora_bytes_per_parameter": adapter._groups.element_size(),
+        "unilora_bytes_per_trained_number": per_d,
+        "unilora_bytes": frozen,
+        "peft_bytes": sum(b.numel() * b.element_size() for b in buffers),
+        "peft_bytes_per_parameter": sum(b.numel() * b.element_size() for b in buffers) / D,
+    }
+
+
+def projection() -> dict:
+    """θ_D and its gradient for all layers, D = 10 M, d = 100,000, and a copy of D floats as the yardstick."""
+    ours, peft = _stacks(D=10_000_000, d=100_000)
+    adapter = ours.unilora
+    layers = [module for module in peft.modules() if isinstance(module, UniLoraLayer)]
+    theta = peft.base_model.unilora_theta_d["default"]
+    upstream = {name: torch.randn(shape) for name, shape in adapter.spec.layout.shapes.items()}
+    source = torch.randn(adapter.spec.D)
+
+    def unilora():
+        adapter.theta_d.grad = None
+        factors = adapter.factors()
+        torch.autograd.backward(list(factors.values()), [upstream[name] for name in factors])
+
+    def peft_unilora():
+        theta.grad = None
+        factors = [factor for layer in layers for factor in layer._get_lora_matrices("default")]
+        torch.autograd.backward(factors, list(upstream.values()))
+
+    per_target = _per_target(adapter, upstream)
+    times = interleaved(
+        {"unilora": unilora, "unilora_per_target": per_target, "peft": peft_unilora, "copy": source.clone}, repeats=9
+    )
+    return {
+        "D": adapter.spec.D,
+        "d": adapter.spec.d,
+        "start": adapter.spec.start,
+        **times,
+        "unilora/peft": _ratio(times, "unilora", "peft"),
+        "unilora/copy": _ratio(times, "unilora", "copy"),
+    }
+
+
+def step() -> dict:
+    """A training step of a small Llama: 8 layers, width 512, all linear, r = 16, 4 × 128 tokens, AdamW."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    tokens = torch.randint(0, 4096, (4, 128))
+    ours = copy.deepcopy(base)
+    adapter = unilora_torch.attach(ours, "all-linear", exclude=["lm_head"], rank=16)
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    uni = get_peft_model(
+        copy.deepcopy(base), UniLoraConfig(r=16, theta_d_length=adapter.spec.d, target_modules="all-linear")
+    )
+    models = {"unilora": ours, "peft_lora": lora, "peft_unilora": uni}
+    times = interleaved({name: _stepper(model, tokens) for name, model in models.items()}, repeats=21, warmup=2)
+    return {
+        "D": adapter.spec.D,
+        "d": adapter.spec.d,
+        "start": adapter.spec.start,
+        **times,
+        "unilora/peft_lora": _ratio(times, "unilora", "peft_lora"),
+        "unilora/peft_unilora": _ratio(times, "unilora", "peft_unilora"),
+    }
+
+
+def _stepper(model: nn.Module, tokens: torch.Tensor):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def run():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _per_target(adapter: unilora_torch.Adapter, upstream: dict[str, torch.Tensor]):
+    """The other design, for comparison: each target gathers its own factors."""
+
+    def run():
+        adapter.theta_d.grad = None
+        factors = [factor for target in adapter.targets for factor in adapter.factors_of(target)]
+        torch.autograd.backward(factors, list(upstream.values()))
+
+    return run
+
+
+def _stacks(D: int, d: int, layers: int = 64, rank: int = 64) -> tuple[nn.Module, nn.Module]:
+    """The same stack of linear layers under unilora and under PEFT's UniLora, with about D LoRA parameters."""
+    width = D // (layers * 2 * rank)
+    base = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+    config = UniLoraConfig(r=rank, theta_d_length=d, target_modules=[str(i) for i in range(layers)])
+    peft = get_peft_model(copy.deepcopy(base), config)
+    unilora_torch.attach(base, rank=rank, d=d)
+    return base, peft
+
+
+def _ratio(times: dict[str, dict[str, float]], a: str, b: str) -> float:
+    return round(times[a]["median_s"] / times[b]["median_s"], 4)
+
+
+PARTS = {"groups": groups, "memory": memory, "projection": projection, "step": step}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
+    chosen = parser.parse_args().part or list(PARTS)
+    torch.manual_seed(0)
+    for part in chosen:
+        result = PARTS[part]()
+        print(part, {key: value for key, value in result.items() if not isinstance(value, dict)}, file=sys.stderr)
+        print(write(f"vs_peft_{part}", result))
