@@ -119,7 +119,12 @@ class Adapter(nn.Module):
 
     def _close(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._current = None
-        if output is None or torch.compiler.is_compiling() or not (self.active and self._unreached):
+        if output is not None and self.active:
+            self._check_reached()
+
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def _check_reached(self) -> None:
+        if not self._unreached:
             return
         names, self._unreached = sorted(self._unreached), set()
         raise TargetError(
@@ -325,8 +330,7 @@ class LowRankPath:
         """The new output, or None where the adapter is off."""
         if not self.adapter.active:
             return None
-        if not torch.compiler.is_compiling():
-            self.adapter._unreached.discard(self.targets[0].module)
+        self._reached()
         x = args[0] if args else next(iter(kwargs.values()))
         for target in self.targets:
             A, B = self.adapter.factors_of(target)
@@ -334,6 +338,10 @@ class LowRankPath:
             before, after = target.first_row, output.shape[-1] - target.first_row - target.out_features
             output = output + (F.pad(update, (before, after)) if before or after else update)
         return output
+
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def _reached(self) -> None:
+        self.adapter._unreached.discard(self.targets[0].module)
 
 
 def _table_index(spec: ProjectionSpec) -> Tensor:

@@ -128,6 +128,7 @@ def run(model, adapter, *inputs):
 def assert_same_run(found, wanted, rtol=1e-5, atol=1e-6):
     """Both outputs and gradients agree."""
     for a, b in zip(found, wanted, strict=True):
+        a, b = a.detach(), b.detach()
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol * max(1.0, float(b.abs().max())))
 
 

@@ -24,7 +24,6 @@ import unilora_torch
 from unilora_core import ProjectionSpec, SpecError, TargetError
 from unilora_torch import Target
 
-
 # ---- outputs and gradients ------------------------------------------------------------------------------------------
 
 
@@ -46,7 +45,7 @@ def test_every_grouping_and_awkward_d(d, grouping, start):
 
 def test_gradient_of_the_input(start):
     base, x = mlp(), torch.randn(4, 6)
-    model, adapter = adapted(start)
+    model, _ = adapted(start)
     merged, other = adapted(start)
     other.merge()
     gradients = []
@@ -81,7 +80,7 @@ def test_blocks_of_a_fused_layer(rows, conv, start):
 
 def test_blocks_leave_the_other_outputs_untouched():
     base, x = Fused(), torch.randn(3, 4)
-    model, adapter = adapted(model=copy.deepcopy(base), targets=[Target("k", "qkv", 4, 4, 4)], d=5)
+    model, _ = adapted(model=copy.deepcopy(base), targets=[Target("k", "qkv", 4, 4, 4)], d=5)
     change = model.qkv(x) - base.qkv(x)
     assert change[:, 4:8].all()
     assert not change[:, :4].any()
@@ -199,8 +198,8 @@ def test_attaching_to_a_narrow_base_gives_the_same_P(dtype, start):
 
 
 def test_meta_and_back_gives_the_same_P(start):
-    model, adapter = adapted(start)
-    x, wanted, state = torch.randn(3, 6), None, copy.deepcopy(model.state_dict())
+    model, _ = adapted(start)
+    x, state = torch.randn(3, 6), copy.deepcopy(model.state_dict())
     wanted = model(x)
     model.to("meta")
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}
