@@ -11,14 +11,14 @@ from unilora_core import TargetError
 @pytest.fixture(params=["nf4", "nf4 in bfloat16", "int8"])
 def quantised(request, tiny):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    model = tiny("LlamaForCausalLM")
+    model = tiny("LlamaForCausalLM", hidden_size=64)  # bitsandbytes quantises blocks of 64
     for layer in model.model.layers:
         for name in ("q_proj", "v_proj"):
             old = getattr(layer.self_attn, name)
             new = make_linear(bnb.nn, request.param, old.in_features, old.out_features)
             new.load_state_dict(old.state_dict())
             setattr(layer.self_attn, name, new.to("cpu"))
-    return model
+    return model.eval()
 
 
 def make_linear(bnb, kind, width, height):
@@ -31,7 +31,7 @@ def make_linear(bnb, kind, width, height):
 def test_theta_gets_a_real_gradient(quantised, tiny, ids):
     """PEFT casts the scale to the weight's dtype, where it becomes 0; here the base's dtype never touches P."""
     adapter = unilora_transformers.attach(quantised)
-    exact = unilora_transformers.attach(tiny("LlamaForCausalLM"))
+    exact = unilora_transformers.attach(tiny("LlamaForCausalLM", hidden_size=64))
     assert torch.equal(adapter._scale, exact._scale)
     assert all(torch.equal(a, b) for a, b in zip(adapter.factors().values(), exact.factors().values(), strict=True))
     grads = []
@@ -41,7 +41,7 @@ def test_theta_gets_a_real_gradient(quantised, tiny, ids):
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.8
 
 
-def test_the_adapter_has_an_effect(quantised, ids, train):
+def test_the_adapter_has_an_effect(quantised, ids):
     base = quantised(ids).logits
     adapter = unilora_transformers.attach(quantised, start="paper", bound=0.5)
     assert not torch.allclose(quantised(ids).logits, base, atol=1e-3)

@@ -131,8 +131,8 @@ def test_a_dead_target_is_an_error_and_the_model_is_as_before(tiny):
 
 def test_a_target_without_gradient_is_an_error(tiny):
     model = tiny("LlamaForCausalLM")
-    layer = model.model.layers[0].self_attn.o_proj
-    layer.register_forward_hook(lambda _module, _args, output: output.detach())
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_hook(lambda _module, _args, output: (output[0].detach(), *output[1:]))
     with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.o_proj: no gradient"):
         unilora_transformers.attach(model, ["o_proj"], example={"input_ids": torch.tensor([[5, 6, 7]])})
     assert not hasattr(model, "unilora")
