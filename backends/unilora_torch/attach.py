@@ -151,12 +151,14 @@ def _contents(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Target,
             Target(name, module, shapes[f"{name}.A"][1], shapes[f"{name}.B"][0], int(first_row), bool(transposed))
             for name, module, first_row, transposed in rows
         )
-        modules_to_save = tuple(json.loads(file.metadata.get("modules_to_save", "[]")))
+        modules_to_save = json.loads(file.metadata.get("modules_to_save", "[]"))
+        if not (isinstance(modules_to_save, list) and all(isinstance(name, str) for name in modules_to_save)):
+            raise ValueError(f"modules_to_save: {modules_to_save!r} is no list of names")
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise CorruptFileError(f"{path}: its targets do not fit its layout ({error!r}).") from error
     if len(shapes) != 2 * len(targets):
         raise CorruptFileError(f"{path}: {len(shapes)} factors, but {len(targets)} targets; expected two for each.")
-    return targets, modules_to_save
+    return targets, tuple(modules_to_save)
 
 
 def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
