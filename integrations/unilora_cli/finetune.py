@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import random
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,19 @@ def _plan_rows(task: Any, plan: dict[str, Any], settings: Any) -> list[tuple[str
             "rate of θ_d",
             f"{plan['theta_rate']:.4g} = {factor:.4g} × {lora:g}, the rate that trains as LoRA would at {lora:g}",
         ),
+        ("", f"because {_reason()}"),
         ("steps", f"{plan['steps']:,} on {plan['device']}" + (", bfloat16 autocast" if settings.bf16 else "")),
     ]
     if heads:
         rows.insert(-1, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
     return rows
+
+
+def _reason() -> str:
+    """Why θ_d's rate is what it is, in the words of the library that decides it."""
+    from unilora_torch import rates
+
+    return (inspect.getdoc(rates.theta_rate) or "unilora_torch.rates says so").splitlines()[0].rstrip(".")
 
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:

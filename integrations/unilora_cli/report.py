@@ -30,7 +30,7 @@ class Recorder:
         self.began = time.perf_counter()
         self._since = 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8")
+        self._file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8", buffering=1)
         self._rows = csv.writer(self._file)
         self._rows.writerow(["step", "loss", "rate"])
 

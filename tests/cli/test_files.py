@@ -1,0 +1,219 @@
+"""`unilora inspect`, `convert` and `merge`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from unilora_core import Layout, ProjectionSpec, read_adapter, save_adapter
+
+ADAPTER = "adapter.safetensors"
+
+
+# ---- inspect ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    """An adapter file made with the core alone."""
+    shapes = [
+        (f"blocks.{i}.attn.{x}.{f}", s) for i in range(3) for x in "qv" for f, s in (("A", (2, 8)), ("B", (6, 2)))
+    ]
+    spec = ProjectionSpec(Layout(shapes), d=12, seed=7)
+    head = {"head.weight": np.ones((3, 6), np.float32)}
+    save_adapter(tmp_path / ADAPTER, spec, spec.init(), tensors=head, metadata={"task": "vit", "base_model": "tiny"})
+    return tmp_path / ADAPTER
+
+
+def test_inspect_prints_what_a_file_holds(unilora, small):
+    result = unilora("inspect", small)
+    assert (result.code, result.err) == (0, "")
+    for part in (
+        f"({small.stat().st_size:,} bytes; as LoRA this would be 744 bytes)",
+        "tiny (vit)",
+        "format       version 1",
+        "balanced version 1, seed 7",
+        "d = 12 trained for D = 168 LoRA parameters: D/d = 14",
+        "paper, U(-0.02, 0.02)",
+        read_adapter(small).spec.layout.fingerprint,
+        "targets: 6\n  3 ×  blocks.*.attn.q  A 2 × 8, B 6 × 2\n",
+        "saved in full: 1 tensors\n  head.weight  3 × 6  float32",
+    ):
+        assert part in result.out
+
+
+def test_inspect_as_json(unilora, small):
+    facts = json.loads(unilora("inspect", small, "--json").out)
+    theta_d = read_adapter(small).theta_d
+    assert facts["theta_d"]["norm"] == pytest.approx(np.linalg.norm(theta_d))
+    assert facts["theta_d"]["max"] == theta_d.max()
+    assert (facts["D"], facts["d"], facts["seed"], facts["format_version"]) == (168, 12, 7, "1")
+    assert facts["targets"]["blocks.2.attn.v"] == {"A": [2, 8], "B": [6, 2]}
+    assert facts["head"] == {"head.weight": [[3, 6], "float32"]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-5], "not a whole safetensors file"),
+        (lambda data: data[:400], "not a whole safetensors file"),
+        (lambda data: data.replace(b'seed\\":7', b'seed\\":8'), "do not match the checksum"),
+        (lambda data: data[:-3] + b"\x42" + data[-2:], "do not match the checksum"),
+        (lambda data: b"", "not a whole safetensors file"),
+    ],
+)
+def test_inspect_of_a_damaged_file(unilora, small, damage, message):
+    small.write_bytes(damage(small.read_bytes()))
+    result = unilora("inspect", small)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"unilora: error: {small}: ")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_inspect_of_no_file(unilora, tmp_path):
+    result = unilora("inspect", tmp_path / "none")
+    assert (result.code, result.err) == (1, f"unilora: error: {tmp_path}/none: no such adapter file.\n")
+
+
+def test_debug_shows_the_traceback(unilora, tmp_path):
+    for words in (("--debug", "inspect", "none"), ("inspect", "none", "--debug")):
+        result = unilora(*words)
+        assert result.code == 1
+        assert "Traceback" in result.err
+        assert "unilora: error: none: no such adapter file." in result.err
+
+
+# ---- merge ------------------------------------------------------------------------------------------------------
+
+
+def adapted(parsed, file):
+    """The base model of a file with the adapter in it."""
+    from unilora_cli import models
+
+    base = models.remembered(read_adapter(file).metadata, parsed("merge", file, "--out", "x"), str(file))
+    model, _ = models.build(base)
+    models.load_adapter(base, model, file)
+    return model.eval()
+
+
+def logits(model, x):
+    import torch
+
+    with torch.no_grad():
+        output = model(x)
+    return getattr(output, "logits", output)
+
+
+def test_a_merged_timm_model_is_a_plain_one(unilora, trained, parsed, tmp_path):
+    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    file = trained("vit")[0] / ADAPTER
+    result = unilora("merge", file, "--out", "merged")
+    assert result.code == 0, result.err
+    assert 'timm.create_model("local-dir:merged", pretrained=True)' in result.out
+    assert "random weights, made again from seed 0" in result.out
+    plain = timm.create_model(f"local-dir:{tmp_path}/merged", pretrained=True).eval()
+    assert not hasattr(plain, "unilora")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(plain, x), logits(adapted(parsed, file), x), atol=1e-5, rtol=1e-5)
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["label_names"] == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("kind", ["text", "lm"])
+def test_a_merged_transformers_model_is_a_plain_one(unilora, trained, parsed, kind):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    file = trained(kind)[0] / ADAPTER
+    result = unilora("merge", file, "--out", "merged")
+    assert result.code == 0, result.err
+    name = "AutoModelForSequenceClassification" if kind == "text" else "AutoModelForCausalLM"
+    assert f'transformers.{name}.from_pretrained("merged")' in result.out
+    plain, report = getattr(transformers, name).from_pretrained("merged", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    x = torch.tensor([[5, 6, 7, 8, 13, 14], [6, 7, 5, 9, 10, 17]])
+    torch.testing.assert_close(logits(plain.eval(), x), logits(adapted(parsed, file), x), atol=1e-5, rtol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained("merged")("the film")["input_ids"]
+    if kind == "text":
+        assert plain.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_merge_refuses_what_it_cannot_do(unilora, small, trained, tmp_path, bert):
+    pytest.importorskip("timm")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    cases = {
+        (small, "--out", "full"): "full: exists and is not an empty folder",
+        (small, "--out", "new"): "cannot build the model 'tiny'",
+        (small, "--out", "new", "--kind", "text", "--model", bert): "the model has no module 'blocks.0.attn.q'",
+        (tmp_path / "none", "--out", "new"): "no such adapter file",
+    }
+    for words, message in cases.items():
+        result = unilora("merge", *words)
+        assert result.code == 1
+        assert message in result.err
+    assert not (tmp_path / "new").exists()
+    file = read_adapter(small)
+    save_adapter(small, file.spec, file.theta_d)
+    assert "add --model NAME and --kind vit, text or lm" in unilora("merge", small, "--out", "new").err
+    result = unilora("merge", small, "--out", "new", "--model", "x")
+    assert "what kind of model 'x' is; add --kind vit, text or lm" in result.err
+
+
+# ---- convert ----------------------------------------------------------------------------------------------------
+
+PEFT_LIKE = ("--grouping", "numpy-shuffle", "--start", "paper")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("kind", ["text", "lm"])
+def test_convert_to_lora_gives_the_same_logits_in_peft(unilora, trained, parsed, kind, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from unilora_cli import models
+
+    file = trained(kind)[0] / ADAPTER
+    result = unilora("convert", file, "--to", "lora", "lora")
+    assert result.code == 0, result.err
+    assert "→ lora (lora): " in result.out
+    base = models.remembered(read_adapter(file).metadata, parsed("merge", file, "--out", "x"), str(file))
+    model = peft.PeftModel.from_pretrained(models.build(base)[0], tmp_path / "lora").eval()
+    x = torch.tensor([[5, 6, 7, 8, 13, 14], [6, 7, 5, 9, 10, 17]])
+    torch.testing.assert_close(logits(model, x), logits(adapted(parsed, file), x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["text", "lm"])
+def test_convert_to_peft_and_back(unilora, trained, kind, parsed):
+    torch = pytest.importorskip("torch")
+    file = trained(kind, *PEFT_LIKE)[0] / ADAPTER
+    base = json.loads(json.dumps(read_adapter(file).metadata))["base_model"]
+    result = unilora("convert", file, "--to", "peft-unilora", "peft")
+    assert result.code == 0, result.err
+    labels = ("--model-arg", "num_labels=2") if kind == "text" else ()
+    back = unilora("convert", "peft", "--model", base, "--kind", kind, "--to", "unilora", "back.safetensors", *labels)
+    assert back.code == 0, back.err
+    assert np.array_equal(read_adapter("back.safetensors").theta_d, read_adapter(file).theta_d)
+    x = torch.tensor([[5, 6, 7, 8, 13, 14]])
+    torch.testing.assert_close(logits(adapted(parsed, "back.safetensors"), x), logits(adapted(parsed, file), x))
+
+
+def test_convert_refuses_what_it_cannot_do(unilora, trained, tmp_path, small):
+    text, vit = trained("text")[0] / ADAPTER, trained("vit")[0] / ADAPTER
+    (tmp_path / "folder").mkdir()
+    cases = {
+        (tmp_path / "none", "out", "--to", "lora"): "no such adapter file or folder",
+        (text, "out", "--to", "unilora"): "--to unilora starts from a PEFT folder",
+        (tmp_path / "folder", "out", "--to", "lora"): "--to lora starts from an adapter file",
+        (tmp_path / "folder", "out", "--to", "unilora"): "there is no adapter_config.json in it",
+        (text, "out", "--to", "peft-unilora"): "numpy-shuffle",
+        (vit, "out", "--to", "peft-unilora"): "for a timm model use --to lora",
+    }
+    for words, message in cases.items():
+        result = unilora("convert", *words)
+        assert result.code == 1, result
+        assert message in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_move(unilora, trained, tmp_path):
+    shutil.copy(trained("lm")[0] / ADAPTER, tmp_path / "moved.safetensors")
+    assert unilora("inspect", tmp_path / "moved.safetensors").code == 0
