@@ -143,16 +143,16 @@ class ProjectionSpec:
         if not isinstance(data, dict) or set(data) != fields:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise SpecError(f"ProjectionSpec: expected the fields {sorted(fields)}, got {found}.")
-        fields = dict(data)
-        version = fields.pop("grouping_version")
-        algorithm = _grouping.ALGORITHMS.get(fields["grouping"]) if isinstance(fields["grouping"], str) else None
-        if algorithm is None or algorithm.version != version or fields["start"] not in STARTS:
+        values = dict(data)
+        name, version = values["grouping"], values.pop("grouping_version")
+        algorithm = _grouping.ALGORITHMS.get(name) if isinstance(name, str) else None
+        if algorithm is None or algorithm.version != version or values["start"] not in STARTS:
             raise UnknownVersionError(
-                f"ProjectionSpec: grouping {fields['grouping']!r} version {version!r} with start {fields['start']!r} "
+                f"ProjectionSpec: grouping {name!r} version {version!r} with start {values['start']!r} "
                 f"is not known here (known: {_known_groupings()}; starts: {', '.join(STARTS)}); "
                 "a newer unilora may read it."
             )
-        return cls(**fields | {"layout": Layout.from_json(fields["layout"])})
+        return cls(**values | {"layout": Layout.from_json(values["layout"])})
 
     @property
     def _problem(self) -> _grouping.Problem:

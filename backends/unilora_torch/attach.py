@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,11 +28,11 @@ __all__ = ["attach", "layout_of", "load"]
 
 def attach(
     model: nn.Module,
-    targets: str | Iterable[str] | Sequence[Target] = "all-linear",
+    targets: str | Iterable[str | Target] = "all-linear",
     *,
     exclude: str | Iterable[str] = (),
     rank: int = 4,
-    d: int | str = "auto",
+    d: int | Literal["auto"] = "auto",
     seed: int = 0,
     grouping: str = "balanced",
     start: str = "identity",
@@ -111,15 +112,13 @@ def layout_of(targets: Iterable[Target], rank: int) -> Layout:
 
 def _resolve(
     model: nn.Module,
-    targets: str | Iterable[str] | Sequence[Target],
+    targets: str | Iterable[str | Target],
     exclude: str | Iterable[str],
     modules_to_save: tuple[str, ...],
 ) -> tuple[Target, ...]:
     for name in modules_to_save:
         _submodule(model, name, "modules_to_save", TargetError)
-    chosen = targets if isinstance(targets, str) else tuple(targets)
-    if isinstance(chosen, str) or not chosen or not all(isinstance(target, Target) for target in chosen):
-        chosen = find_targets(model, chosen, exclude=exclude)
+    chosen = find_targets(model, targets, exclude=exclude)
     inside = tuple(f"{name}." for name in modules_to_save)
     kept = tuple(target for target in chosen if not f"{target.module}.".startswith(inside or ("\0",)))
     if not kept:

@@ -16,8 +16,8 @@ def default_d(D: int) -> int:
 
 
 def theta_rate(spec: ProjectionSpec, lora_rate: float) -> float:
-    """η_θ = η·D/d."""
-    return lora_rate * spec.D / spec.d
+    """η_θ = η·(D/d)^¾, between √(D/d), by which entries move, and D/d, by which the loss falls."""
+    return lora_rate * (spec.D / spec.d) ** 0.75
 
 
 def default_bound(spec: ProjectionSpec) -> float:

@@ -49,7 +49,7 @@ def linear_target(name: str, module: nn.Module) -> Target:
 
 def find_targets(
     model: nn.Module,
-    targets: str | Iterable[str],
+    targets: str | Iterable[str | Target],
     *,
     exclude: str | Iterable[str] = (),
     to_target: Callable[[str, nn.Module], Target] = linear_target,
@@ -59,7 +59,7 @@ def find_targets(
 
     Args:
         targets: ``"all-linear"``; or a regular expression that the whole name must match; or a list of names, each
-            of which selects the modules that it equals or that end in ``.name``.
+            of which selects the modules that it equals or that end in ``.name``; or a list of `Target`, taken as it is.
         exclude: a regular expression or a list of names, likewise; taken away from the selection.
         to_target: makes the `Target` of a selected module, or raises `TargetError`.
         all_linear: the module types that ``"all-linear"`` means.
@@ -67,14 +67,15 @@ def find_targets(
     Raises:
         TargetError: nothing selected (the nearest names are listed), or a selected module is no linear layer.
     """
+    if not isinstance(targets, str):
+        targets = tuple(targets)
+        if given := tuple(target for target in targets if isinstance(target, Target)):
+            return given
     modules = {name: module for name, module in model.named_modules() if name}
-    if targets == "all-linear":
-        chosen = [name for name, module in modules.items() if isinstance(module, all_linear)]
-    else:
-        chosen = [name for name in modules if _matches(name, targets)]
+    linear = [name for name, module in modules.items() if isinstance(module, all_linear)]
+    chosen = linear if targets == "all-linear" else [name for name in modules if _matches(name, targets)]
     kept = [name for name in chosen if not _matches(name, exclude)]
     if not kept:
-        linear = [name for name, module in modules.items() if isinstance(module, all_linear)]
         raise TargetError(_no_match(targets, exclude, chosen, linear))
     return tuple(to_target(name, modules[name]) for name in kept)
 
@@ -148,7 +149,7 @@ def _known_quantised(module: nn.Module) -> bool:
     )
 
 
-def _matches(name: str, pattern: str | Iterable[str]) -> bool:
+def _matches(name: str, pattern: str | Iterable[str | Target]) -> bool:
     if isinstance(pattern, str):
         try:
             return re.fullmatch(pattern, name) is not None
@@ -156,16 +157,16 @@ def _matches(name: str, pattern: str | Iterable[str]) -> bool:
             raise TargetError(
                 f"{pattern!r} is not a regular expression ({error}); give a list for plain names."
             ) from None
-    return any(name == end or name.endswith("." + end) for end in pattern)
+    return any(name == end or name.endswith(f".{end}") for end in pattern)
 
 
-def _no_match(targets: object, exclude: object, chosen: list[str], linear: list[str]) -> str:
+def _no_match(targets: str | Iterable[str | Target], exclude: object, chosen: list[str], linear: list[str]) -> str:
     if chosen:
         return f"all {len(chosen)} modules selected by {targets!r} are excluded by {exclude!r}."
     if not linear:
         return f"no module matches {targets!r}: the model has no linear layer at all."
     ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))
-    words = [targets] if isinstance(targets, str) else list(targets)
+    words = [targets] if isinstance(targets, str) else [str(target) for target in targets]
     near = [match for word in words for match in difflib.get_close_matches(word.rsplit(".", 1)[-1], ends, 3, 0.4)]
     return (
         f"no module matches {targets!r}; the nearest linear layers end in {list(dict.fromkeys(near)) or ends[:8]}, "
