@@ -173,5 +173,5 @@ def test_messages_are_those_of_one_family():
     for wrong in ({"targets": ["nope"]}, {"d": 0}):
         with pytest.raises(UniLoraError):
             unilora_torch.attach(mlp(), **wrong)
-        with pytest.raises(ValueError, match="nope|d = 0"):
+        with pytest.raises(ValueError, match=r"nope|d = 0"):
             unilora_torch.attach(mlp(), **wrong)

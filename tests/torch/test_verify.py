@@ -55,7 +55,7 @@ def test_the_first_forward_pass_names_a_layer_that_is_never_called(use, start):
 
 def test_the_first_forward_pass_is_checked_without_gradients_too():
     model, _ = attached("bypassed")
-    with torch.no_grad(), pytest.raises(TargetError, match="^last: "):
+    with torch.no_grad(), pytest.raises(TargetError, match=r"^last: "):
         model(X)
 
 
@@ -63,7 +63,7 @@ def test_a_failing_forward_pass_shows_its_own_error():
     model, _ = attached("bypassed")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         model(torch.randn(4, 5))
-    with pytest.raises(TargetError, match="^last: "):
+    with pytest.raises(TargetError, match=r"^last: "):
         model(X)
 
 
@@ -71,7 +71,7 @@ def test_the_check_waits_while_the_adapter_is_off():
     model, adapter = attached("bypassed")
     with adapter.disabled():
         model(X)
-    with pytest.raises(TargetError, match="^last: "):
+    with pytest.raises(TargetError, match=r"^last: "):
         model(X)
 
 
@@ -80,7 +80,7 @@ def test_a_copy_is_checked_on_its_own():
     twin = copy.deepcopy(model)
     model(X)
     twin.use = "unused"
-    with pytest.raises(TargetError, match="^last: "):
+    with pytest.raises(TargetError, match=r"^last: "):
         twin(X)
 
 
@@ -141,10 +141,10 @@ def test_verify_refuses_an_adapter_that_is_off(off):
     _, adapter = adapted()
     if off == "merged":
         adapter.merge()
-        with pytest.raises(TargetError, match="verify: the adapter is merged or disabled.*unmerge"):
+        with pytest.raises(TargetError, match=r"verify: the adapter is merged or disabled.*unmerge"):
             adapter.verify(X)
     else:
-        with adapter.disabled(), pytest.raises(TargetError, match="verify: the adapter is merged or disabled"):
+        with adapter.disabled(), pytest.raises(TargetError, match=r"verify: the adapter is merged or disabled"):
             adapter.verify(X)
 
 
@@ -162,5 +162,5 @@ class Frozen(nn.Module):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_verify_sees_what_a_reentrant_checkpoint_drops():
     adapter = unilora_torch.attach(Frozen(), d=9)
-    with pytest.raises(TargetError, match="^layer: no gradient reaches θ_d"):
+    with pytest.raises(TargetError, match=r"^layer: no gradient reaches θ_d"):
         adapter.verify(X)
