@@ -68,8 +68,8 @@ def _verify(model: nn.Module, adapter: Adapter, image: Tensor) -> None:
     try:
         adapter.verify(image)
     except TargetError as error:
-        separate = [hasattr(_parent(model, target.module), "qkv_bias_separate") for target in adapter.targets]
-        raise TargetError(f"{error}{SEPARATE if any(separate) else ''}") from None
+        bypassed = any(_is_bypassed(model, target) for target in adapter.targets)
+        raise TargetError(f"{error}{SEPARATE if bypassed else ''}") from None
     except (RuntimeError, AssertionError, ValueError) as error:
         raise TargetError(
             f"{type(model).__name__}: cannot check that the targets are reached, the model fails on an image of shape "
@@ -80,8 +80,9 @@ def _verify(model: nn.Module, adapter: Adapter, image: Tensor) -> None:
             handle.remove()
 
 
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+def _is_bypassed(model: nn.Module, target: Target) -> bool:
+    parent, _, last = target.module.rpartition(".")
+    return last == "qkv" and getattr(model.get_submodule(parent), "qkv_bias_separate", True) is False
 
 
 def _example(model: nn.Module) -> Tensor:
