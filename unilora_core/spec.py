@@ -4,7 +4,6 @@ P ∈ R^{D×d}: row i is one-hot at column g(i), column j is scaled by 1/√n_j,
 Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1.
 """
 
-import math
 import operator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +21,7 @@ PAPER_BOUND = 0.02
 """θ_d starts as U(-0.02, 0.02) in the paper, its official code and PEFT."""
 
 STARTS = ("paper", "identity")
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class ProjectionSpec:
                 raise SpecError(
                     f"ProjectionSpec: start='identity' must tell A from B; {stray!r} ends in neither .A nor .B."
                 )
-        if not (isinstance(self.bound, (int, float)) and math.isfinite(self.bound) and self.bound > 0):
-            raise SpecError(f"ProjectionSpec: bound must be a positive number, got {self.bound!r}.")
+        if not (isinstance(self.bound, (int, float)) and SMALLEST <= self.bound <= LARGEST):
+            raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {self.bound!r}.")
 
     @property
     def D(self) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from unilora_core import ProjectionSpec, project
 from unilora_core import grouping as impl
+from unilora_core._namespace import standard
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 CASES = [case for name in impl.ALGORITHMS for case in json.loads((FOLDER / f"{name}.json").read_text())]
@@ -88,7 +89,7 @@ def test_large_vectors_are_the_frozen_ones_in_numpy(whole):
 
 def kernel(spec, segment, xp):
     """p → g of position p of a segment: (n,) int32 to (n,) int32, what a backend compiles."""
-    problem = impl.Problem(spec.D, spec.d, spec.seed)
+    problem, xp = impl.Problem(spec.D, spec.d, spec.seed), standard(xp)
     if spec.grouping == "balanced":
         permute = impl._permutation(problem, segment)
         return lambda p: impl._mod(permute(p, xp), spec.d) if permute.size > spec.d else permute(p, xp)
@@ -108,6 +109,8 @@ def frozen_positions(case):
 
 
 COMPILED = [case for case in CASES if case["spec"]["grouping"] != "numpy-shuffle"]
+TRACED = [case for case in COMPILED if case["spec"]["seed"] in (2**64 - 1, 42, 13, 16, 17, 19)]
+"""Twelve: tracing and compiling take a second each."""
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=name_of)
@@ -116,19 +119,18 @@ def test_the_kernel_gives_the_frozen_groups(case):
         assert kernel(spec_of(case), segment, np)(positions).tolist() == expected
 
 
-@pytest.mark.parametrize("case", [c for c in COMPILED if "groups_sha256" not in c or spec_of(c).D > 1024], ids=name_of)
+@pytest.mark.parametrize("case", TRACED, ids=name_of)
 def test_jax_jit_gives_the_frozen_groups(jax, case):
-    last = list(frozen_positions(case))[-1:]
-    for segment, positions, expected in last:
-        assert jax.jit(kernel(spec_of(case), segment, jax.numpy))(positions).tolist() == expected
+    *_, (segment, positions, expected) = frozen_positions(case)
+    assert jax.jit(kernel(spec_of(case), segment, jax.numpy))(positions).tolist() == expected
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=name_of)
+@pytest.mark.parametrize("case", TRACED, ids=name_of)
 def test_torch_compile_gives_the_frozen_groups(torch, case):
     torch.compiler.reset()
-    for segment, positions, expected in list(frozen_positions(case))[-1:]:
-        compiled = torch.compile(kernel(spec_of(case), segment, torch), fullgraph=True, backend="eager")
-        assert compiled(torch.asarray(positions)).tolist() == expected
+    *_, (segment, positions, expected) = frozen_positions(case)
+    compiled = torch.compile(kernel(spec_of(case), segment, torch), fullgraph=True, backend="eager")
+    assert compiled(torch.asarray(positions)).tolist() == expected
 
 
 LARGEST = [case for case in COMPILED if case["spec"]["seed"] == 10]
@@ -143,6 +145,7 @@ def test_jax_jit_gives_ten_million_frozen_groups(jax, case):
     assert sha256(np.asarray(groups)) == case["groups_sha256"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("case", LARGEST, ids=name_of)
 def test_torch_inductor_gives_ten_million_frozen_groups(torch, case):

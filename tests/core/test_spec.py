@@ -1,0 +1,167 @@
+"""ProjectionSpec: validated, frozen, and the same after any journey."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unilora_core import Layout, ProjectionSpec, SpecError, UnknownVersionError
+
+LAYOUT = Layout([("q.A", (2, 3)), ("q.B", (4, 2))])
+
+
+@pytest.fixture
+def spec():
+    return ProjectionSpec(LAYOUT, d=5, seed=2**64 - 1, grouping="iid", start="identity", bound=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"d": 0}, r"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = 0 with D = 14"),
+        ({"d": -3}, "got d = -3 with D = 14"),
+        ({"d": 15}, "got d = 15 with D = 14.*usually D/16"),
+        ({"d": 3.0}, "d must be an integer, got 3.0"),
+        ({"d": "3"}, "d must be an integer, got '3'"),
+        ({"d": None}, "d must be an integer, got None"),
+        ({"d": 3, "seed": -1}, r"expected 0 ≤ seed < 2\^64, got -1"),
+        ({"d": 3, "seed": 2**64}, r"expected 0 ≤ seed < 2\^64, got 18446744073709551616"),
+        ({"d": 3, "seed": 0.5}, "seed must be an integer, got 0.5"),
+        ({"d": 3, "grouping": "sorted"}, "unknown grouping 'sorted'; known: balanced version 1, iid version 1, numpy-"),
+        ({"d": 3, "start": "zero"}, "unknown start 'zero'; known: paper, identity"),
+        ({"d": 3, "bound": 0}, "bound must be a positive .*, got 0"),
+        ({"d": 3, "bound": -0.1}, "bound must be a positive .*, got -0.1"),
+        ({"d": 3, "bound": float("nan")}, "bound must be a positive .*, got nan"),
+        ({"d": 3, "bound": float("inf")}, "bound must be a positive .*, got inf"),
+        ({"d": 3, "bound": "0.02"}, "bound must be a positive .*, got '0.02'"),
+        ({"d": 3, "bound": 10**400}, "bound must be a positive .*, got 1000"),
+        ({"d": 3, "bound": 1e39}, r"bound must be a positive .*, got 1e\+39"),
+        ({"d": 3, "bound": 1e-50}, "bound must be a positive .*, got 1e-50"),
+    ],
+)
+def test_impossible_specs_are_refused(fields, message):
+    with pytest.raises(SpecError, match=message):
+        ProjectionSpec(LAYOUT, **fields)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "message"),
+    [
+        ([("a", (3,))], {"d": 1}, "layout must be a Layout, got list"),
+        (Layout([("a", (2**24, 2**24 + 1))]), {"d": 1}, r"D = 281474993487872 is more than 2\^48"),
+        (Layout([("a", (2**32,))]), {"d": 2**31 + 1}, "got d = 2147483649"),
+        (Layout([("a", (2**31 + 1,))]), {"d": 1, "grouping": "numpy-shuffle"}, r"D = 2147483649 is more than 2\^31"),
+        (Layout([("m.A", (3,)), ("gain", (3,))]), {"d": 1, "start": "identity"}, "'gain' ends in neither .A nor .B"),
+    ],
+)
+def test_impossible_layouts_are_refused(layout, fields, message):
+    with pytest.raises(SpecError, match=message):
+        ProjectionSpec(layout, **fields)
+
+
+def test_numpy_integers_are_integers():
+    spec = ProjectionSpec(LAYOUT, np.int64(5), seed=np.uint64(2**63), bound=np.float64(0.5))
+    assert spec == ProjectionSpec(LAYOUT, 5, seed=2**63, bound=0.5)
+    assert type(spec.d) is type(spec.seed) is int
+    assert ProjectionSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_specs_are_values(spec):
+    same = ProjectionSpec(Layout(LAYOUT.factors), 5, 2**64 - 1, "iid", "identity", 0.1)
+    assert same == spec
+    assert hash(same) == hash(spec)
+    assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == copy.copy(spec) == spec
+    assert ProjectionSpec(LAYOUT, 5, seed=1) != ProjectionSpec(LAYOUT, 5, seed=2)
+
+
+def test_specs_are_frozen(spec):
+    with pytest.raises(AttributeError, match="cannot assign to field 'seed'"):
+        spec.seed = 0
+
+
+@given(
+    d=st.integers(1, 14),
+    seed=st.integers(0, 2**64 - 1),
+    grouping=st.sampled_from(["balanced", "iid", "numpy-shuffle"]),
+    start=st.sampled_from(["paper", "identity"]),
+    bound=st.floats(1e-30, 1e30),
+)
+def test_json_round_trip(d, seed, grouping, start, bound):
+    spec = ProjectionSpec(LAYOUT, d, seed, grouping, start, bound)
+    assert ProjectionSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_the_json_of_a_spec_is_frozen(spec):
+    assert spec.to_json() == {
+        "layout": [["q.A", [2, 3]], ["q.B", [4, 2]]],
+        "d": 5,
+        "seed": 2**64 - 1,
+        "grouping": "iid",
+        "grouping_version": 1,
+        "start": "identity",
+        "bound": 0.1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grouping": "sorted"}, "grouping 'sorted' version 1 .* is not known here .*a newer unilora may read it"),
+        ({"grouping": ["iid"]}, r"grouping \['iid'\] version 1"),
+        ({"grouping_version": 2}, "grouping 'iid' version 2 .* is not known here"),
+        ({"grouping_version": "1"}, "version '1' .* is not known here"),
+        ({"start": "zero"}, "start 'zero' is not known here"),
+        ({"start": []}, r"start \[\] is not known here"),
+    ],
+)
+def test_algorithms_of_the_future_are_named(spec, change, message):
+    with pytest.raises(UnknownVersionError, match=message):
+        ProjectionSpec.from_json(spec.to_json() | change)
+
+
+@pytest.mark.parametrize("field", ["layout", "d", "seed", "grouping", "grouping_version", "start", "bound"])
+def test_a_missing_field_is_named(spec, field):
+    data = spec.to_json()
+    del data[field]
+    with pytest.raises(SpecError, match=rf"expected the fields .*'{field}'.*, got"):
+        ProjectionSpec.from_json(data)
+
+
+@pytest.mark.parametrize("data", [None, [], "spec", 3, {}, {"d": 3}])
+def test_json_of_another_structure_is_refused(data):
+    with pytest.raises(SpecError, match=r"expected the fields \["):
+        ProjectionSpec.from_json(data)
+
+
+def test_an_unknown_field_is_refused(spec):
+    with pytest.raises(SpecError, match=r"got .*'colour'"):
+        ProjectionSpec.from_json({**spec.to_json(), "colour": 1})
+
+
+def test_scale_is_one_over_the_root_of_the_counts(xp, spec_of):
+    spec = spec_of(1000, 7)
+    scale = spec.scale(xp=xp)
+    assert scale.dtype == xp.float32
+    assert (np.asarray(scale) == (1 / np.sqrt(spec.counts())).astype(np.float32)).all()
+
+
+def test_scale_of_an_empty_group_is_one(spec_of):
+    spec = spec_of(50, 50, grouping="iid")
+    assert (spec.counts() == 0).any()
+    assert (spec.scale()[spec.counts() == 0] == 1).all()
+
+
+def test_scale_in_float64_is_not_rounded(spec_of):
+    spec = spec_of(1000, 7)
+    assert (spec.scale(dtype=np.float64) == 1 / np.sqrt(spec.counts())).all()
+
+
+def test_init_may_be_written_into(xp, spec_of):
+    spec = spec_of(100, 10)
+    first = spec.init()
+    first[:] = 0
+    assert np.asarray(spec.init(xp=xp)).all()
