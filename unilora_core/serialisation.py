@@ -62,9 +62,9 @@ def save_adapter(
         ValuesError: θ_d has another shape, or holds NaN or infinity; an extra name is taken.
         OSError: the folder cannot be written.
     """
-    theta = np.ascontiguousarray(theta_d, dtype=np.float32)
+    theta = np.asarray(theta_d, dtype=np.float32, order="C")
     _check_values(theta, spec, f"save_adapter: {path}")
-    arrays = {name: np.ascontiguousarray(array) for name, array in (tensors or {}).items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in (tensors or {}).items()}
     header = {
         "format": "unilora",
         "format_version": FORMAT_VERSION,

@@ -69,7 +69,12 @@ def find_targets(
     """
     if not isinstance(targets, str):
         targets = tuple(targets)
-        if given := tuple(target for target in targets if isinstance(target, Target)):
+        given = tuple(target for target in targets if isinstance(target, Target))
+        if given and len(given) < len(targets):
+            raise TargetError(
+                "expected a list of names or a list of Target, got both in one; make a Target of each name."
+            )
+        if given:
             return given
     modules = {name: module for name, module in model.named_modules() if name}
     linear = [name for name, module in modules.items() if isinstance(module, all_linear)]

@@ -46,7 +46,7 @@ def test_rank_that_is_no_integer():
         ({"seed": -1}, "0 ≤ seed < 2"),
         ({"grouping": "random"}, "unknown grouping 'random'; known: balanced"),
         ({"start": "zero"}, "unknown start 'zero'; known: paper, identity"),
-        ({"bound": 0.0}, "bound must be a positive number, got 0.0"),
+        ({"bound": 0.0}, "bound must be a positive float32 number, got 0.0"),
         ({"bound": float("nan")}, "bound must be a positive number, got nan"),
     ],
 )
@@ -175,3 +175,9 @@ def test_messages_are_those_of_one_family():
             unilora_torch.attach(mlp(), **wrong)
         with pytest.raises(ValueError, match=r"nope|d = 0"):
             unilora_torch.attach(mlp(), **wrong)
+
+
+def test_names_and_targets_in_one_list_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match="got both in one"):
+        unilora_torch.attach(model, ["0", unilora_torch.Target("1", "1", 4, 4)])

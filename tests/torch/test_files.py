@@ -138,7 +138,6 @@ def test_a_head_is_saved_in_the_same_file(path, dtype, start):
     assert other.head.weight.dtype == dtype
 
 
-@pytest.mark.xfail(strict=False, reason="save_adapter turns a scalar tensor into one of shape (1,)")
 def test_a_head_with_buffers(path):
     def build():
         torch.manual_seed(0)

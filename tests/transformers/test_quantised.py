@@ -43,9 +43,7 @@ def test_theta_gets_a_real_gradient(quantised, tiny, ids):
 
 def test_the_adapter_has_an_effect(quantised, ids):
     adapter = unilora_transformers.attach(quantised, start="paper", bound=0.5)
-    with (
-        torch.no_grad()
-    ):  # only now: after this, bitsandbytes cannot train a layer on a CPU
+    with torch.no_grad():  # only now: after this, bitsandbytes cannot train a layer on a CPU
         adapted = quantised(ids).logits
         with adapter.disabled():
             base = quantised(ids).logits
