@@ -2,8 +2,11 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from unilora_cli.console import CommandError, say
 from unilora_cli.models import Base, build, load_adapter, remembered
@@ -11,6 +14,7 @@ from unilora_core import read_adapter
 
 __all__ = ["run"]
 
+WEIGHTS = "adapter_model.safetensors"
 KINDS = {"SEQ_CLS": "text", "CAUSAL_LM": "lm"}
 
 
@@ -41,7 +45,7 @@ def _from_file(source: Path, arguments: argparse.Namespace) -> None:
         from unilora_transformers import save_peft
 
         save_peft(adapter, arguments.out)
-    _report(arguments, adapter, Path(arguments.out) / "adapter_model.safetensors")
+    _report(arguments, adapter, Path(arguments.out) / WEIGHTS)
 
 
 def _from_peft(source: Path, arguments: argparse.Namespace) -> None:
@@ -64,8 +68,27 @@ def _peft_base(source: Path, arguments: argparse.Namespace) -> Base:
         raise CommandError(f"{source}: there is no adapter_config.json in it, so it is no PEFT folder.") from None
     except ValueError as error:
         raise CommandError(f"{source / 'adapter_config.json'}: not JSON ({error}).") from error
+    base = remembered(_known(config), arguments, str(source))
+    if base.kind == "text" and "num_labels" not in base.arguments and (classes := _classes(source)):
+        return replace(base, arguments=base.arguments | {"num_labels": classes})
+    return base
+
+
+def _known(config: dict[str, Any]) -> dict[str, str]:
     known = {"task": KINDS.get(str(config.get("task_type"))), "base_model": config.get("base_model_name_or_path")}
-    return remembered({key: value for key, value in known.items() if value}, arguments, str(source))
+    return {key: value for key, value in known.items() if value}
+
+
+def _classes(folder: Path) -> int:
+    """The outputs of the saved head; 0 without one. A head of several layers narrows to its classes."""
+    if not (folder / WEIGHTS).is_file():
+        return 0  # load_peft says what is missing
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise CommandError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); fetch it again.") from error
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=0)
 
 
 def _report(arguments: argparse.Namespace, adapter: Any, written: Path) -> None:

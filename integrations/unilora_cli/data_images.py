@@ -49,13 +49,14 @@ class FolderImages:
         if stray := sorted(set(found) - set(self.classes)):
             raise CommandError(f"{folder}: the class {stray[0]!r} is not among the training classes.")
         self.paths: list[Path] = []
-        self.labels: list[int] = []
+        labels: list[int] = []
         for name, path in sorted(found.items()):
             images = sorted(_images(path))
             if not images:
                 raise CommandError(f"{path}: no image in this class folder; put images into it, or remove it.")
             self.paths += images
-            self.labels += [self.classes.index(name)] * len(images)
+            labels += [self.classes.index(name)] * len(images)
+        self.labels: Sequence[int] = labels
 
     def open(self, index: int) -> Image.Image:
         """See `ImageSource`."""
@@ -67,7 +68,7 @@ class TableImages:
 
     def __init__(self, rows: Any, image: str, label: str, classes: tuple[str, ...], where: str):
         self.rows, self.image, self.where, self.classes = rows, image, where, classes
-        self.labels = [_class_index(value, classes, where) for value in rows[label]]
+        self.labels: Sequence[int] = [_class_index(value, classes, where) for value in rows[label]]
 
     def open(self, index: int) -> Image.Image:
         """See `ImageSource`."""
@@ -117,7 +118,7 @@ def _from_tables(arguments: argparse.Namespace, tables: Tables) -> tuple[ImageSo
 
     kinds = getattr(tables.train, "features", {})
     images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-    image, label = arguments.image_column or next(iter(images), None), arguments.label_column
+    image, label = arguments.image_column or next(iter(images), ""), arguments.label_column
     if image not in images:
         asked = f"no column {image!r} of images" if image else "no column of images"
         raise CommandError(f"{arguments.data}: there is {asked}; its columns are {', '.join(kinds) or 'plain text'}.")

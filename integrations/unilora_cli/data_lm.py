@@ -2,13 +2,14 @@
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError
 from unilora_cli.data_records import draw, load_tables, opened, split_off, suffix
 
-__all__ = ["IGNORED", "load_language"]
+__all__ = ["IGNORED", "Language", "load_language"]
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -16,12 +17,29 @@ IGNORED = -100
 PIECE = 2**20
 """Characters that are tokenised at once, up to the end of a line."""
 
+DIALOGUES = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+"""Columns that hold a prompt and its response; ``input`` may stand beside ``instruction``."""
+
 ALPACA = "### Instruction:\n{instruction}\n\n{context}### Response:\n"
+
 Example = dict[str, list[int]]
 
 
-def load_language(arguments: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and held out: ``input_ids``, ``attention_mask`` and ``labels``, lists of equal length.
+@dataclass(frozen=True)
+class Language:
+    """Examples: ``input_ids``, ``attention_mask`` and ``labels``, lists of equal length.
+
+    Attributes:
+        notes: lines about the data for the printed plan.
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    notes: list[tuple[str, Any]] = field(default_factory=list)
+
+
+def load_language(arguments: argparse.Namespace, tokenizer: Any, length: int) -> Language:
+    """Read and tokenise what ``--data`` and ``--eval-data`` name.
 
     Args:
         length: tokens of a block, or of a prompt and its response at the most.
@@ -29,87 +47,102 @@ def load_language(arguments: argparse.Namespace, tokenizer: Any, length: int) ->
     Raises:
         CommandError: no such data, or no known columns; a text too short for two blocks; no response left.
     """
-    train, held_out = _sources(arguments)
-    if isinstance(train, list):
-        examples = _dialogues(train, tokenizer, length, arguments.response_only, arguments.data)
-        if held_out is None:
-            kept, apart = split_off(len(examples), arguments.holdout, arguments.seed)
-            examples, others = [examples[i] for i in kept], [examples[i] for i in apart]
-        else:
-            others = _dialogues(held_out, tokenizer, length, arguments.response_only, arguments.eval_data)
+    train, held_out = _corpora(arguments)
+    if arguments.response_only and not train.pairs:
+        raise CommandError(f"{arguments.data}: it holds whole texts, so there is no --response-only.")
+    examples, notes = train.examples(tokenizer, length, arguments.response_only)
+    if held_out is not None:
+        apart, more = held_out.examples(tokenizer, length, arguments.response_only)
+        notes += more
+    elif train.pairs:
+        kept, others = split_off(len(examples), arguments.holdout, arguments.seed)
+        examples, apart = [examples[i] for i in kept], [examples[i] for i in others]
     else:
-        if arguments.response_only:
-            raise CommandError(f"{arguments.data}: it holds whole texts, so there is no --response-only.")
-        examples = _blocks(train.texts, tokenizer, length, arguments.data)
-        if held_out is None:
-            examples, others = _cut(examples, arguments, length)
-        else:
-            others = _blocks(held_out.texts, tokenizer, length, arguments.eval_data or arguments.data)
-    return [examples[i] for i in draw(len(examples), arguments.limit, arguments.seed)], others
+        examples, apart = _cut(examples, arguments, length)
+    return Language([examples[i] for i in draw(len(examples), arguments.limit, arguments.seed)], apart, notes)
 
 
-class _Texts:
-    """Whole texts, to be joined."""
+@dataclass(frozen=True)
+class Corpus:
+    """Whole texts, or pairs of a prompt and a response, from one source."""
 
-    def __init__(self, texts: Iterable[str]):
-        self.texts = list(texts)
+    where: str
+    texts: Sequence[str] = ()
+    pairs: Sequence[tuple[str, str]] = ()
+
+    def examples(self, tokenizer: Any, length: int, response_only: bool) -> tuple[list[Example], list[tuple[str, Any]]]:
+        """The examples, and notes on what was left out."""
+        if not self.pairs:
+            return _blocks(self, tokenizer, length), []
+        kept = _dialogues(self, tokenizer, length, response_only)
+        if lost := len(self.pairs) - len(kept):
+            return kept, [("left out", f"{lost:,} of {self.where}: the prompt alone fills {length} tokens (--length)")]
+        return kept, []
 
 
-def _sources(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Two of `_Texts`, or two lists of (prompt, response); the second None where nothing is held out."""
+def _corpora(arguments: argparse.Namespace) -> tuple[Corpus, Corpus | None]:
     if suffix(Path(arguments.data)) == ".txt":
-        held_out = _Texts([_read(arguments.eval_data)]) if arguments.eval_data else None
-        return _Texts([_read(arguments.data)]), held_out
+        if arguments.eval_data and suffix(Path(arguments.eval_data)) != ".txt":
+            raise CommandError(f"{arguments.eval_data}: expected a .txt file, as {arguments.data} is one.")
+        held_out = _read(arguments.eval_data) if arguments.eval_data else None
+        return _read(arguments.data), held_out
     tables = load_tables(arguments)
-    shape = _shape(tables.train[0], arguments)
-    where = arguments.eval_data or arguments.data
-    held_out = None if tables.held_out is None else _records(tables.held_out, shape, where)
-    return _records(tables.train, shape, arguments.data), held_out
+    columns = _columns(tables.train[0], arguments)
+    apart = tables.held_out
+    train = _corpus(tables.train, columns, arguments.data)
+    return train, None if apart is None else _corpus(apart, columns, arguments.eval_data or arguments.data)
 
 
-def _shape(row: Mapping[str, Any], arguments: argparse.Namespace) -> tuple[str, ...]:
+def _columns(row: Mapping[str, Any], arguments: argparse.Namespace) -> tuple[str, ...]:
     """The columns that count, from those that there are."""
-    shapes = [("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer")]
-    if arguments.text_column:
-        shapes = [(arguments.text_column,)]
-    for shape in [*shapes, *([] if arguments.text_column else [("text",)])]:
-        if set(shape) <= row.keys():
-            return shape
-    wanted = " or ".join("+".join(shape) for shape in shapes) + ("" if arguments.text_column else " or text")
+    known = ((arguments.text_column,),) if arguments.text_column else (*DIALOGUES, ("text",))
+    for columns in known:
+        if set(columns) <= row.keys():
+            return columns
+    wanted = " or ".join("+".join(columns) for columns in known)
     raise CommandError(f"{arguments.data}: expected the columns {wanted}; it has {', '.join(map(repr, row))}.")
 
 
-def _records(rows: Sequence[Mapping[str, Any]], shape: tuple[str, ...], where: str) -> Any:
+def _corpus(rows: Sequence[Mapping[str, Any]], columns: tuple[str, ...], where: str) -> Corpus:
     values = []
     for i, row in enumerate(rows):
-        parts = [row.get(name) for name in shape]
-        if not all(isinstance(part, str) for part in parts):
-            raise CommandError(f"{where}, record {i + 1}: expected a text in {' and '.join(map(repr, shape))}.")
-        if shape[0] == "instruction":
+        parts = [part for name in columns if isinstance(part := row.get(name), str)]
+        if len(parts) < len(columns):
+            raise CommandError(f"{where}, record {i + 1}: expected a text in {' and '.join(map(repr, columns))}.")
+        if columns[0] == "instruction":
             context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
             parts[0] = ALPACA.format(instruction=parts[0], context=context)
-        values.append(tuple(parts))
-    return values if len(shape) == 2 else _Texts(text for (text,) in values)
+        values.append(parts)
+    if len(columns) == 1:
+        return Corpus(where, texts=[text for (text,) in values])
+    return Corpus(where, pairs=[(_closed(prompt, response), response) for prompt, response in values])
 
 
-def _read(source: str) -> str:
+def _closed(prompt: str, response: str) -> str:
+    """The prompt, with a line break where nothing else would part it from the response."""
+    return prompt if prompt[-1:].isspace() or response[:1].isspace() or not prompt else f"{prompt}\n"
+
+
+def _read(source: str) -> Corpus:
     path = Path(source).expanduser()
     if not path.is_file():
         raise CommandError(f"{source}: no such file.")
     with opened(path) as file:
-        return file.read()
+        return Corpus(source, texts=[file.read()])
 
 
-def _blocks(texts: list[str], tokenizer: Any, length: int, where: str) -> list[Example]:
+def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
     """All texts as one stream of tokens, the end-of-text token after each, cut into blocks; the rest is dropped."""
     stream: list[int] = []
-    for text in texts:
+    for text in corpus.texts:
         for piece in _pieces(text):
             stream += tokenizer(piece, add_special_tokens=False)["input_ids"]
         stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     starts = range(0, len(stream) - length + 1, length)
     if not starts:
-        raise CommandError(f"{where}: {len(stream)} tokens do not fill a block of {length}; use a smaller --length.")
+        raise CommandError(
+            f"{corpus.where}: {len(stream)} tokens do not fill a block of {length}; use a smaller --length."
+        )
     return [_example(stream[start : start + length]) for start in starts]
 
 
@@ -132,13 +165,11 @@ def _pieces(text: str) -> Iterable[str]:
         start = end
 
 
-def _dialogues(
-    pairs: list[tuple[str, str]], tokenizer: Any, length: int, response_only: bool, where: str
-) -> list[Example]:
-    """Prompt, response and the end-of-text token; without the records whose prompt leaves no room for a response."""
+def _dialogues(corpus: Corpus, tokenizer: Any, length: int, response_only: bool) -> list[Example]:
+    """Prompt, response and the end-of-text token; without the pairs whose prompt leaves no room for a response."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
-    for prompt, response in pairs:
+    for prompt, response in corpus.pairs:
         before = tokenizer(prompt)["input_ids"]
         if end and before[-1:] == end:
             before = before[:-1]
@@ -146,7 +177,7 @@ def _dialogues(
         if len(before) < length and after:
             examples.append(_example((before + after)[:length], len(before) if response_only else 0))
     if not examples:
-        raise CommandError(f"{where}: every prompt fills the {length} tokens of --length; use a greater one.")
+        raise CommandError(f"{corpus.where}: every prompt fills the {length} tokens of --length; use a greater one.")
     return examples
 
 

@@ -24,26 +24,27 @@ def task(arguments: argparse.Namespace) -> Task:
     if fresh:
         raise CommandError(f"{arguments.model}: the checkpoint has no weights for {', '.join(fresh[:4])}.")
     length = fit_length(model, arguments.length)
-    train, held_out = load_language(arguments, tokens, length)
+    data = load_language(arguments, tokens, length)
+    model.config.use_cache = False
     collate = pad({"input_ids": tokens.pad_token_id or 0, "labels": IGNORED})
-    example = collate(train[:2])
+    example = collate(data.train[:2])
     del example["labels"]
     return Task(
         base=base,
         model=model,
         adapter=unilora_transformers.attach(model, example=example, **adapter_options(arguments)),
-        train=loader(train, arguments, collate, shuffle=True),
-        held_out=loader(held_out, arguments, collate),
+        train=loader(data.train, arguments, collate, shuffle=True),
+        held_out=loader(data.held_out, arguments, collate),
         score=score,
         measure="perplexity",
-        notes=[("tokens per example", f"at most {length}")],
+        notes=[("tokens per example", f"at most {length}"), *data.notes],
     )
 
 
 def score(model: nn.Module, batch: Batch) -> Scores:
     """Cross-entropy of the next token, over the tokens that have a label."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    logits, labels = logits[:, :-1].float(), batch["labels"][:, 1:]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][:, 1:]
     counted = labels != IGNORED
-    loss = F.cross_entropy(logits[counted], labels[counted])
-    return Scores(loss, int(counted.sum()), int((logits.argmax(-1) == labels)[counted].sum()))
+    logits, labels = logits[:, :-1][counted].float(), labels[counted]
+    return Scores(F.cross_entropy(logits, labels), len(labels), int((logits.argmax(-1) == labels).sum()))

@@ -97,7 +97,8 @@ def evaluate(task: Task, settings: Settings) -> dict[str, float]:
 
 def steps_of(task: Task, settings: Settings) -> int:
     """How many steps training takes."""
-    return min(settings.max_steps or math.inf, settings.epochs * len(task.train))
+    steps = settings.epochs * len(task.train)
+    return steps if settings.max_steps is None else min(settings.max_steps, steps)
 
 
 class _Keeper:

@@ -1,8 +1,8 @@
 """The entry point of `unilora`: the parser, and the one place where an error becomes a line and an exit code."""
 
 import argparse
-import contextlib
 import importlib
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 after an error that the user can put right; 130 after Ctrl-C (argparse exits with 2 by itself).
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # replaced streams, as in tests and notebooks
+        if isinstance(stream, io.TextIOWrapper):  # and not a replaced one, as in tests and notebooks
             stream.reconfigure(errors="replace")  # a terminal without θ must not end a training run
     arguments = build_parser().parse_args(argv)
     module, function = arguments.run.split(":")

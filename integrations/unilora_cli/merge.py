@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, say
-from unilora_cli.models import Base, build, load_adapter, remembered, tokenizer
+from unilora_cli.models import Base, build, load_adapter, pad_with, remembered, tokenizer
 from unilora_core import read_adapter
 
 __all__ = ["merged", "run"]
@@ -48,8 +48,11 @@ def merged(model: Any, adapter: Any) -> None:
 
 
 def _write_transformers(base: Base, model: Any, folder: Path) -> str:
+    tokens = tokenizer(base)
+    if base.kind == "text":
+        pad_with(model, tokens)
     model.save_pretrained(folder)
-    tokenizer(base).save_pretrained(folder)
+    tokens.save_pretrained(folder)
     auto = "AutoModelForCausalLM" if base.kind == "lm" else "AutoModelForSequenceClassification"
     return f'transformers.{auto}.from_pretrained("{folder}")'
 

@@ -11,7 +11,7 @@ from typing import Any
 from unilora_cli.console import CommandError, one_line
 from unilora_core import UniLoraError, __version__
 
-__all__ = ["Base", "build", "load_adapter", "readable_errors", "remembered", "tokenizer"]
+__all__ = ["Base", "build", "load_adapter", "pad_with", "readable_errors", "remembered", "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,15 @@ def tokenizer(base: Base) -> Any:
 
     with readable_errors(f"cannot load the tokenizer of {base.name!r}"):
         return AutoTokenizer.from_pretrained(base.name)
+
+
+def pad_with(model: Any, tokens: Any) -> int:
+    """The number that fills up texts, known to model and tokenizer: decoders find the last token by it."""
+    if tokens.pad_token_id is None:
+        tokens.pad_token = tokens.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokens.pad_token_id
+    return tokens.pad_token_id or 0
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def _model_arguments(group: Any) -> None:
         type=_assignment,
         default=[],
         metavar="KEY=VALUE",
-        help="passed on when the model is built, such as img_size=384; may be repeated",
+        help="passed on when the model is built, such as img_size=384 or num_labels=3; may be repeated",
     )
 
 

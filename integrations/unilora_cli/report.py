@@ -30,6 +30,7 @@ class Recorder:
         self.began = time.perf_counter()
         self._since = 0
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ADAPTER).unlink(missing_ok=True)  # --overwrite: an old adapter must not pass for this run's
         self._file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8", buffering=1)
         self._rows = csv.writer(self._file)
         self._rows.writerow(["step", "loss", "rate"])
@@ -49,7 +50,7 @@ class Recorder:
         """Save the adapter and what is known so far, and print a line."""
         recent = [loss for _, loss, _ in self.losses[self._since :]]
         self._since = len(self.losses)
-        row = {"epoch": epoch, "step": step}
+        row: dict[str, Any] = {"epoch": epoch, "step": step}
         if recent:
             row["train_loss"] = sum(recent) / len(recent)
             self.save()

@@ -8,7 +8,7 @@ from torch import nn
 import unilora_transformers
 from unilora_cli.adapting import adapter_options, fit_length, loader
 from unilora_cli.data_text import encode, load_texts, pad
-from unilora_cli.models import Base, build, tokenizer
+from unilora_cli.models import Base, build, pad_with, tokenizer
 from unilora_cli.task import Batch, Scores, Task
 from unilora_torch import Adapter
 
@@ -27,7 +27,7 @@ def task(arguments: argparse.Namespace) -> Task:
     )
     tokens = tokenizer(base)
     model, fresh = build(base)
-    fill = _padding(model, tokens)
+    fill = pad_with(model, tokens)
     length = fit_length(model, arguments.length)
     train, held_out = (encode(pairs, tokens, length) for pairs in (texts.train, texts.held_out))
     collate = pad({"input_ids": fill})
@@ -59,15 +59,6 @@ def score(model: nn.Module, batch: Batch) -> Scores:
     logits = model(**inputs).logits.float()
     correct = logits.argmax(-1) == batch["labels"]
     return Scores(F.cross_entropy(logits, batch["labels"]), len(correct), int(correct.sum()))
-
-
-def _padding(model: nn.Module, tokens) -> int:
-    """The number that fills up texts; decoders with a score head find the last token by it."""
-    if tokens.pad_token_id is None:
-        tokens.pad_token = tokens.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokens.pad_token_id
-    return tokens.pad_token_id or 0
 
 
 def _uncovered(fresh: list[str], adapter: Adapter) -> tuple[str, ...]:

@@ -239,12 +239,28 @@ def test_prompt_and_response(tokenizer, parsed, tmp_path):
     rows = [{"prompt": "the film was", "response": " very good"}, {"prompt": "the plot " * 20, "response": "bad"}] * 3
     path = write(tmp_path / "a.jsonl", rows)
     line = ("finetune", "lm", "--model", "m", "--data", path)
-    whole, held_out = load_language(parsed(*line), tokenizer, 16)
-    assert (len(whole), len(held_out)) == (2, 1)
-    assert tokenizer.decode(whole[0]["input_ids"]) == "the film was very good [EOS]"
-    assert whole[0]["labels"] == whole[0]["input_ids"]
-    half, _ = load_language(parsed(*line, "--response-only"), tokenizer, 16)
-    assert half[0]["labels"] == [-100] * 3 + whole[0]["input_ids"][3:]
+    whole = load_language(parsed(*line), tokenizer, 16)
+    assert (len(whole.train), len(whole.held_out)) == (2, 1)
+    assert whole.notes == [("left out", f"3 of {path}: the prompt alone fills 16 tokens (--length)")]
+    tokens = whole.train[0]["input_ids"]
+    assert tokenizer.decode(tokens) == "the film was very good [EOS]"
+    assert whole.train[0]["labels"] == tokens
+    half = load_language(parsed(*line, "--response-only"), tokenizer, 16)
+    assert half.train[0]["labels"] == [-100] * 3 + tokens[3:]
+
+
+def test_prompts_are_parted_from_responses(tmp_path, parsed):
+    from unilora_cli.data_lm import _corpora
+
+    rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}, {"instruction": "Go.", "input": "", "output": "!"}]
+    train, _ = _corpora(parsed("finetune", "lm", "--model", "m", "--data", write(tmp_path / "a.jsonl", rows)))
+    assert train.pairs == [
+        ("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n", "3"),
+        ("### Instruction:\nGo.\n\n### Response:\n", "!"),
+    ]
+    rows = [{"question": "1+2?", "answer": "3"}, {"question": "1+2?", "answer": " 3"}]
+    train, _ = _corpora(parsed("finetune", "lm", "--model", "m", "--data", write(tmp_path / "b.jsonl", rows)))
+    assert train.pairs == [("1+2?\n", "3"), ("1+2?", " 3")]
 
 
 def test_language_that_cannot_be_used(lm, tmp_path, tsv):
@@ -254,6 +270,7 @@ def test_language_that_cannot_be_used(lm, tmp_path, tsv):
     (tmp_path / "a.txt").write_text("the film was " * 9)
     refused(lm("--data", tmp_path / "a.txt"), "it fills one block of 16 tokens only")
     refused(lm("--data", tmp_path / "a.txt", "--response-only"), "it holds whole texts")
+    refused(lm("--data", tmp_path / "a.txt", "--eval-data", tsv), "train.tsv: expected a .txt file")
     refused(lm("--data", tsv), "expected the columns prompt+response", "it has 'sentence', 'label'")
     path = write(tmp_path / "a.jsonl", [{"prompt": "the plot " * 20, "response": "bad"}] * 3)
     refused(lm("--data", path), "every prompt fills the 16 tokens of --length")
