@@ -47,7 +47,7 @@ def test_rank_that_is_no_integer():
         ({"grouping": "random"}, "unknown grouping 'random'; known: balanced"),
         ({"start": "zero"}, "unknown start 'zero'; known: paper, identity"),
         ({"bound": 0.0}, "bound must be a positive float32 number, got 0.0"),
-        ({"bound": float("nan")}, "bound must be a positive number, got nan"),
+        ({"bound": float("nan")}, "bound must be a positive float32 number, got nan"),
     ],
 )
 def test_a_field_of_the_spec_out_of_range(wrong, match):
