@@ -59,12 +59,14 @@ def save_adapter(
         metadata: extra strings by name.
 
     Raises:
-        ValuesError: θ_d has another shape, or holds NaN or infinity; an extra name is taken.
+        ValuesError: θ_d has another shape, or holds NaN or infinity; an extra name is taken, or what it names is no
+            array of numbers, or no string.
         OSError: the folder cannot be written.
     """
-    theta = np.asarray(theta_d, dtype=np.float32, order="C")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and named below
+        theta = np.asarray(theta_d, dtype=np.float32, order="C")
     _check_values(theta, spec, f"save_adapter: {path}")
-    arrays = {name: np.asarray(array, order="C") for name, array in (tensors or {}).items()}
+    arrays = {name: _native(array) for name, array in (tensors or {}).items()}
     header = {
         "format": "unilora",
         "format_version": FORMAT_VERSION,
@@ -72,12 +74,16 @@ def save_adapter(
         "fingerprint": spec.layout.fingerprint,
     }
     extra = dict(metadata or {})
-    if THETA in arrays or extra.keys() & {*header, "checksum"}:
-        raise ValuesError(f"save_adapter: the names {THETA!r}, 'checksum' and {sorted(header)} are taken.")
+    if arrays.keys() & {THETA, "__metadata__"} or extra.keys() & {*header, "checksum"}:
+        raise ValuesError(f"save_adapter: the names {THETA!r}, '__metadata__', 'checksum', {sorted(header)} are taken.")
     arrays = {THETA: theta, **arrays}
     header |= extra
-    header["checksum"] = _checksum(arrays, header)
-    _write_atomically(Path(path), save(arrays, metadata=header))
+    try:
+        header["checksum"] = _checksum(arrays, header)
+        data = save(arrays, metadata=header)
+    except (SafetensorError, TypeError, UnicodeEncodeError) as error:
+        raise ValuesError(f"save_adapter: {path}: an extra tensor or string cannot be stored: {error}") from error
+    _write_atomically(Path(path), data)
 
 
 def load_adapter(path: str | os.PathLike) -> tuple[ProjectionSpec, np.ndarray]:
@@ -130,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError, OverflowError, TypeError) as error:
+    except (SafetensorError, UnicodeDecodeError, OverflowError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
 
 
@@ -151,6 +157,12 @@ def _check_values(theta_d: np.ndarray, spec: ProjectionSpec, where: str) -> None
             f"{where}: {bad} of the {spec.d} values of theta_d are NaN or infinite; training diverged "
             "(a lower learning rate, or gradient clipping), so nothing was written or loaded."
         )
+
+
+def _native(array: Array) -> np.ndarray:
+    """In C order and this machine's byte order, with which its checksum will be taken again."""
+    array = np.asarray(array, order="C")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
