@@ -24,7 +24,7 @@ def _command(commands: Any, name: str, purpose: str, details: str, examples: str
     parser = commands.add_parser(
         name,
         help=purpose,
-        description=f"{purpose[0].upper()}{purpose[1:]}.\n\n{details.strip()}",
+        description=f"{purpose[0].upper()}{purpose[1:]}.\n\n{details.strip(chr(10))}",
         epilog=f"examples:\n{examples.strip(chr(10))}",
         formatter_class=_Formatter,
     )
@@ -79,7 +79,7 @@ def _task(tasks: Any, kind: str, purpose: str, details: str, examples: str) -> t
     source = parser.add_argument_group("model and data")
     source.add_argument("--model", required=True, metavar="NAME", help="name on the hub, or a local folder")
     _model_arguments(source)
-    source.add_argument("--data", required=True, metavar="DATA", help="training data: see above")
+    source.add_argument("--data", required=True, metavar="DATA", help="training data, as said above")
     source.add_argument("--eval-data", metavar="DATA", help="held-out data; else a split of the data, or a part of it")
     source.add_argument(
         "--subset", metavar="NAME", help="configuration of a hub data set, such as sst2 of nyu-mll/glue"
@@ -136,7 +136,8 @@ folder that datasets can load). Model: anything that AutoModelForSequenceClassif
 def _add_lm(tasks: Any) -> None:
     details = """
 Data: a .txt file (cut into blocks of --length tokens); a .jsonl file, or a data set of the hub, with the columns
-"text" (joined and cut likewise), "prompt" and "response", or "instruction", "output" and perhaps "input".
+"text" (joined and cut likewise), "prompt" and "response" (or "completion"), "question" and "answer", or "instruction",
+"output" and perhaps "input".
 Model: anything that AutoModelForCausalLM loads. Reported: loss and perplexity, before and after.
 """
     _, source = _task(tasks, "lm", "fine-tune a causal language model of transformers", details, LM)

@@ -121,6 +121,25 @@ def test_a_merged_timm_model_is_a_plain_one(unilora, trained, parsed, tmp_path):
     assert config["label_names"] == ["blue", "green", "red"]
 
 
+def test_a_merged_timm_model_is_a_base_for_the_next_adapter(unilora, trained, images, parsed):
+    pytest.importorskip("timm")
+    from safetensors.numpy import load_file
+
+    assert unilora("merge", trained("vit")[0] / ADAPTER, "--out", "merged").code == 0
+    sources = {
+        "folder": ("--model", "merged"),
+        "checkpoint": ("--model", "vit_tiny_patch16_224", "--checkpoint", "merged/model.safetensors"),
+    }
+    words = ("--data", images, "--max-steps", 2, "--augment", "none", "--device", "cpu")
+    sizes = ("--model-arg", "img_size=32", "--model-arg", "depth=2")
+    for out, source in sources.items():
+        result = unilora("finetune", "vit", *source, *sizes, *words, "--out", out)
+        assert result.code == 0, result.err
+        model = adapted(parsed, f"{out}/{ADAPTER}")
+        wanted = load_file("merged/model.safetensors")["blocks.1.attn.qkv.weight"]
+        assert np.array_equal(model.get_submodule("blocks.1.attn.qkv").weight.detach().numpy(), wanted)
+
+
 @pytest.mark.parametrize("kind", ["text", "lm"])
 def test_a_merged_transformers_model_is_a_plain_one(unilora, trained, parsed, kind):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
