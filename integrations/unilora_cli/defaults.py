@@ -32,7 +32,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "vit": Defaults(lora_rate=2e-3, head_rate=1e-3),
-    "text": Defaults(lora_rate=2e-3, head_rate=1e-3, length=128),
+    "vit": Defaults(lora_rate=5e-3, head_rate=5e-3),
+    "text": Defaults(lora_rate=5e-3, head_rate=5e-3, length=128),
     "lm": Defaults(lora_rate=2e-4, head_rate=1e-3, batch_size=8, length=256),
 }
