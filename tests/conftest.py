@@ -53,8 +53,8 @@ def _installed(name):
 
 
 def pytest_configure():
-    expected = filter(None, os.environ.get("UNILORA_EXPECT", "").split(","))
-    if missing := [name for name in expected if not _installed(name.strip())]:
+    expected = os.environ.get("UNILORA_EXPECT", "").replace(",", " ").split()
+    if missing := [name for name in expected if not _installed(name)]:
         raise pytest.UsageError(f"UNILORA_EXPECT lists {', '.join(missing)}, not installed here")
 
 

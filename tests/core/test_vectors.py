@@ -1,14 +1,17 @@
 """The frozen answers in ``tests/vectors``, in every namespace, eager and compiled: the same integers, the same bits."""
 
+import base64
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from unilora_core import ProjectionSpec, project
+from unilora_core import ProjectionSpec, project, read_adapter
 from unilora_core import grouping as impl
 from unilora_core._namespace import standard
 
@@ -160,3 +163,23 @@ def test_jax_jit_of_project_has_the_frozen_bits(jax):
     spec = spec_of(case)
     theta_D = jax.jit(lambda theta_d: project(spec, theta_d))(spec.init()[::-1])
     assert sha256(np.asarray(theta_D)) == case["theta_D_of_reversed_theta_d"]["sha256"]
+
+
+def test_the_frozen_file_still_reads(tmp_path):
+    known = json.loads((FOLDER / "adapter.json").read_text())
+    (tmp_path / "a").write_bytes(base64.b64decode(known["file"]))
+    file = read_adapter(tmp_path / "a")
+    assert file.spec == spec_of(known)
+    assert hexadecimal(project(file.spec, file.theta_d)) == known["theta_D"]
+    assert file.tensors["head"].tolist() == known["head"]
+    assert file.tensors["scale"].shape == ()
+    assert file.tensors["scale"] == known["scale"]
+    assert file.metadata == {"note": known["note"]}
+
+
+def test_the_vectors_cannot_be_overwritten():
+    before = {path: path.read_bytes() for path in FOLDER.glob("*.json")}
+    done = subprocess.run([sys.executable, FOLDER / "make.py"], capture_output=True, text=True, check=False)
+    assert "FileExistsError" in done.stderr
+    assert before == {path: path.read_bytes() for path in FOLDER.glob("*.json")}
+    assert sorted(path.stem for path in before) == ["adapter", "balanced", "iid", "numpy-shuffle"]

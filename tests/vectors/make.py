@@ -3,13 +3,15 @@
 It refuses to overwrite. A new grouping gets a file of its own; a new case of an old grouping, another file.
 """
 
+import base64
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from unilora_core import Layout, ProjectionSpec
+from unilora_core import Layout, ProjectionSpec, save_adapter
 from unilora_core.grouping import ALGORITHMS
 
 HERE = Path(__file__).parent
@@ -72,6 +74,27 @@ def case(D: int, grouping: str, **fields) -> dict:
     return known
 
 
+def adapter() -> dict:
+    """A whole file of format version 1, and what is in it."""
+    fields = {"d": 5, "seed": 2**64 - 1, "grouping": "iid", "start": "identity", "bound": 0.5}
+    spec = ProjectionSpec(Layout([("q.A", (2, 3)), ("q.B", (4, 2))]), **fields)
+    theta_d = np.arange(5, dtype=np.float32) / 3
+    head = np.arange(4, dtype=np.int64).reshape(2, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        save_adapter(path, spec, theta_d, tensors={"head": head, "scale": np.float16(2)}, metadata={"note": "ä\n"})
+        data = base64.b64encode(path.read_bytes()).decode()
+    theta_D = _project(spec, theta_d).astype("<f4").tobytes().hex()
+    return {
+        "spec": spec.to_json(),
+        "head": head.tolist(),
+        "scale": 2.0,
+        "note": "ä\n",
+        "theta_D": theta_D,
+        "file": data,
+    }
+
+
 def slices(spec: ProjectionSpec) -> list[tuple[int, int]]:
     """(start, stop): the first, the last, the middle, and both sides of each border of a segment or a word."""
     segment = ALGORITHMS[spec.grouping].segment(spec._problem)
@@ -99,8 +122,10 @@ def _project(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     for grouping in ALGORITHMS:
-        path = HERE / f"{grouping}.json"
         specs = [fields for fields in SPECS if grouping != "numpy-shuffle" or fields["D"] <= WHOLE]
-        lines = [json.dumps(case(grouping=grouping, **fields), separators=(",", ":")) for fields in specs]
-        with path.open("x") as file:  # "x": never over an old one
+        with (HERE / f"{grouping}.json").open("x") as file:  # "x": never over an old one
+            lines = [json.dumps(case(grouping=grouping, **fields), separators=(",", ":")) for fields in specs]
             file.write("[\n" + ",\n".join(lines) + "\n]\n")
+    with (HERE / "adapter.json").open("x") as file:
+        json.dump(adapter(), file, indent=1)
+        file.write("\n")
