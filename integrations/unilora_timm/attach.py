@@ -1,6 +1,6 @@
 """attach: one vector beside a timm model, checked to reach every target."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ SEPARATE = (
 
 def attach(
     model: nn.Module,
-    targets: str | Iterable[str] | Sequence[Target] | None = None,
+    targets: str | Iterable[str | Target] | None = None,
     *,
     exclude: str | Iterable[str] = (),
     modules_to_save: str | Iterable[str] | None = None,

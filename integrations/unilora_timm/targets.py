@@ -1,7 +1,7 @@
 """Which layers of a timm model are adapted: words that mean the same in every family in, a tuple of `Target` out."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -33,7 +33,7 @@ DEFAULTS = (("q", "v"), ("qkv",), ("mlp",), ("all-linear",))
 
 def find_targets(
     model: nn.Module,
-    targets: str | Iterable[str] | Sequence[Target] | None = None,
+    targets: str | Iterable[str | Target] | None = None,
     *,
     exclude: str | Iterable[str] = (),
 ) -> tuple[Target, ...]:
@@ -47,21 +47,22 @@ def find_targets(
     Raises:
         TargetError: nothing selected (known words and those that the model has are listed), or no linear layer.
     """
-    if targets is not None and not isinstance(targets, str):
-        targets = tuple(targets)
-        if targets and all(isinstance(target, Target) for target in targets):
-            return targets
+    listed = (targets,) if targets is None or isinstance(targets, str) else tuple(targets)
+    words = [entry for entry in listed if isinstance(entry, str)]
+    if targets is not None and len(words) < len(listed):
+        return unilora_torch.find_targets(model, targets)  # a list of `Target`
     linear = _linear_layers(model, exclude)
     if targets is None:
-        choices = ([_select(model, linear, word) for word in words] for words in DEFAULTS)
+        choices = ([_select(model, linear, word) for word in default] for default in DEFAULTS)
         chosen = next(choice for choice in choices if all(choice))
     else:
-        entries = [(targets, targets)] if isinstance(targets, str) else [(entry, [entry]) for entry in targets]
         chosen = [
-            _select(model, linear, entry) if entry in WORDS else _match(model, linear, pattern, exclude)
-            for entry, pattern in entries
+            _select(model, linear, word)
+            if word in WORDS
+            else _match(model, linear, word if isinstance(targets, str) else [word], exclude)
+            for word in words
         ]
-        if empty := [entry for (entry, _), found in zip(entries, chosen, strict=True) if not found]:
+        if empty := [word for word, found in zip(words, chosen, strict=True) if not found]:
             raise TargetError(_nothing(model, linear, empty[0]))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     return tuple(sorted(set().union(*chosen), key=lambda target: (order[target.module], target.first_row)))
@@ -73,8 +74,8 @@ def classifier(model: nn.Module) -> tuple[str, ...]:
     heads = found if isinstance(found, (tuple, list)) else (found,)
     names = [name for name, module in model.named_modules() if name and any(module is head for head in heads)]
     if not names:
-        names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-        names = (names,) if isinstance(names, str) else names
+        configured = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+        names = [configured] if isinstance(configured, str) else list(configured)
     present = dict(model.named_modules())
     return tuple(name for name in names if name in present and any(True for _ in present[name].parameters()))
 
@@ -125,10 +126,10 @@ def _is_attention(linear: dict[str, Target], parent: str) -> bool:
 
 def _match(
     model: nn.Module, linear: dict[str, Target], pattern: str | list[str], exclude: str | Iterable[str]
-) -> tuple[Target, ...]:
+) -> list[Target]:
     """What a regular expression, or the end of a name, selects."""
     try:
-        return unilora_torch.find_targets(model, pattern, exclude=exclude)
+        return list(unilora_torch.find_targets(model, pattern, exclude=exclude))
     except TargetError as error:
         raise TargetError(f"{error} {_words(model, linear)}") from None
 

@@ -1,7 +1,7 @@
 """attach, load: `unilora_torch`'s, with targets, a trained head and a check by default."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ __all__ = ["attach", "finish", "load", "require_model"]
 
 def attach(
     model: PreTrainedModel,
-    targets: str | Iterable[str] | Sequence[Target] | None = None,
+    targets: str | Iterable[str | Target] | None = None,
     *,
     exclude: str | Iterable[str] = (),
     modules_to_save: str | Iterable[str] | None = None,

@@ -1,6 +1,6 @@
 """Which layers of a transformers model are adapted, and which modules are its freshly made head."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,17 +37,13 @@ HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classi
 
 
 def select_targets(
-    model: PreTrainedModel, targets: str | Iterable[str] | Sequence[Target] | None, exclude: str | Iterable[str] = ()
+    model: PreTrainedModel, targets: str | Iterable[str | Target] | None, exclude: str | Iterable[str] = ()
 ) -> tuple[Target, ...]:
     """See `unilora_transformers.attach`.
 
     Raises:
         TargetError: nothing selected, or a selected module is no linear layer.
     """
-    if targets is not None and not isinstance(targets, str):
-        targets = tuple(targets)
-        if targets and all(isinstance(target, Target) for target in targets):
-            return targets
     selection = _query_and_value(model) if targets is None else targets
     found = find_targets(model, selection, exclude=exclude, to_target=to_target, all_linear=LINEAR)
     if targets is None:
