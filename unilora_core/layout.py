@@ -35,7 +35,7 @@ class Layout:
     factors: tuple[tuple[str, Shape], ...]
 
     def __init__(self, factors: Iterable[tuple[str, Iterable[int]]]):
-        object.__setattr__(self, "factors", tuple(_checked(name, shape) for name, shape in factors))
+        object.__setattr__(self, "factors", tuple(_checked(factor) for factor in factors))
         if not self.factors:
             raise SpecError("Layout: expected at least one factor, got none.")
         if len(self.shapes) < len(self.factors):
@@ -118,7 +118,11 @@ class Layout:
         return cls((name, shape) for name, shape in data)
 
 
-def _checked(name: object, shape: Iterable) -> tuple[str, Shape]:
+def _checked(factor: tuple[str, Iterable[int]]) -> tuple[str, Shape]:
+    try:
+        name, shape = factor
+    except (TypeError, ValueError):
+        raise SpecError(f"Layout: expected pairs of a name and a shape, got {factor!r}.") from None
     if not isinstance(name, str) or not name:
         raise SpecError(f"Layout: a factor's name must be a non-empty string, got {name!r}.")
     try:

@@ -66,7 +66,7 @@ class ProjectionSpec:
             )
         if not 0 <= self.seed < 2**64:
             raise SpecError(f"ProjectionSpec: expected 0 ≤ seed < 2^64, got {self.seed}.")
-        if self.grouping not in _grouping.ALGORITHMS:
+        if not isinstance(self.grouping, str) or self.grouping not in _grouping.ALGORITHMS:
             raise SpecError(f"ProjectionSpec: unknown grouping {self.grouping!r}; known: {_known_groupings()}.")
         if self.grouping == "numpy-shuffle" and self.D > 2**31:
             raise SpecError(f"ProjectionSpec: numpy-shuffle shuffles all D positions; D = {self.D} is more than 2^31.")

@@ -135,3 +135,9 @@ def test_join_refuses_what_does_not_fit(layout, change, message):
     factors = {**layout.split(np.zeros(19)), **change}
     with pytest.raises(ValuesError, match=message):
         layout.join({name: array for name, array in factors.items() if array is not None})
+
+
+@pytest.mark.parametrize("factors", [[5], [("a",)], [("a", (1,), 2)]])
+def test_what_is_no_pair_is_refused(factors):
+    with pytest.raises(SpecError, match="expected pairs of a name and a shape"):
+        Layout(factors)

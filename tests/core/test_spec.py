@@ -165,3 +165,8 @@ def test_init_may_be_written_into(xp, spec_of):
     first = spec.init()
     first[:] = 0
     assert np.asarray(spec.init(xp=xp)).all()
+
+
+def test_a_grouping_that_is_no_string_is_refused():
+    with pytest.raises(SpecError, match="unknown grouping"):
+        ProjectionSpec(Layout([("a", (4,))]), d=2, grouping=["balanced"])
