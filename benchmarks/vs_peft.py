@@ -60,7 +60,11 @@ def memory() -> dict:
 
 
 def projection() -> dict:
-    """θ_D and its gradient for all layers, D = 10 M, d = 100,000, and a copy of D floats as the yardstick."""
+    """θ_D and its gradient, D = 10 M, d = 100,000, and a copy of D floats as the yardstick.
+
+    ``unilora`` is P and Pᵀ alone; ``unilora_factors`` also cuts θ_D into the 128 factors and joins their gradients,
+    as a training step does and as the figure for PEFT includes.
+    """
     ours, peft = _stacks(D=10_000_000, d=100_000)
     adapter = ours.unilora
     layers = [module for module in peft.modules() if isinstance(module, UniLoraLayer)]
@@ -68,7 +72,13 @@ def projection() -> dict:
     upstream = {name: torch.randn(shape) for name, shape in adapter.spec.layout.shapes.items()}
     source = torch.randn(adapter.spec.D)
 
+    y = torch.cat([tensor.flatten() for tensor in upstream.values()])
+
     def unilora():
+        adapter.theta_d.grad = None
+        unilora_torch.project(adapter.theta_d, adapter._groups, adapter._scale, adapter._origin).backward(y)
+
+    def unilora_factors():
         adapter.theta_d.grad = None
         factors = adapter.factors()
         torch.autograd.backward(list(factors.values()), [upstream[name] for name in factors])
@@ -79,16 +89,16 @@ def projection() -> dict:
         torch.autograd.backward(factors, list(upstream.values()))
 
     per_target = _per_target(adapter, upstream)
-    times = interleaved(
-        {"unilora": unilora, "unilora_per_target": per_target, "peft": peft_unilora, "copy": source.clone}, repeats=9
-    )
+    cases = {"unilora": unilora, "unilora_factors": unilora_factors, "peft": peft_unilora, "copy": source.clone}
+    times = interleaved(cases | {"unilora_per_target": per_target}, repeats=9)
     return {
         "D": adapter.spec.D,
         "d": adapter.spec.d,
         "start": adapter.spec.start,
         **times,
-        "unilora/peft": _ratio(times, "unilora", "peft"),
+        "unilora_factors/peft": _ratio(times, "unilora_factors", "peft"),
         "unilora/copy": _ratio(times, "unilora", "copy"),
+        "unilora_factors/copy": _ratio(times, "unilora_factors", "copy"),
     }
 
 

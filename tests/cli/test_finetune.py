@@ -96,8 +96,8 @@ def test_the_plan_is_printed_before_and_the_result_after(unilora, bert, tsv):
     ):
         assert text in plan
     metrics = json.loads(Path("run/metrics.json").read_text())
-    rate = metrics["plan"]["theta_rate"]
-    assert f"{rate:.4g} = {rate / metrics['settings']['lora_rate']:.4g} × 0.002, the rate that trains as LoRA" in plan
+    rate, lora_rate = metrics["plan"]["theta_rate"], metrics["settings"]["lora_rate"]
+    assert f"{rate:.4g} = {rate / lora_rate:.4g} × {lora_rate:g}, the rate that trains as LoRA" in plan
     assert metrics["plan"]["targets"] == 6
     assert "held-out accuracy" in training.split("result")[1]
     assert "as LoRA:" in training
