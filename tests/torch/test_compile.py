@@ -7,7 +7,9 @@ import torch
 from small_models import adapted, assert_same_run, mlp, run
 from torch import nn
 
+import unilora_core
 import unilora_torch
+from unilora_core import Layout, ProjectionSpec
 
 pytestmark = [  # raised inside torch while it traces or imports; none is seen where warnings are not errors
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
@@ -111,3 +113,11 @@ def test_export_keeps_the_adapted_outputs():
     model.eval()
     program = torch.export.export(model, (X,), strict=False)
     torch.testing.assert_close(program.module()(X), model(X))
+
+
+@pytest.mark.parametrize("grouping", ["balanced", "iid", "numpy-shuffle"])
+def test_a_compiled_projection_gives_the_bits_of_the_core(grouping):
+    spec = ProjectionSpec(Layout([("m.A", (3, 71))]), d=17, seed=5, grouping=grouping)
+    compiled = torch.compile(unilora_torch.project, fullgraph=True, backend="aot_eager")
+    theta_D = compiled(spec.init(xp=torch), spec.groups(xp=torch), spec.scale(xp=torch))
+    assert theta_D.numpy().tobytes() == unilora_core.project(spec, spec.init()).tobytes()
