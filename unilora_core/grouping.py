@@ -32,6 +32,10 @@ BLOCK = 2**15
 """NumPy works on this many positions at a time: the temporaries stay in the L2 cache (2 to 3 times faster)."""
 
 
+Kernel = Callable[[Array], Array]
+"""Positions in a segment, int32 of any shape → their groups."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a grouping depends on, and nothing else."""
@@ -109,10 +113,11 @@ def _factor(size: int) -> tuple[int, int]:
     return int(a[best]), int(b[best])
 
 
-def _balanced(problem: Problem, segment: int, offset: int, n: int, xp: ModuleType, device: object) -> Array:
-    pi = _permutation(problem, segment)
-    y = pi(_positions(offset, n, xp, device), xp, device)
-    return _mod(y, problem.d) if pi.size > problem.d else y
+def _balanced(problem: Problem, segment: int, xp: ModuleType, device: object) -> Kernel:
+    pi, d = _permutation(problem, segment), problem.d
+    if pi.size <= d:
+        return lambda p: pi(p, xp, device)
+    return lambda p: _mod(pi(p, xp, device), d)
 
 
 def _balanced_counts(problem: Problem) -> np.ndarray:
@@ -127,10 +132,9 @@ def _iid_segment(problem: Problem) -> int:
     return min(problem.D, WORD)
 
 
-def _iid(problem: Problem, segment: int, offset: int, n: int, xp: ModuleType, device: object) -> Array:
-    p = _positions(offset, n, xp, device)
-    high, low = _threefry(_words("iid", problem, 0)[:2], 0 * p + segment, p)
-    return _times_shifted(high, low, problem.d, xp)
+def _iid(problem: Problem, segment: int, xp: ModuleType, _device: object) -> Kernel:
+    key, d = _words("iid", problem, 0)[:2], problem.d
+    return lambda p: _times_shifted(*_threefry(key, 0 * p + segment, p), d, xp)
 
 
 def _threefry(key: tuple[int, ...], x0: Array, x1: Array) -> tuple[Array, Array]:
@@ -204,17 +208,33 @@ def _shuffle_counts(problem: Problem) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A grouping as data: its version, and how segments, groups and counts come about."""
+    """A grouping as data: its version, and how segments, groups and counts come about.
+
+    Attributes:
+        groups: (problem, segment, offset, n, xp, device) → the groups of n positions of a segment.
+        kernel: (problem, segment, xp, device) → the function from positions to groups that a backend may compile; None
+            where a table stands instead.
+    """
 
     version: int
     segment: Callable[[Problem], int]
     groups: Callable[[Problem, int, int, int, ModuleType, object], Array]
     counts: Callable[[Problem], np.ndarray]
+    kernel: Callable[[Problem, int, ModuleType, object], Kernel] | None = None
+
+
+def _elementwise(
+    kernel: Callable[[Problem, int, ModuleType, object], Kernel],
+) -> Callable[[Problem, int, int, int, ModuleType, object], Array]:
+    def run(problem: Problem, segment: int, offset: int, n: int, xp: ModuleType, device: object) -> Array:
+        return kernel(problem, segment, xp, device)(_positions(offset, n, xp, device))
+
+    return run
 
 
 ALGORITHMS = {
-    "balanced": Algorithm(1, _balanced_segment, _balanced, _balanced_counts),
-    "iid": Algorithm(1, _iid_segment, _iid, _iid_counts),
+    "balanced": Algorithm(1, _balanced_segment, _elementwise(_balanced), _balanced_counts, _balanced),
+    "iid": Algorithm(1, _iid_segment, _elementwise(_iid), _iid_counts, _iid),
     "numpy-shuffle": Algorithm(1, _shuffle_segment, _numpy_shuffle, _shuffle_counts),
 }
 

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unilora_core import ProjectionSpec, TargetError, ValuesError, save_adapter
-from unilora_torch import rates
+from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
 from unilora_torch.projection import project
 from unilora_torch.targets import Target
 
@@ -135,7 +134,7 @@ class Adapter(nn.Module):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def learning_rate(self, lora_rate: float) -> float:
-        """The rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_torch.rates`)."""
+        """The rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_core.rates`)."""
         return rates.theta_rate(self.spec, lora_rate)
 
     def parameter_groups(self, lora_rate: float, head_rate: float | None = None) -> list[dict]:

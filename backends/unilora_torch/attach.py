@@ -19,8 +19,8 @@ from unilora_core import (
     TargetError,
     read_adapter,
 )
+from unilora_core.rates import default_bound, default_d
 from unilora_torch.adapter import NAME, Adapter
-from unilora_torch.rates import default_bound, default_d
 from unilora_torch.targets import Target, check_targets, features, find_targets, nearest
 
 __all__ = ["attach", "layout_of", "load"]

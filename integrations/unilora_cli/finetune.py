@@ -145,9 +145,9 @@ def _plan_rows(task: Any, plan: dict[str, Any], settings: Any) -> list[tuple[str
 
 def _reason() -> str:
     """Why θ_d's rate is what it is, in the words of the library that decides it."""
-    from unilora_torch import rates
+    from unilora_core import rates
 
-    return (inspect.getdoc(rates.theta_rate) or "unilora_torch.rates says so").splitlines()[0].rstrip(".")
+    return (inspect.getdoc(rates.theta_rate) or "unilora_core.rates says so").splitlines()[0].rstrip(".")
 
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:

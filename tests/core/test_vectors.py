@@ -93,11 +93,7 @@ def test_large_vectors_are_the_frozen_ones_in_numpy(whole):
 def kernel(spec, segment, xp):
     """p → g of position p of a segment: (n,) int32 to (n,) int32, what a backend compiles."""
     problem, xp = impl.Problem(spec.D, spec.d, spec.seed), standard(xp)
-    if spec.grouping == "balanced":
-        permute = impl._permutation(problem, segment)
-        return lambda p: impl._mod(permute(p, xp), spec.d) if permute.size > spec.d else permute(p, xp)
-    key = impl._words("iid", problem, 0)[:2]
-    return lambda p: impl._times_shifted(*impl._threefry(key, 0 * p + segment, p), spec.d, xp)
+    return impl.ALGORITHMS[spec.grouping].kernel(problem, segment, xp, None)
 
 
 def frozen_positions(case):

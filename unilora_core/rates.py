@@ -2,7 +2,7 @@
 
 import math
 
-from unilora_core import ProjectionSpec
+from unilora_core.spec import ProjectionSpec
 
 __all__ = ["default_bound", "default_d", "theta_rate"]
 
