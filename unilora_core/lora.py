@@ -1,0 +1,69 @@
+"""What a plain LoRA folder holds, whichever framework computed A and B.
+
+Format: ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21 reads and writes them; also read by vLLM,
+SGLang and llama.cpp's converter when no module is saved in full.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+__all__ = ["join_blocks", "lora_config", "lora_names"]
+
+
+def join_blocks(blocks: Iterable[tuple[np.ndarray, np.ndarray, int]], height: int) -> tuple[np.ndarray, np.ndarray]:
+    """One LoRA for the blocks of one layer (q and v of a fused qkv): the rank is the sum of theirs.
+
+    Args:
+        blocks: (A, B, first row) of each: A (r, in), B (out, r), and where its outputs start in the layer's.
+        height: the layer's outputs.
+
+    Returns:
+        A (Σr, in) and B (height, Σr), zero outside the blocks.
+    """
+    blocks = list(blocks)
+    A = np.concatenate([a for a, _, _ in blocks])
+    B, column = np.zeros((height, A.shape[0]), A.dtype), 0
+    for _, b, first_row in blocks:
+        B[first_row : first_row + b.shape[0], column : column + b.shape[1]] = b
+        column += b.shape[1]
+    return A, B
+
+
+def lora_names(module: str) -> tuple[str, str]:
+    """The names of A and B in ``adapter_model.safetensors``."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def lora_config(
+    ranks: Mapping[str, int],
+    *,
+    base_model: str | None,
+    fan_in_fan_out: bool = False,
+    modules_to_save: Iterable[str] = (),
+) -> dict:
+    """``adapter_config.json``. alpha equals r in every layer, so the scaling is 1.
+
+    Args:
+        ranks: module → r.
+        base_model: name or path of the base model.
+        fan_in_fan_out: weights are stored (in, out), as in transformers' Conv1D.
+        modules_to_save: modules stored in full.
+    """
+    rank = max(ranks.values())
+    other = {module: r for module, r in ranks.items() if r != rank}
+    return {
+        "alpha_pattern": other,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": list(modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": other,
+        "target_modules": list(ranks),
+        "task_type": None,
+    }
