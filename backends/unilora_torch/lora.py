@@ -1,4 +1,4 @@
-"""Export as a plain LoRA adapter in PEFT's format (`unilora_core.lora`): A and B are known exactly, so no SVD is needed."""
+"""Export as a plain LoRA folder in PEFT's format (`unilora_core.lora`): A and B are known exactly, no SVD is needed."""
 
 import json
 import os
