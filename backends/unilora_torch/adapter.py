@@ -5,7 +5,6 @@ B·A·x to its output. θ_d is the parameter ``unilora.theta_d`` of the model.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
+from unilora_core.targets import write_targets
 from unilora_torch.projection import project
 from unilora_torch.targets import Target
 
@@ -265,8 +265,8 @@ class Adapter(nn.Module):
             for module in self.modules_to_save
             for name, tensor in model.get_submodule(module).state_dict().items()
         }
-        targets = [[t.name, t.module, t.first_row, t.transposed] for t in self.targets]
-        written = {"targets": json.dumps(targets), "modules_to_save": json.dumps(self.modules_to_save)}
+        rows = [(t.name, t.module, t.first_row, t.transposed) for t in self.targets]
+        written = write_targets(rows, self.modules_to_save)
         theta_d = self.theta_d.detach().cpu().numpy()
         save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written | dict(metadata or {}))
 

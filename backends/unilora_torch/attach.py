@@ -1,7 +1,6 @@
 """attach, load: put one vector beside a model."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable
 from typing import Literal
@@ -11,7 +10,6 @@ from torch import nn
 
 from unilora_core import (
     AdapterFile,
-    CorruptFileError,
     Layout,
     MismatchError,
     ProjectionSpec,
@@ -20,6 +18,7 @@ from unilora_core import (
     read_adapter,
 )
 from unilora_core.rates import default_bound, default_d
+from unilora_core.targets import read_targets
 from unilora_torch.adapter import NAME, Adapter
 from unilora_torch.targets import Target, check_targets, features, find_targets, nearest
 
@@ -141,23 +140,12 @@ def _install(
 
 
 def _contents(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """The targets and the modules to save that a file names; without such names, a target per pair of factors."""
-    shapes = file.spec.layout.shapes
-    names = [name.removesuffix(".A") for name in shapes if name.endswith(".A")]
-    try:
-        rows = json.loads(file.metadata.get("targets", "null")) or [[name, name, 0, False] for name in names]
-        targets = tuple(
-            Target(name, module, shapes[f"{name}.A"][1], shapes[f"{name}.B"][0], int(first_row), bool(transposed))
-            for name, module, first_row, transposed in rows
-        )
-        modules_to_save = json.loads(file.metadata.get("modules_to_save", "[]"))
-        if not (isinstance(modules_to_save, list) and all(isinstance(name, str) for name in modules_to_save)):
-            raise ValueError(f"modules_to_save: {modules_to_save!r} is no list of names")
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise CorruptFileError(f"{path}: its targets do not fit its layout ({error!r}).") from error
-    if len(shapes) != 2 * len(targets):
-        raise CorruptFileError(f"{path}: {len(shapes)} factors, but {len(targets)} targets; expected two for each.")
-    return targets, tuple(modules_to_save)
+    """The targets and the modules to save that a file names."""
+    rows, modules_to_save = read_targets(path, file)
+    targets = tuple(
+        Target(row.name, row.module, row.in_features, row.out_features, row.first_row, row.transposed) for row in rows
+    )
+    return targets, modules_to_save
 
 
 def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:

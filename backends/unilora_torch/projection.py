@@ -7,6 +7,8 @@ atomic on CUDA, deterministic there under `torch.use_deterministic_algorithms(Tr
 import torch
 from torch import Tensor
 
+from unilora_core import ValuesError
+
 __all__ = ["project", "project_transpose"]
 
 
@@ -22,12 +24,29 @@ def project(theta_d: Tensor, groups: Tensor, scale: Tensor, origin: Tensor | Non
 
     Returns:
         (n,) float32.
+
+    Raises:
+        ValuesError: ``theta_d`` has another shape than ``scale``, or is not floating point.
     """
+    _check(theta_d, scale.shape, "project: theta_d")
     return _Project.apply(theta_d, groups, scale, origin)
 
 
 def project_transpose(y: Tensor, groups: Tensor, scale: Tensor) -> Tensor:
-    """Pᵀ y: the sum of y over each group, times 1/√n_j. y: (n,); groups: (n,) int32; scale: (d,). Returns (d,)."""
+    """Pᵀ y: the sum of y over each group, times 1/√n_j.
+
+    Args:
+        y: (n,) float32.
+        groups: (n,) int32, values below d.
+        scale: (d,) float32.
+
+    Returns:
+        (d,) float32.
+
+    Raises:
+        ValuesError: ``y`` has another shape than ``groups``, or is not floating point.
+    """
+    _check(y, groups.shape, "project_transpose: y")
     return y.new_zeros(scale.shape).index_add_(0, groups, y) * scale
 
 
@@ -55,3 +74,11 @@ class _Project(torch.autograd.Function):
         summed = project_transpose(y, ctx.groups, ctx.scale.repeat(2))
         A, B = summed.chunk(2)
         return A + B, None, None, None
+
+
+def _check(x: Tensor, shape: torch.Size, what: str) -> None:
+    """The text is that of the core."""
+    if x.shape != shape or not x.is_floating_point():
+        raise ValuesError(
+            f"{what}: expected shape {tuple(shape)} and a floating-point dtype, got {tuple(x.shape)} {x.dtype}."
+        )

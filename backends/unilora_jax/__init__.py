@@ -1,0 +1,8 @@
+"""Uni-LoRA for JAX: one trainable vector adapts any pytree of parameters; nothing is mutated."""
+
+from unilora_jax.adapter import Adapter
+from unilora_jax.plan import load, plan
+from unilora_jax.projection import project, project_transpose
+from unilora_jax.targets import Target, find_targets, linear_target
+
+__all__ = ["Adapter", "Target", "find_targets", "linear_target", "load", "plan", "project", "project_transpose"]

@@ -1,0 +1,282 @@
+"""Adapter: what θ_d means for one tree of parameters. A pytree of its own; nothing is mutated."""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors.numpy import save_file
+
+from unilora_core import MismatchError, ProjectionSpec, TargetError, ValuesError, rates, save_adapter
+from unilora_core.lora import join_blocks, lora_config, lora_names
+from unilora_core.targets import write_targets
+from unilora_jax.factors import Factors
+from unilora_jax.lowrank import LowRank, evaluate
+from unilora_jax.targets import Target, check_leaf, leaves_of, nearest
+
+__all__ = ["Adapter"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """How θ_d adapts a tree of parameters. Made by `plan` and `load`; holds neither θ_d nor the parameters.
+
+    An adapter is a pytree whose leaves are a few arrays (1/√n_j, θ_d⁰, cached groups). Where they are large, pass it to
+    the jitted step as an argument: arrays that a jitted function closes over become constants of its program.
+
+    Attributes:
+        targets: what is adapted.
+        shapes: of the adapted leaves, by path.
+    """
+
+    targets: tuple[Target, ...] = field(metadata={"static": True})
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata={"static": True})
+    _factors: Factors
+
+    @property
+    def spec(self) -> ProjectionSpec:
+        """What fixes P."""
+        return self._factors.spec
+
+    def init(self) -> Array:
+        """θ_d⁰: (d,) float32, where training starts."""
+        return jnp.asarray(self.spec.init())
+
+    def factors(self, theta_d: Array) -> dict[str, Array]:
+        """Name → A (r, in) or B (out, r) of each target and layer, float32, differentiable in ``theta_d``."""
+        stacks = self._stacks(theta_d)
+        return {name: stack[i] for names, stack in stacks.items() for i, name in enumerate(names)}
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The adapted model: ``function(params, …)`` becomes ``f(params, theta_d, …)``.
+
+        Beside each product x·W of an adapted weight the low-rank path x·Aᵀ·Bᵀ is added; neither B·A nor a gradient of W
+        is ever made. Composes with `jit`, `grad` (of ``theta_d``), `vmap` (over several θ_d, too), `scan`, `checkpoint`
+        and sharding. Arrays among the arguments are traced, everything else is static.
+
+        Raises (when the wrapped function is called):
+            MismatchError: a leaf of ``params`` is missing or has another shape than the plan's.
+            TargetError: the model never multiplies by an adapted weight, contracts other axes than the plan's inputs,
+                or reads it in an operation that has no low-rank path.
+            ValuesError: ``theta_d`` has another shape, or is no floating-point array of JAX or NumPy.
+        """
+
+        @functools.wraps(function)
+        def adapted(params: Any, theta_d: Array, *args: Any, **kwargs: Any) -> Any:
+            places = self._places(params)
+            leaves, tree = jax.tree.flatten((params, args, kwargs))
+            arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, np.generic))]
+            output = None
+
+            def flat(*values: Any) -> list[Any]:
+                nonlocal output
+                filled = list(leaves)
+                for i, value in zip(arrays, values, strict=True):
+                    filled[i] = value
+                params, args, kwargs = jax.tree.unflatten(tree, filled)
+                found, output = jax.tree.flatten(function(params, *args, **kwargs))
+                return found
+
+            closed = jax.make_jaxpr(flat)(*(leaves[i] for i in arrays))
+            pairs = self._pairs(_varying_as(theta_d, [leaves[i] for i in arrays]))
+            values = [
+                LowRank(leaves[i], *pairs[places[i]], roles=self._roles(places[i]), path=places[i])
+                if i in places
+                else leaves[i]
+                for i in arrays
+            ]
+            reached: set[str] = set()
+            results = evaluate(closed, values, reached)
+            self._check_reached(reached)
+            results = [result.weight if isinstance(result, LowRank) else result for result in results]
+            return jax.tree.unflatten(output, results)
+
+        return adapted
+
+    def merge(self, params: Any, theta_d: Array) -> Any:
+        """A new tree in which B·A is added to each adapted weight, in float32, rounded once to the weight's dtype.
+
+        Raises:
+            MismatchError: a leaf of ``params`` is missing or has another shape than the plan's.
+            ValuesError: ``theta_d`` does not fit, or holds NaN or infinity.
+        """
+        places = self._places(params)
+        _check_finite(theta_d, "merge")
+        pairs = self._pairs(theta_d)
+        leaves, tree = jax.tree.flatten(params)
+        for i, path in places.items():
+            down, up = pairs[path]
+            update = jnp.einsum("r...,r...->...", down, up)
+            leaves[i] = (leaves[i].astype(jnp.float32) + update).astype(leaves[i].dtype)
+        return jax.tree.unflatten(tree, leaves)
+
+    def learning_rate(self, lora_rate: float) -> float:
+        """The rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_core.rates`)."""
+        return rates.theta_rate(self.spec, lora_rate)
+
+    def summary(self) -> str:
+        """One line: what trains, and how little of the model it is."""
+        return (
+            f"θ_d: {self.spec.d:,} numbers for D = {self.spec.D:,} LoRA parameters of "
+            f"{sum(len(target.names) for target in self.targets)} layers in {len(self.shapes)} weights"
+        )
+
+    # ---- files ----
+
+    def save(
+        self,
+        path: str | os.PathLike,
+        theta_d: Array,
+        *,
+        tensors: Mapping[str, Array] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write θ_d, the spec and the targets as one file, atomically; `unilora_torch.load` reads it too.
+
+        Args:
+            tensors: what was trained beside θ_d, such as a head, by name; see `unilora_core.save_adapter`.
+
+        Raises:
+            ValuesError: ``theta_d`` does not fit, or holds NaN or infinity; an old file at ``path`` is kept.
+        """
+        rows = [
+            (name, module, target.first_row, False)
+            for target in self.targets
+            for name, module in zip(target.names, target.modules, strict=True)
+        ]
+        written = write_targets(rows) | dict(metadata or {})
+        save_adapter(path, self.spec, np.asarray(theta_d), tensors=tensors, metadata=written)
+
+    def export_lora(
+        self,
+        folder: str | os.PathLike,
+        theta_d: Array,
+        *,
+        base_model: str | None = None,
+        rename: Callable[[str], str] = str,
+    ) -> None:
+        """Write A and B, exactly, as a PEFT LoRA folder for the model of the same layers in PyTorch.
+
+        Args:
+            base_model: ``base_model_name_or_path``, the name or path of that model.
+            rename: from a layer's name here (``layers.0.attn.q_proj``) to its name there.
+
+        Raises:
+            ValuesError: ``theta_d`` does not fit, or holds NaN or infinity.
+        """
+        _check_finite(theta_d, "export_lora")
+        factors = {name: np.asarray(factor) for name, factor in self.factors(theta_d).items()}
+        blocks: dict[str, list[tuple[np.ndarray, np.ndarray, int]]] = {}
+        heights: dict[str, int] = {}
+        for target in self.targets:
+            for name, module in zip(target.names, target.modules, strict=True):
+                block = factors[f"{name}.A"], factors[f"{name}.B"], target.first_row
+                blocks.setdefault(rename(module), []).append(block)
+                heights[rename(module)] = self._outputs(target)
+        state, ranks = {}, {}
+        for module, parts in blocks.items():
+            pair = join_blocks(parts, heights[module])
+            state |= dict(zip(lora_names(module), map(np.ascontiguousarray, pair), strict=True))
+            ranks[module] = pair[0].shape[0]
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.dumps(lora_config(ranks, base_model=base_model), indent=2, sort_keys=True)
+        (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+
+    # ---- internals ----
+
+    def _places(self, params: Any) -> dict[int, str]:
+        """Position among the leaves → path, of each adapted leaf; refuses a tree that is not the plan's."""
+        leaves = leaves_of(params)
+        position = {path: i for i, path in enumerate(leaves)}
+        for path, shape in self.shapes:
+            if path not in leaves:
+                raise MismatchError(
+                    f"{path}: expected a weight of shape {shape}, the tree has no such leaf; the nearest are "
+                    f"{nearest(leaves, path)}."
+                )
+            check_leaf(path, leaves[path])
+            if tuple(leaves[path].shape) != shape:
+                raise MismatchError(
+                    f"{path}: expected shape {shape}, got {tuple(leaves[path].shape)}; the adapter was planned for "
+                    "another model."
+                )
+        return {position[path]: path for path, _ in self.shapes}
+
+    def _stacks(self, theta_d: Array) -> dict[tuple[str, ...], Array]:
+        if isinstance(theta_d, (np.ndarray, np.generic)):
+            theta_d = jnp.asarray(theta_d)
+        return self._factors(theta_d)
+
+    def _pairs(self, theta_d: Array) -> dict[str, tuple[Array, Array]]:
+        """Path → U (r, …) and V (r, …), with the axes of the leaf behind the rank; see `LowRank`."""
+        stacks = self._stacks(theta_d)
+        found: dict[str, tuple[Array, Array]] = {}
+        for path, shape in self.shapes:
+            parts = [target for target in self.targets if target.path == path]
+            A = jnp.concatenate([stacks[_names(part, "A")] for part in parts], 1)
+            B = jnp.concatenate([self._padded(part, stacks[_names(part, "B")]) for part in parts], 2)
+            roles = self._roles(path)
+            down = [size if role != "o" else 1 for size, role in zip(shape, roles, strict=True)]
+            up = [size if role != "i" else 1 for size, role in zip(shape, roles, strict=True)]
+            found[path] = (
+                A.transpose(1, 0, 2).reshape(A.shape[1], *down),
+                B.transpose(2, 0, 1).reshape(B.shape[2], *up),
+            )
+        return found
+
+    def _padded(self, target: Target, B: Array) -> Array:
+        """B (layers, out, r) with zeros for the outputs of the leaf that the target leaves alone."""
+        after = self._outputs(target) - target.first_row - target.out_features
+        return jnp.pad(B, ((0, 0), (target.first_row, after), (0, 0))) if target.first_row or after else B
+
+    def _outputs(self, target: Target) -> int:
+        """How many outputs the leaf has in each layer."""
+        shape = dict(self.shapes)[target.path]
+        return math.prod(size for size, role in zip(shape, self._roles(target.path), strict=True) if role == "o")
+
+    def _roles(self, path: str) -> str:
+        target = next(target for target in self.targets if target.path == path)
+        shape = dict(self.shapes)[path]
+        return "".join(
+            "l" if target.stacked and axis == 0 else "i" if axis in target.inputs else "o" for axis in range(len(shape))
+        )
+
+    def _check_reached(self, reached: set[str]) -> None:
+        missing = [path for path, _ in self.shapes if path not in reached]
+        if missing:
+            raise TargetError(
+                f"{missing[0]}: the model never multiplies by this weight ({len(missing)} such targets), so its update "
+                "would do nothing. Exclude it, or choose other targets."
+            )
+
+
+def _names(target: Target, factor: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{factor}" for name in target.names)
+
+
+def _varying_as(theta_d: Array, arrays: list[Any]) -> Array:
+    """Inside `shard_map`, θ_d marked as different on each device: then its gradient is summed once, over d numbers."""
+    axes = (
+        frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+        - jax.typeof(theta_d).manual_axis_type.varying
+    )
+    return jax.lax.pcast(theta_d, tuple(sorted(axes)), to="varying") if axes else theta_d
+
+
+def _check_finite(theta_d: Array, what: str) -> None:
+    if not isinstance(theta_d, jax.core.Tracer) and not np.isfinite(np.asarray(theta_d)).all():
+        raise ValuesError(
+            f"{what}: theta_d holds NaN or infinity; training diverged (a lower learning rate, or gradient clipping). "
+            "Nothing was written or changed."
+        )

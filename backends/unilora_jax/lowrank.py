@@ -1,0 +1,378 @@
+"""The low-rank path in any JAX function: x·W becomes x·W + (x·U)·V wherever an adapted weight is contracted.
+
+The function is traced to a jaxpr, which is evaluated with a `LowRank` in the place of each adapted weight. Operations
+that only rearrange a weight (casts, transposes, slices, reshapes) rearrange the pair too, `dot_general` uses it, loops
+and branches pass it on; anything else that reads an adapted weight is an error, for the update would be lost there.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import NamedSharding, PartitionSpec
+
+from unilora_core import TargetError
+from unilora_jax.projection import explicit_sharding
+
+__all__ = ["LowRank", "evaluate"]
+
+Shape = tuple[int, ...]
+Move = Callable[[Array], Array]
+"""What becomes of U or V, without the rank."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A weight and its update, W + Σ_k U_k·V_k.
+
+    Attributes:
+        weight: W, as the model holds it.
+        down: U, the rank in front, then the axes of W, of size 1 where W has an output.
+        up: V, the rank in front, then the axes of W, of size 1 where W has an input.
+        roles: of each axis of W: "i" is contracted with the input, "o" is an output, "l" counts layers, "1" is new.
+        path: of the leaf, for messages.
+    """
+
+    weight: Array
+    down: Array
+    up: Array
+    roles: str = field(metadata={"static": True})
+    path: str = field(metadata={"static": True})
+
+
+def evaluate(closed: ClosedJaxpr, args: Sequence[Any], reached: set[str]) -> list[Any]:
+    """The outputs of a jaxpr, some of whose arguments are `LowRank`.
+
+    Args:
+        reached: gets the path of every adapted weight that is multiplied by something.
+
+    Raises:
+        TargetError: an adapted weight is read by an operation that has no low-rank path.
+    """
+    return _run(closed.jaxpr, closed.consts, args, reached)
+
+
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], reached: set[str]) -> list[Any]:
+    known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        with eqn.ctx.manager:
+            if any(isinstance(value, LowRank) for value in values):
+                results = _adapted(eqn, values, reached)
+            else:
+                results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        many = eqn.primitive.multiple_results
+        known |= zip(eqn.outvars, results if many else [results], strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _adapted(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> Any:
+    """One equation with a `LowRank` among its operands."""
+    name, weight = eqn.primitive.name, next(value for value in values if isinstance(value, LowRank))
+    if name == "dot_general":
+        reached.add(weight.path)
+        return _dot_general(eqn, *values)
+    if name in CONTROL:
+        return CONTROL[name](eqn, values, reached)
+    if name in REARRANGE and not any(isinstance(value, LowRank) for value in values[1:]):
+        return _rearranged(eqn, *values)
+    raise TargetError(
+        f"{weight.path}: the model reads this weight in `{name}`, through which there is no low-rank path. Exclude it, "
+        "or use merge, which adds B·A to the weight itself."
+    )
+
+
+# ---- the product ----------------------------------------------------------------------------------------------------
+
+
+def _dot_general(eqn: JaxprEqn, left: Any, right: Any) -> Array:
+    """x·W + (x·U)·V; W may stand on either side."""
+    if isinstance(left, LowRank) and isinstance(right, LowRank):
+        raise TargetError(f"{left.path} and {right.path} are multiplied with each other; adapt one of them only.")
+    (contract, batch), first = eqn.params["dimension_numbers"], isinstance(left, LowRank)
+    w, x = (left, right) if first else (right, left)
+    (w_in, x_in), (w_batch, x_batch) = (contract, batch) if first else (contract[::-1], batch[::-1])
+    free = [axis for axis in range(w.weight.ndim) if axis not in w_in and axis not in w_batch]
+    _check_roles(w, w_in, w_batch, free)
+
+    base = _bind(eqn, left.weight if first else left, right if first else right.weight)
+    # h = x·U: the batch axes, what is left of x, the rank
+    down = lax.squeeze(w.down.astype(x.dtype), [1 + axis for axis in free])
+    kept = _after_squeeze(w.weight.ndim, free)
+    h = lax.dot_general(
+        x,
+        down,
+        ((x_in, [kept[axis] for axis in w_in]), (x_batch, [kept[axis] for axis in w_batch])),
+        precision=eqn.params["precision"],
+        out_sharding=_hidden_sharding(x, x_in, x_batch),
+    )
+    up = lax.squeeze(w.up.astype(x.dtype), [1 + axis for axis in w_in])
+    kept = _after_squeeze(w.weight.ndim, w_in)
+    axes = ((0,), (h.ndim - 1,)), ([kept[axis] for axis in w_batch], list(range(len(w_batch))))
+    pair, axes = ((up, h), axes) if first else ((h, up), (axes[0][::-1], axes[1][::-1]))
+    update = lax.dot_general(
+        *pair,
+        axes,
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+        out_sharding=eqn.params["out_sharding"],
+    )
+    return base + update.astype(base.dtype)
+
+
+def _check_roles(w: LowRank, contracted: Sequence[int], batch: Sequence[int], free: Sequence[int]) -> None:
+    """What the model contracts must be what the plan took for inputs, or A and B would change places unseen."""
+    roles = "".join(w.roles[axis] for axis in contracted), {w.roles[axis] for axis in [*batch, *free]}
+    if set(roles[0]) != {"i"} or "i" in roles[1]:
+        raise TargetError(
+            f"{w.path}: the plan takes the axes {[i for i, role in enumerate(w.roles) if role == 'i']} of this weight "
+            f"{w.weight.shape} for its inputs, but the model contracts {sorted(contracted)}. Give the target as "
+            "dataclasses.replace(target, inputs=…), or make it by unilora_jax.linear_target(path, leaf, inputs=…)."
+        )
+    if any(w.roles[axis] == "l" for axis in free):
+        raise TargetError(f"{w.path}: the model uses all layers of this stack in one product; say stacked='' for it.")
+
+
+def _after_squeeze(ndim: int, dropped: Sequence[int]) -> dict[int, int]:
+    """Axis of W → axis of U or V, which have the rank in front and lack the dropped ones."""
+    kept = [axis for axis in range(ndim) if axis not in dropped]
+    return {axis: 1 + i for i, axis in enumerate(kept)}
+
+
+def _hidden_sharding(x: Array, contracted: Sequence[int], batch: Sequence[int]) -> NamedSharding | None:
+    """How x·U lies on an explicit mesh: as x does, whole along the rank."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return None
+    free = [axis for axis in range(x.ndim) if axis not in contracted and axis not in batch]
+    return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in [*batch, *free]), None))
+
+
+# ---- what only rearranges -------------------------------------------------------------------------------------------
+
+
+def _rearranged(eqn: JaxprEqn, w: LowRank, *rest: Any) -> Any:
+    """The same operation on W, U and V."""
+    weight = _bind(eqn, w.weight, *rest)
+    roles, move = REARRANGE[eqn.primitive.name](w, eqn.params, weight.shape, rest)
+    return replace(w, weight=weight, down=jax.vmap(move)(w.down), up=jax.vmap(move)(w.up), roles=roles)
+
+
+def _same(w: LowRank, *_: Any) -> tuple[str, Move]:
+    """Casts and markers: U and V stay float32 until they are used."""
+    return w.roles, lambda factor: factor
+
+
+def _transpose(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
+    order = params["permutation"]
+    return "".join(w.roles[axis] for axis in order), lambda factor: factor.transpose(order)
+
+
+def _squeeze(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
+    gone = params["dimensions"]
+    return "".join(role for i, role in enumerate(w.roles) if i not in gone), lambda factor: lax.squeeze(factor, gone)
+
+
+def _expand(w: LowRank, params: dict, shape: Shape, _: Any) -> tuple[str, Move]:
+    """New axes of size 1 (other broadcasts repeat a weight)."""
+    if math.prod(shape) != math.prod(w.weight.shape):
+        raise TargetError(f"{w.path}: the model repeats this weight along a new axis, which has no low-rank path here.")
+    places = params["broadcast_dimensions"]
+    roles = dict(zip(places, w.roles, strict=True))
+    new = [axis for axis in range(len(shape)) if axis not in places]
+    return "".join(roles.get(axis, "1") for axis in range(len(shape))), lambda factor: lax.expand_dims(factor, new)
+
+
+def _reshape(w: LowRank, _: dict, shape: Shape, __: Any) -> tuple[str, Move]:
+    """Axes that are split or joined must have one role."""
+    roles, groups = "", _axis_groups(w.weight.shape, shape)
+    for old, new in groups:
+        played = {w.roles[axis] for axis in old if w.weight.shape[axis] > 1} or {"1"}
+        if len(played) > 1:
+            raise TargetError(
+                f"{w.path}: the model reshapes this weight {w.weight.shape} to {shape}, which mixes its inputs and its "
+                "outputs; there is no low-rank path through that. Exclude it."
+            )
+        roles += played.pop() * len(new)
+
+    def move(factor: Array) -> Array:
+        sizes: list[int] = []
+        for old, new in groups:
+            whole = all(factor.shape[axis] == w.weight.shape[axis] for axis in old)
+            sizes += [shape[axis] if whole else 1 for axis in new]
+        return factor.reshape(sizes)
+
+    return roles, move
+
+
+def _axis_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes of two shapes whose sizes multiply to the same."""
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right, before, after = [], [], 1, 1
+        while not (left or right) or before != after:
+            if j == len(new) or (i < len(old) and before <= after):
+                left.append(i)
+                before *= old[i]
+                i += 1
+            else:
+                right.append(j)
+                after *= new[j]
+                j += 1
+        groups.append((left, right))
+    return groups
+
+
+def _slice(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
+    starts, limits, strides = (params[name] for name in ("start_indices", "limit_indices", "strides"))
+
+    def move(factor: Array) -> Array:
+        for axis in _shared(factor, w):
+            factor = lax.slice_in_dim(factor, starts[axis], limits[axis], strides[axis] if strides else 1, axis)
+        return factor
+
+    return w.roles, move
+
+
+def _dynamic_slice(w: LowRank, _: dict, shape: Shape, starts: Sequence[Any]) -> tuple[str, Move]:
+    def move(factor: Array) -> Array:
+        for axis in _shared(factor, w):
+            factor = lax.dynamic_slice_in_dim(factor, starts[axis], shape[axis], axis)
+        return factor
+
+    return w.roles, move
+
+
+def _reshard(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
+    """The axes that U and V share with W lie as its do; XLA lays the rest out."""
+    wanted = params["dst_sharding"]
+    spec = [*wanted.spec, *[None] * (w.weight.ndim - len(wanted.spec))]
+
+    def move(factor: Array) -> Array:
+        shared = _shared(factor, w)
+        axes = (spec[axis] if axis in shared else None for axis in range(factor.ndim))
+        return jax.sharding.reshard(factor, NamedSharding(wanted.mesh, PartitionSpec(*axes)))
+
+    return w.roles, move
+
+
+def _shared(factor: Array, w: LowRank) -> list[int]:
+    """The axes of W that U or V, without the rank, has in full."""
+    return [axis for axis, size in enumerate(w.weight.shape) if factor.shape[axis] == size]
+
+
+REARRANGE = {
+    "convert_element_type": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "name": _same,
+    "sharding_constraint": _same,
+    "reshard": _reshard,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _expand,
+    "reshape": _reshape,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+}
+
+
+# ---- what contains other jaxprs -------------------------------------------------------------------------------------
+
+
+def _call(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
+    """A nested `jit` is inlined."""
+    return evaluate(eqn.params["jaxpr"], values, reached)
+
+
+def _remat(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
+    def inner(*args: Any) -> list[Any]:
+        return _run(eqn.params["jaxpr"], (), args, reached)
+
+    return jax.checkpoint(inner, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
+
+
+def _scan(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
+    """Weights may come as constants, or stacked, a layer for each step."""
+    closed, split = eqn.params["jaxpr"], eqn.params["num_consts"]
+    consts, carry = values[:split], values[split : split + eqn.params["num_carry"]]
+    stacks = [_layers_first(value) for value in values[split + len(carry) :]]
+    _no_weights(carry, "the carry of a scan")
+
+    def body(carry: Any, step: Any) -> tuple[list[Any], list[Any]]:
+        outputs = evaluate(closed, [*consts, *carry, *map(_one_layer, step)], reached)
+        _no_weights(outputs, "the outputs of a scan")
+        return outputs[: len(carry)], outputs[len(carry) :]
+
+    how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, outputs = lax.scan(body, list(carry), stacks, **how)
+    return [*carry, *outputs]
+
+
+def _layers_first(value: Any) -> Any:
+    if not isinstance(value, LowRank):
+        return value
+    if value.roles[0] != "l":
+        raise TargetError(
+            f"{value.path}: the model scans over axis 0 of this weight {value.weight.shape}, which the plan takes "
+            "for a part of the matrix; name the subtree of stacked layers: plan(…, stacked=…)."
+        )
+    return replace(value, down=jnp.moveaxis(value.down, 1, 0), up=jnp.moveaxis(value.up, 1, 0))
+
+
+def _one_layer(value: Any) -> Any:
+    return replace(value, roles=value.roles[1:]) if isinstance(value, LowRank) else value
+
+
+def _while(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
+    at, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, body_consts, carry = values[:at], values[at : at + body], values[at + body :]
+    _no_weights(carry, "the carry of a while loop")
+    return lax.while_loop(
+        lambda carry: evaluate(eqn.params["cond_jaxpr"], [*cond_consts, *carry], reached)[0],
+        lambda carry: evaluate(eqn.params["body_jaxpr"], [*body_consts, *carry], reached),
+        list(carry),
+    )
+
+
+def _cond(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
+    def branch(closed: ClosedJaxpr) -> Callable[[], list[Any]]:
+        def run() -> list[Any]:
+            outputs = evaluate(closed, values[1:], reached)
+            _no_weights(outputs, "the outputs of a branch")
+            return outputs
+
+        return run
+
+    return lax.switch(values[0], [branch(closed) for closed in eqn.params["branches"]])
+
+
+def _no_weights(values: Sequence[Any], where: str) -> None:
+    for value in values:
+        if isinstance(value, LowRank):
+            raise TargetError(f"{value.path}: this weight is in {where}, where its update cannot follow; exclude it.")
+
+
+CONTROL = {
+    "jit": _call,
+    "pjit": _call,
+    "checkpoint": _remat,
+    "remat2": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+
+
+def _bind(eqn: JaxprEqn, *values: Any) -> Any:
+    return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))

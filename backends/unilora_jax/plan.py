@@ -1,0 +1,222 @@
+"""plan, load: from a tree of parameters to an `Adapter`."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from unilora_core import Layout, MismatchError, ProjectionSpec, SpecError, TargetError, read_adapter
+from unilora_core.rates import default_bound, default_d
+from unilora_core.targets import TargetRow, read_targets
+from unilora_jax.adapter import Adapter
+from unilora_jax.factors import Stack, factors_of
+from unilora_jax.targets import (
+    STACKED,
+    Target,
+    check_leaf,
+    find_targets,
+    leaves_of,
+    linear_target,
+    nearest,
+    sharding_of,
+)
+
+__all__ = ["load", "plan"]
+
+Groups = Literal["computed", "cached"]
+
+
+def plan(
+    params: Any,
+    targets: str | Iterable[str | Target],
+    *,
+    exclude: str | Iterable[str] = (),
+    rank: int = 4,
+    d: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    grouping: str = "balanced",
+    start: str = "identity",
+    bound: float | None = None,
+    stacked: str = STACKED,
+    groups: Groups = "computed",
+) -> Adapter:
+    """Decide how one vector θ_d adapts the matrices of a tree. Nothing is changed, and no parameter is kept.
+
+    Args:
+        params: any pytree: dictionaries, Flax Linen parameters, an NNX state or module, an Equinox module. Shapes are
+            enough (`jax.eval_shape`). Where leaves lie on a mesh of several devices, so will the factors.
+        targets: a regular expression for whole paths (``".*/(q|v)_proj/kernel"``), or a list of layers
+            (``["q_proj", "v_proj"]``), or a list of `Target`; see `find_targets`.
+        exclude: taken away from ``targets``, by regular expression or list.
+        rank: r of every target.
+        d: the number of trained values, or ``"auto"``: D/16.
+        seed: fixes P and θ_d⁰.
+        grouping: ``"balanced"``, ``"iid"`` or ``"numpy-shuffle"``; see `unilora_core.ProjectionSpec`.
+        start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)).
+        bound: of θ_d⁰; by default 0.02 for the paper's start, and as large as LoRA's A for the identity.
+        stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
+        groups: ``"computed"`` inside each compiled step, or ``"cached"`` as int32, 4 bytes per LoRA parameter.
+
+    Raises:
+        TargetError: nothing to adapt, or a leaf that cannot be adapted rightly.
+        SpecError: rank or d out of range.
+    """
+    found = find_targets(params, targets, exclude=exclude, stacked=stacked)
+    _check_apart(params, found)
+    if rank < 1:
+        raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
+    layout = Layout(
+        factor
+        for target in found
+        for name in target.names
+        for factor in ((f"{name}.A", (rank, target.in_features)), (f"{name}.B", (target.out_features, rank)))
+    )
+    spec = ProjectionSpec(layout, default_d(layout.size) if d == "auto" else d, seed, grouping, start)
+    if bound is not None or start == "identity":
+        spec = dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+    return _adapter(params, spec, found, groups)
+
+
+def load(
+    params: Any,
+    path: str | os.PathLike,
+    *,
+    rename: Callable[[str], str] = str,
+    stacked: str = STACKED,
+    groups: Groups = "computed",
+) -> tuple[Adapter, Array]:
+    """Read an adapter file, written here or by another backend, for a tree of parameters.
+
+    The layers are found by name, so the order of the tree does not matter. A warning names what else the file holds (a
+    trained head): `unilora_core.read_adapter` gives it.
+
+    Args:
+        rename: from a layer's name in the file (``model.layers.0.self_attn.q_proj``) to its path here, joined by dots
+            and without ``kernel`` or ``weight`` (``layers.0.self_attn.q_proj``; a stack's number comes after it).
+        stacked, groups: as in `plan`.
+
+    Returns:
+        The adapter, and θ_d (d,) float32.
+
+    Raises:
+        AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`).
+        MismatchError: the file belongs to another model; the message names the leaf, expected and found.
+    """
+    file = read_adapter(path)
+    rows, modules_to_save = read_targets(path, file)
+    targets = _targets_for(path, params, rows, rename, stacked)
+    if modules_to_save or file.tensors:
+        warnings.warn(
+            f"{path}: the file also holds {', '.join(modules_to_save or sorted(file.tensors))}, trained with θ_d; put "
+            "unilora_core.read_adapter(path).tensors into the parameters.",
+            stacklevel=2,
+        )
+    return _adapter(params, file.spec, targets, groups), jnp.asarray(file.theta_d)
+
+
+def _adapter(params: Any, spec: ProjectionSpec, targets: tuple[Target, ...], groups: Groups) -> Adapter:
+    if groups not in ("computed", "cached"):
+        raise SpecError(f"groups must be 'computed' or 'cached', got {groups!r}.")
+    leaves = leaves_of(params)
+    shapes = {target.path: tuple(leaves[target.path].shape) for target in targets}
+    stacks = tuple(stack for target in targets for stack in _stacks(target, leaves[target.path]))
+    return Adapter(targets, tuple(shapes.items()), factors_of(spec, stacks, groups))
+
+
+def _stacks(target: Target, leaf: Any) -> tuple[Stack, Stack]:
+    """A (layers, r, in) and B (layers, out, r), lying on the mesh as the leaf does."""
+    A, B = (tuple(f"{name}.{factor}" for name in target.names) for factor in "AB")
+    sharding = sharding_of(leaf)
+    if sharding is None:
+        return Stack(A), Stack(B)
+    axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+    outputs = [axis for axis in range(target.stacked, leaf.ndim) if axis not in target.inputs]
+    whole = math.prod(leaf.shape[axis] for axis in outputs) == target.out_features
+    layers = axes[0] if target.stacked else None
+    spec_A = PartitionSpec(layers, None, _major(axes, target.inputs))
+    spec_B = PartitionSpec(layers, _major(axes, outputs) if whole else None, None)
+    return Stack(A, NamedSharding(sharding.mesh, spec_A)), Stack(B, NamedSharding(sharding.mesh, spec_B))
+
+
+def _major(axes: list[Any], group: Iterable[int]) -> Any:
+    """The sharding of several axes taken as one: that of the first, if the others are whole."""
+    first, *others = (axes[axis] for axis in group)
+    return first if not any(others) else None
+
+
+def _check_apart(params: Any, targets: tuple[Target, ...]) -> None:
+    """Refuse targets that are not in the tree, or that overlap."""
+    leaves = leaves_of(params)
+    for i, target in enumerate(targets):
+        if target.path not in leaves:
+            raise TargetError(f"{target.path}: no such leaf; the nearest are {nearest(leaves, target.path)}.")
+        check_leaf(target.path, leaves[target.path])
+        for other in targets[:i]:
+            apart = target.first_row >= other.first_row + other.out_features or (
+                other.first_row >= target.first_row + target.out_features
+            )
+            if other.path == target.path and not apart:
+                raise TargetError(f"{target.names[0]} and {other.names[0]} adapt the same outputs of {target.path}.")
+
+
+def _targets_for(
+    path: str | os.PathLike, params: Any, rows: tuple[TargetRow, ...], rename: Callable[[str], str], stacked: str
+) -> tuple[Target, ...]:
+    """The leaf, or the layer of a stacked leaf, that each row of the file belongs to."""
+    known = _weights_by_layer(params, stacked)
+    found: dict[tuple[str, int], tuple[Target, dict[int, TargetRow]]] = {}
+    for row in rows:
+        name = rename(row.module)
+        if name not in known:
+            raise MismatchError(
+                f"{path}: the tree has no matrix for the layer {name!r}; the nearest are {nearest(known, name)}. "
+                "If it has another name here, say so: load(…, rename=…)."
+            )
+        weight, layer = known[name]
+        outputs = weight.out_features
+        if row.in_features != weight.in_features or row.first_row + row.out_features > outputs:
+            raise MismatchError(
+                f"{path}: {weight.path}: expected a layer of {row.in_features} inputs and at least "
+                f"{row.first_row + row.out_features} outputs, the tree has {weight.in_features} and {outputs}; the "
+                "adapter was trained on another model."
+            )
+        members = found.setdefault((weight.path, row.first_row), (weight, {}))[1]
+        if layer in members:
+            raise MismatchError(f"{path}: {members[layer].name} and {row.name} both belong to the layer {name!r}.")
+        members[layer] = row
+    return tuple(_stack_of(path, weight, members) for weight, members in found.values())
+
+
+def _weights_by_layer(params: Any, stacked: str) -> dict[str, tuple[Target, int]]:
+    """Name of each layer → its weight, and which layer of the stack it is."""
+    known = {}
+    for path, leaf in leaves_of(params).items():
+        with contextlib.suppress(TargetError):  # what is no matrix belongs to no layer
+            weight = linear_target(path, leaf, stacked=stacked)
+            known |= {name: (weight, i) for i, name in enumerate(weight.names)}
+    return known
+
+
+def _stack_of(path: str | os.PathLike, weight: Target, rows: dict[int, TargetRow]) -> Target:
+    """One `Target` of the rows of a leaf: one, or one for each of its layers."""
+    shapes = {(row.rank, row.out_features) for row in rows.values()}
+    if len(rows) < len(weight.names) or len(shapes) > 1:
+        raise MismatchError(
+            f"{path}: {weight.path} is a stack of {len(weight.names)} layers; expected factors of one shape for each, "
+            f"the file has {len(rows)} layers with (rank, outputs) {sorted(shapes)}. Unstack the parameters to load it."
+        )
+    ordered = [rows[i] for i in range(len(rows))]
+    return dataclasses.replace(
+        weight,
+        names=tuple(row.name for row in ordered),
+        modules=tuple(row.module for row in ordered),
+        out_features=ordered[0].out_features,
+        first_row=ordered[0].first_row,
+    )

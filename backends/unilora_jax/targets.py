@@ -1,0 +1,217 @@
+"""Which leaves of a tree of parameters are adapted: a pattern in, a checked tuple of `Target` out.
+
+A leaf is known by its path, the keys joined by "/": ``layers/0/attn/q_proj/kernel``. A factor is known by the layer it
+belongs to, in the dotted names of other frameworks: ``layers.0.attn.q_proj.A``.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.tree_util import GetAttrKey
+
+from unilora_core import TargetError
+
+__all__ = ["Target", "find_targets", "leaves_of", "linear_target"]
+
+STACKED = r"(.*/)?(layers|blocks|h|stack(ed)?)"
+"""Subtrees whose leaves carry a leading layer axis, unless a layer's number comes next in the path."""
+
+FLAX_INPUTS = {"query": 1, "key": 1, "value": 1, "out": 2}
+"""Flax's MultiHeadAttention keeps its heads as an axis: kernels (in, heads, head_dim), and (heads, head_dim, out)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One low-rank update: B·A beside a weight, or beside a block of its outputs.
+
+    Attributes:
+        path: of the leaf.
+        names: the prefixes of the factors, ``name.A`` (r, in) and ``name.B`` (out, r): one, or one for each layer of a
+            stacked leaf.
+        modules: the names of the layers, one for each of ``names``; the same, but for blocks of a fused layer.
+        in_features: product of the sizes of the axes that the model contracts.
+        out_features: how many of the leaf's outputs are adapted.
+        inputs: the axes of the leaf that the model contracts.
+        stacked: whether axis 0 of the leaf counts layers.
+        first_row: where the adapted outputs start; not 0 for the k and v blocks of a fused qkv.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    modules: tuple[str, ...]
+    in_features: int
+    out_features: int
+    inputs: tuple[int, ...]
+    stacked: bool = False
+    first_row: int = 0
+
+
+def leaves_of(params: Any) -> dict[str, Any]:
+    """Path → leaf, in the order of `jax.tree.leaves`."""
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    whole = {_joined(path) for path, _ in flat}
+    parents = [_joined(path[:-1]) for path, _ in flat]
+    found = {}
+    for path, leaf in flat:
+        name, parent = _joined(path), _joined(path[:-1])
+        boxed = path and path[-1] == GetAttrKey("value") and parents.count(parent) == 1 and parent not in whole
+        found[parent if boxed else name] = leaf  # Flax keeps an array in a box, of which it is the only leaf
+    return found
+
+
+def find_targets(
+    params: Any,
+    targets: str | Iterable[str | Target],
+    *,
+    exclude: str | Iterable[str] = (),
+    stacked: str = STACKED,
+) -> tuple[Target, ...]:
+    """The leaves that ``targets`` selects, in the order of the tree.
+
+    Args:
+        targets: a regular expression that the whole path of a leaf must match; or a list of names, each of which
+            selects the weights of the layers that it equals or that end in it (``"q_proj"``, ``"attn/q_proj"``); or a
+            list of `Target`, taken as it is.
+        exclude: a regular expression or a list of names, likewise; taken away from the selection.
+        stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
+
+    Raises:
+        TargetError: nothing selected (the nearest paths are listed), or a selected leaf that is no matrix.
+    """
+    if not isinstance(targets, str):
+        targets = tuple(targets)
+        given = tuple(target for target in targets if isinstance(target, Target))
+        if given and len(given) < len(targets):
+            raise TargetError("expected a list of names or a list of Target, got both in one; make a Target of each.")
+        if given:
+            return given
+    leaves = leaves_of(params)
+    chosen = [path for path in leaves if _matches(path, targets)]
+    kept = [path for path in chosen if not _matches(path, exclude)]
+    if not kept:
+        raise TargetError(_no_match(targets, exclude, chosen, list(leaves)))
+    return tuple(linear_target(path, leaves[path], stacked=stacked) for path in kept)
+
+
+def linear_target(path: str, leaf: Any, *, inputs: int | None = None, stacked: str = STACKED) -> Target:
+    """The `Target` of a weight.
+
+    A leaf called ``weight`` is read as (out, in), as in Equinox; any other as (in, out), as in Flax. Three axes are
+    those of a stacked matrix, (layers, in, out), or of Flax's attention, (in, heads, head_dim). What the model really
+    contracts is checked when it is traced.
+
+    Args:
+        inputs: how many axes the model contracts, where that does not follow from the above.
+        stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
+
+    Raises:
+        TargetError: no floating-point array of JAX or NumPy, or one with another number of axes.
+    """
+    check_leaf(path, leaf)
+    parts = path.split("/")
+    layer = "/".join(parts[:-1] if parts[-1] in ("kernel", "weight") and len(parts) > 1 else parts)
+    prefix = _stacked_prefix(layer, stacked)
+    heads = FLAX_INPUTS.get(layer.rsplit("/", 1)[-1]) if parts[-1] == "kernel" else None
+    axes = list(range(leaf.ndim))
+    is_stacked = leaf.ndim > 2 and (prefix is not None or (heads is None and inputs is None))
+    if is_stacked:
+        axes.pop(0)
+    count = inputs or (heads if len(axes) == 3 else None) or 1
+    if not 0 < count < len(axes) or (len(axes) > 2 and not (inputs or heads)):
+        raise TargetError(
+            f"{path}: expected a matrix, or a stack of matrices with the layers in front, got shape {leaf.shape}; "
+            "exclude it, or say which axes the model contracts: unilora_jax.linear_target(path, leaf, inputs=…)."
+        )
+    chosen = axes[-count:] if parts[-1] == "weight" else axes[:count]
+    width = math.prod(leaf.shape[axis] for axis in chosen)
+    height = math.prod(leaf.shape[axis] for axis in axes) // width
+    names = _names(layer, prefix, leaf.shape[0] if is_stacked else None)
+    return Target(path, names, names, width, height, tuple(chosen), is_stacked)
+
+
+def check_leaf(path: str, leaf: Any) -> None:
+    """Refuse what is no floating-point array.
+
+    Raises:
+        TargetError: with the path and what was found.
+    """
+    if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        raise TargetError(
+            f"{path}: expected an array of JAX or NumPy, got {type(leaf).__module__}.{type(leaf).__name__}; "
+            "convert the parameters first, or exclude it."
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TargetError(
+            f"{path}: expected a floating-point weight, got {leaf.dtype}; a quantised or integer leaf cannot be read "
+            "as a matrix. Exclude it, or give the dequantised weights."
+        )
+
+
+def sharding_of(leaf: Any) -> NamedSharding | None:
+    """How a leaf lies on a mesh of several devices, where it does."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+
+def nearest(paths: Iterable[str], name: str) -> list[str]:
+    """The paths that look most like ``name``."""
+    return difflib.get_close_matches(name, list(paths), 3, 0.4)
+
+
+def _names(layer: str, prefix: str | None, layers: int | None) -> tuple[str, ...]:
+    if layers is None:
+        return (layer.replace("/", "."),)
+    before, after = (prefix, layer[len(prefix) :]) if prefix is not None else (layer, "")
+    return tuple(f"{before}/{i}{after}".replace("/", ".") for i in range(layers))
+
+
+def _stacked_prefix(layer: str, stacked: str) -> str | None:
+    """The part of a path after which the number of the layer belongs."""
+    parts = layer.split("/")
+    for end in range(1, len(parts) + 1):
+        prefix = "/".join(parts[:end])
+        if re.fullmatch(stacked, prefix) and not (end < len(parts) and parts[end].isdigit()):
+            return prefix
+    return None
+
+
+def _joined(path: tuple) -> str:
+    """The keys of a path, whatever container they belong to."""
+    return "/".join(
+        str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))) for key in path
+    )
+
+
+def _matches(path: str, pattern: str | Iterable[str | Target]) -> bool:
+    if isinstance(pattern, str):
+        try:
+            return re.fullmatch(pattern, path) is not None
+        except re.error as error:
+            raise TargetError(
+                f"{pattern!r} is not a regular expression ({error}); give a list for plain names."
+            ) from None
+    layer, _, last = path.rpartition("/")
+    known = {path, layer} if last in ("kernel", "weight") else {path}
+    ends = [str(end).replace(".", "/") for end in pattern]
+    return any(name == end or name.endswith(f"/{end}") for name in known for end in ends)
+
+
+def _no_match(targets: str | Iterable[str | Target], exclude: object, chosen: list[str], paths: list[str]) -> str:
+    if chosen:
+        return f"all {len(chosen)} leaves selected by {targets!r} are excluded by {exclude!r}."
+    if not paths:
+        return f"no leaf matches {targets!r}: the tree of parameters is empty."
+    words = [targets] if isinstance(targets, str) else [str(target) for target in targets]
+    near = [match for word in words for match in nearest(paths, word)]
+    return (
+        f"no leaf matches {targets!r}; the nearest paths are {list(dict.fromkeys(near)) or paths[:8]}. "
+        "A list holds names or endings, a string is a regular expression of the whole path."
+    )
