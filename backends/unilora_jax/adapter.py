@@ -54,7 +54,11 @@ class Adapter:
     def factors(self, theta_d: Array) -> dict[str, Array]:
         """Name → A (r, in) or B (out, r) of each target and layer, float32, differentiable in ``theta_d``."""
         stacks = self._stacks(theta_d)
-        return {name: stack[i] for names, stack in stacks.items() for i, name in enumerate(names)}
+        return {
+            name: stack[i].T if name.endswith(".B") else stack[i]
+            for names, stack in stacks.items()
+            for i, name in enumerate(names)
+        }
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The adapted model: ``function(params, …)`` becomes ``f(params, theta_d, …)``.
@@ -224,21 +228,18 @@ class Adapter:
         found: dict[str, tuple[Array, Array]] = {}
         for path, shape in self.shapes:
             parts = [target for target in self.targets if target.path == path]
-            A = jnp.concatenate([stacks[_names(part, "A")] for part in parts], 1)
-            B = jnp.concatenate([self._padded(part, stacks[_names(part, "B")]) for part in parts], 2)
+            down = _joined([stacks[_names(part, "A")] for part in parts])
+            up = _joined([self._padded(part, stacks[_names(part, "B")]) for part in parts])
             roles = self._roles(path)
-            down = [size if role != "o" else 1 for size, role in zip(shape, roles, strict=True)]
-            up = [size if role != "i" else 1 for size, role in zip(shape, roles, strict=True)]
-            found[path] = (
-                A.transpose(1, 0, 2).reshape(A.shape[1], *down),
-                B.transpose(2, 0, 1).reshape(B.shape[2], *up),
-            )
+            in_sizes = [size if role != "o" else 1 for size, role in zip(shape, roles, strict=True)]
+            out_sizes = [size if role != "i" else 1 for size, role in zip(shape, roles, strict=True)]
+            found[path] = down.reshape(-1, *in_sizes), up.reshape(-1, *out_sizes)
         return found
 
     def _padded(self, target: Target, B: Array) -> Array:
-        """B (layers, out, r) with zeros for the outputs of the leaf that the target leaves alone."""
+        """Bᵀ (layers, r, out) with zeros for the outputs of the leaf that the target leaves alone."""
         after = self._outputs(target) - target.first_row - target.out_features
-        return jnp.pad(B, ((0, 0), (target.first_row, after), (0, 0))) if target.first_row or after else B
+        return jnp.pad(B, ((0, 0), (0, 0), (target.first_row, after))) if target.first_row or after else B
 
     def _outputs(self, target: Target) -> int:
         """How many outputs the leaf has in each layer."""
@@ -263,6 +264,11 @@ class Adapter:
 
 def _names(target: Target, factor: str) -> tuple[str, ...]:
     return tuple(f"{name}.{factor}" for name in target.names)
+
+
+def _joined(parts: list[Array]) -> Array:
+    """(layers, r, n) of each part → (Σr, layers, n)."""
+    return jnp.moveaxis(jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0], 1, 0)
 
 
 def _varying_as(theta_d: Array, arrays: list[Any]) -> Array:

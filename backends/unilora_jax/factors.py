@@ -4,6 +4,7 @@ A kernel per factor would make XLA compile hundreds of copies of it; factors of 
 function of its position, so each device computes the groups of the slice that it holds, and nothing is gathered.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,28 +27,33 @@ class Stack:
 
     Attributes:
         names: of the factors, as in the layout; one for each layer.
-        sharding: how the array (len(names), *shape) lies on its mesh; None on one device.
+        transposed: whether the array holds the transposes (Bᵀ is gathered as it is used: no copy of it is made).
+        sharding: how the array (layers, rows, columns) lies on its mesh; None on one device.
     """
 
     names: tuple[str, ...]
+    transposed: bool = False
     sharding: NamedSharding | None = None
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Stacks of one size whose groups are computed together, as an array (stacks, layers, rows, columns).
+    """Stacks of one size whose groups are computed together, as an array (stacks, layers, …).
 
     Attributes:
-        starts: where each factor begins in its segment of θ_D: (stacks, layers).
+        shape: rows and columns of the factors in the layout.
+        transposed: whether the array is (stacks, layers, columns, rows).
         from_origin: factors B of ``start="identity"``, made of θ_d - θ_d⁰.
         segment: which segment of the grouping all positions lie in; None where a factor crosses its end.
+        cached: whether the groups are stored.
     """
 
     stacks: tuple[Stack, ...]
-    starts: tuple[tuple[int, ...], ...]
     shape: tuple[int, int]
+    transposed: bool
     from_origin: bool
     segment: int | None
+    cached: bool
     sharding: NamedSharding | None
 
 
@@ -59,24 +65,22 @@ class Factors:
     Attributes:
         scale: (d,) float32, 1/√n_j.
         origin: (d,) float32, θ_d⁰, for ``start="identity"``.
-        tables: the groups of each bundle, int32; None for those that are computed inside the compiled step.
+        recipes: of each bundle, int32: where its factors begin in their segment of θ_D (stacks, layers); or its groups.
     """
 
     spec: ProjectionSpec = field(metadata={"static": True})
     bundles: tuple[Bundle, ...] = field(metadata={"static": True})
     scale: Array
     origin: Array | None
-    tables: tuple[Array | None, ...]
+    recipes: tuple[Array, ...]
 
     def __call__(self, theta_d: Array) -> dict[tuple[str, ...], Array]:
-        """Names of each stack → (layers, rows, columns) float32, differentiable in ``theta_d``."""
-        found = {}
-        for bundle, table in zip(self.bundles, self.tables, strict=True):
-            groups = _groups(self.spec, bundle) if table is None else table
-            moved = theta_d - self.origin if bundle.from_origin else theta_d
-            arrays = project(moved, groups, self.scale)
-            found |= {stack.names: arrays[i] for i, stack in enumerate(bundle.stacks)}
-        return found
+        """Names of each stack → (layers, rows, columns), or transposed; differentiable in ``theta_d``."""
+        groups = {}
+        for bundle, recipe in zip(self.bundles, self.recipes, strict=True):
+            table = recipe if bundle.cached else _groups(self.spec, bundle, recipe)
+            groups |= {stack.names: table[i] for i, stack in enumerate(bundle.stacks)}
+        return project(theta_d, groups, self.scale, self.origin)
 
 
 def factors_of(spec: ProjectionSpec, stacks: tuple[Stack, ...], groups: Literal["computed", "cached"]) -> Factors:
@@ -86,61 +90,69 @@ def factors_of(spec: ProjectionSpec, stacks: tuple[Stack, ...], groups: Literal[
         groups: ``"computed"`` in each step, or ``"cached"`` as int32, 4 bytes per LoRA parameter. ``numpy-shuffle`` and
             the rare factor that crosses position 2^31 have no kernel, and are cached in either case.
     """
-    bundles = _bundles(spec, stacks)
-    kernel = _grouping.ALGORITHMS[spec.grouping].kernel is not None
-    tables = tuple(
-        None if groups == "computed" and kernel and bundle.segment is not None else _table(spec, bundle, kernel)
-        for bundle in bundles
-    )
+    bundles = _bundles(spec, stacks, cached=groups == "cached")
+    recipes = tuple(_table(spec, bundle) if bundle.cached else _starts(spec, bundle) for bundle in bundles)
     origin = jnp.asarray(spec.init()) if spec.start == "identity" else None
-    return Factors(spec, bundles, jnp.asarray(spec.scale()), origin, tables)
+    return Factors(spec, bundles, jnp.asarray(spec.scale()), origin, recipes)
 
 
-def _bundles(spec: ProjectionSpec, stacks: tuple[Stack, ...]) -> tuple[Bundle, ...]:
-    length = _grouping.ALGORITHMS[spec.grouping].segment(_grouping.Problem(spec.D, spec.d, spec.seed))
+def _bundles(spec: ProjectionSpec, stacks: tuple[Stack, ...], cached: bool) -> tuple[Bundle, ...]:
+    length, kernel = _segment(spec), _grouping.ALGORITHMS[spec.grouping].kernel
     alike: dict[tuple, list[Stack]] = {}
     for stack in stacks:
         slices = [spec.layout.slices[name] for name in stack.names]
         segments = {at.start // length for at in slices} | {(at.stop - 1) // length for at in slices}
         segment = segments.pop() if len(segments) == 1 else None
         from_origin = spec.start == "identity" and stack.names[0].endswith(".B")
-        key = spec.layout.shapes[stack.names[0]], len(stack.names), from_origin, segment, stack.sharding
+        shape = spec.layout.shapes[stack.names[0]]
+        key = shape, len(stack.names), stack.transposed, from_origin, segment, stack.sharding
         alike.setdefault(key, []).append(stack)
     return tuple(
         Bundle(
             stacks=tuple(members),
-            starts=tuple(
-                tuple(spec.layout.slices[name].start - (segment or 0) * length for name in stack.names)
-                for stack in members
-            ),
             shape=shape,
+            transposed=transposed,
             from_origin=from_origin,
             segment=segment,
+            cached=cached or kernel is None or segment is None,
             sharding=_behind(sharding),
         )
-        for (shape, _, from_origin, segment, sharding), members in alike.items()
+        for (shape, _, transposed, from_origin, segment, sharding), members in alike.items()
     )
 
 
-def _groups(spec: ProjectionSpec, bundle: Bundle) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _groups(spec: ProjectionSpec, bundle: Bundle, starts: Array) -> Array:
     """The groups of a bundle, elementwise from their positions: each device makes its own slice."""
-    kernel = _grouping.ALGORITHMS[spec.grouping].kernel(
-        _grouping.Problem(spec.D, spec.d, spec.seed), bundle.segment, jnp, None
-    )
-    starts = np.asarray(bundle.starts, np.int32)
-    shape = (*starts.shape, *bundle.shape)
-    row, column = (constrain(jax.lax.broadcasted_iota(jnp.int32, shape, axis), bundle.sharding) for axis in (2, 3))
-    start = jnp.asarray(starts)[:, :, None, None]
-    return kernel(start + row * bundle.shape[1] + column)
+    kernel = _grouping.ALGORITHMS[spec.grouping].kernel(_problem(spec), bundle.segment, jnp, None)
+    shape = (*starts.shape, *(bundle.shape[::-1] if bundle.transposed else bundle.shape))
+    first, second = (constrain(jax.lax.broadcasted_iota(jnp.int32, shape, axis), bundle.sharding) for axis in (2, 3))
+    row, column = (second, first) if bundle.transposed else (first, second)
+    return kernel(starts[:, :, None, None] + row * bundle.shape[1] + column) + spec.d * bundle.from_origin
 
 
-def _table(spec: ProjectionSpec, bundle: Bundle, kernel: bool) -> Array:
-    if kernel and bundle.segment is not None:
-        return jax.jit(lambda: _groups(spec, bundle))()
+def _starts(spec: ProjectionSpec, bundle: Bundle) -> Array:
+    first = (bundle.segment or 0) * _segment(spec)
+    starts = [[spec.layout.slices[name].start - first for name in stack.names] for stack in bundle.stacks]
+    return jnp.asarray(np.asarray(starts, np.int32))
+
+
+def _table(spec: ProjectionSpec, bundle: Bundle) -> Array:
+    if bundle.segment is not None and _grouping.ALGORITHMS[spec.grouping].kernel is not None:
+        return _groups(spec, bundle, _starts(spec, bundle))
     slices = [[spec.layout.slices[name] for name in stack.names] for stack in bundle.stacks]
     table = np.stack([np.stack([spec.groups(at.start, at.stop) for at in row]) for row in slices])
-    table = table.reshape(*table.shape[:2], *bundle.shape)
+    table = table.reshape(*table.shape[:2], *bundle.shape) + np.int32(spec.d * bundle.from_origin)
+    table = table.swapaxes(2, 3) if bundle.transposed else table
     return jnp.asarray(table) if bundle.sharding is None else jax.device_put(table, bundle.sharding)
+
+
+def _problem(spec: ProjectionSpec) -> _grouping.Problem:
+    return _grouping.Problem(spec.D, spec.d, spec.seed)
+
+
+def _segment(spec: ProjectionSpec) -> int:
+    return _grouping.ALGORITHMS[spec.grouping].segment(_problem(spec))
 
 
 def _behind(sharding: NamedSharding | None) -> NamedSharding | None:

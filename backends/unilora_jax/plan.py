@@ -131,18 +131,21 @@ def _adapter(params: Any, spec: ProjectionSpec, targets: tuple[Target, ...], gro
 
 
 def _stacks(target: Target, leaf: Any) -> tuple[Stack, Stack]:
-    """A (layers, r, in) and B (layers, out, r), lying on the mesh as the leaf does."""
+    """A (layers, r, in) and Bᵀ (layers, r, out), lying on the mesh as the leaf does."""
     A, B = (tuple(f"{name}.{factor}" for name in target.names) for factor in "AB")
     sharding = sharding_of(leaf)
     if sharding is None:
-        return Stack(A), Stack(B)
+        return Stack(A), Stack(B, transposed=True)
     axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
     outputs = [axis for axis in range(target.stacked, leaf.ndim) if axis not in target.inputs]
     whole = math.prod(leaf.shape[axis] for axis in outputs) == target.out_features
     layers = axes[0] if target.stacked else None
-    spec_A = PartitionSpec(layers, None, _major(axes, target.inputs))
-    spec_B = PartitionSpec(layers, _major(axes, outputs) if whole else None, None)
-    return Stack(A, NamedSharding(sharding.mesh, spec_A)), Stack(B, NamedSharding(sharding.mesh, spec_B))
+    on_A = PartitionSpec(layers, None, _major(axes, target.inputs))
+    on_B = PartitionSpec(layers, None, _major(axes, outputs) if whole else None)
+    return (
+        Stack(A, sharding=NamedSharding(sharding.mesh, on_A)),
+        Stack(B, transposed=True, sharding=NamedSharding(sharding.mesh, on_B)),
+    )
 
 
 def _major(axes: list[Any], group: Iterable[int]) -> Any:

@@ -4,6 +4,8 @@ The scale is applied to θ_d, then one gather spreads it. The backward pass is o
 CPU, in no fixed order on a GPU (``XLA_FLAGS=--xla_gpu_deterministic_ops=true`` fixes it).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,30 +16,33 @@ from unilora_core import ValuesError
 __all__ = ["explicit_sharding", "project", "project_transpose"]
 
 
-def project(theta_d: Array, groups: Array, scale: Array) -> Array:
+def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = None) -> Any:
     """(θ_d·s)[g], differentiable in ``theta_d``, by reverse mode.
 
     Args:
         theta_d: (d,) floating point. Narrower floats than float32 are computed in float32.
-        groups: int32 of any shape, values below d.
+        groups: int32 of any shape, values below d, with ``origin`` below 2d; or any pytree of such arrays.
         scale: (d,) float32, 1/√n_j.
+        origin: (d,) float32, θ_d⁰. Groups from d to 2d-1 then mean ((θ_d - θ_d⁰)·s)[g - d], for the factors B of
+            ``start="identity"``.
 
     Returns:
-        The shape of ``groups``, in the dtype of ``theta_d``.
+        Arrays of the shapes of ``groups``, in the same tree, in the dtype of ``theta_d``.
 
     Raises:
         ValuesError: ``theta_d`` has another shape than ``scale``, or is not floating point.
     """
     _check(theta_d, scale.shape, "project: theta_d")
-    return _project(theta_d.astype(_wide(theta_d)), groups, scale).astype(theta_d.dtype)
+    theta_D = _project(theta_d.astype(_wide(theta_d)), groups, scale, origin)
+    return jax.tree.map(lambda part: part.astype(theta_d.dtype), theta_D)
 
 
-def project_transpose(y: Array, groups: Array, scale: Array) -> Array:
+def project_transpose(y: Any, groups: Any, scale: Array) -> Array:
     """Pᵀ y: the sum of y over each group, times 1/√n_j.
 
     Args:
-        y: floating point, the shape of ``groups``.
-        groups: int32 of any shape, values below d.
+        y: floating point, the shape of ``groups``; or the same pytree of such arrays.
+        groups: int32 of any shape, values below d; or any pytree of such arrays.
         scale: (d,) float32.
 
     Returns:
@@ -46,25 +51,37 @@ def project_transpose(y: Array, groups: Array, scale: Array) -> Array:
     Raises:
         ValuesError: ``y`` has another shape than ``groups``, or is not floating point.
     """
-    _check(y, groups.shape, "project_transpose: y")
-    wide = _wide(y)
-    whole = None if explicit_sharding(groups) is None else PartitionSpec(None)
-    summed = jnp.zeros(scale.shape, wide).at[groups].add(y.astype(wide), mode="promise_in_bounds", out_sharding=whole)
-    return (summed * scale.astype(wide)).astype(y.dtype)
+    pairs = list(zip(jax.tree.leaves(y), jax.tree.leaves(groups), strict=True))
+    for part, at in pairs:
+        _check(part, at.shape, "project_transpose: y")
+    wide = _wide(pairs[0][0])
+    summed = jnp.zeros(scale.shape, wide)
+    for part, at in reversed(pairs):  # a model's last gradients come first, and need not wait for the others
+        whole = None if explicit_sharding(at) is None else PartitionSpec(None)
+        summed = summed.at[at].add(part.astype(wide), mode="promise_in_bounds", out_sharding=whole)
+    return (summed * scale.astype(wide)).astype(pairs[0][0].dtype)
 
 
 @jax.custom_vjp
-def _project(theta_d: Array, groups: Array, scale: Array) -> Array:
+def _project(theta_d: Array, groups: Any, scale: Array, origin: Array | None) -> Any:
     table = theta_d * scale.astype(theta_d.dtype)
-    return table.at[groups].get(mode="promise_in_bounds", out_sharding=explicit_sharding(groups))
+    if origin is not None:
+        table = jnp.concatenate([table, (theta_d - origin.astype(theta_d.dtype)) * scale.astype(theta_d.dtype)])
+    return jax.tree.map(
+        lambda at: table.at[at].get(mode="promise_in_bounds", out_sharding=explicit_sharding(at)), groups
+    )
 
 
-def _forward(theta_d: Array, groups: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _project(theta_d, groups, scale), (groups, scale)
+def _forward(theta_d: Array, groups: Any, scale: Array, origin: Array | None) -> tuple[Any, tuple]:
+    return _project(theta_d, groups, scale, origin), (groups, scale, origin)
 
 
-def _backward(saved: tuple[Array, Array], y: Array) -> tuple[Array, None, None]:
-    return project_transpose(y, *saved), None, None
+def _backward(saved: tuple, y: Any) -> tuple[Array, None, None, None]:
+    groups, scale, origin = saved
+    if origin is None:
+        return project_transpose(y, groups, scale), None, None, None
+    both = project_transpose(y, groups, jnp.concatenate([scale, scale]))
+    return both[: scale.shape[0]] + both[scale.shape[0] :], None, None, None
 
 
 _project.defvjp(_forward, _backward)
