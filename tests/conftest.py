@@ -26,9 +26,13 @@ class Namespace(Enum):
     def module_name(self):
         return self.value.split(",")[0]
 
+    @property
+    def installed(self):
+        return _installed(self.module_name)
+
     def load(self):
         """The module, at its strictest; skips the test where it is not installed."""
-        if not _installed(self.module_name):
+        if not self.installed:
             pytest.skip(f"{self.module_name} is not installed")
         module = import_module(self.module_name)
         if self is Namespace.STRICT:
@@ -56,6 +60,22 @@ def pytest_configure():
     expected = os.environ.get("UNILORA_EXPECT", "").replace(",", " ").split()
     if missing := [name for name in expected if not _installed(name)]:
         raise pytest.UsageError(f"UNILORA_EXPECT lists {', '.join(missing)}, not installed here")
+
+
+def pytest_generate_tests(metafunc):
+    """``core_case``: the conformance suite on each namespace, of which the module's ``backend`` makes a `Backend`."""
+    if "core_case" not in metafunc.fixturenames:
+        return
+    from unilora_core.testing import cases
+
+    found = []
+    for namespace in Namespace:
+        if namespace.installed:
+            found += [pytest.param(case, id=str(case)) for case in cases(metafunc.module.backend(namespace))]
+        else:
+            skip = pytest.mark.skip(reason=f"{namespace.module_name} is not installed")
+            found.append(pytest.param(None, id=namespace.name.lower(), marks=skip))
+    metafunc.parametrize("core_case", found)
 
 
 @pytest.fixture(params=Namespace, ids=lambda n: n.name.lower(), scope="session")

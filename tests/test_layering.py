@@ -29,6 +29,9 @@ COMMAND = {"unilora_core"}
 SEAM = "_namespace.py"
 """The one file that imports array_api_compat."""
 
+SUITE = "testing/"
+"""The conformance suite, imported on request only: the one folder of the core that imports hypothesis."""
+
 
 def imports(source, *, top_level=False):
     """The dotted names of all modules that are imported; ``top_level``: outside functions only."""
@@ -51,9 +54,10 @@ def foreign(names, package):
 
 
 def strays(package, name, source):
-    """What the file ``name`` of ``package`` imports and must not."""
+    """What the file ``name`` of ``package`` (its path in there) imports and must not."""
     seam = {"array_api_compat"} if (package, name) == ("unilora_core", SEAM) else set()
-    return foreign(imports(source), package) - ALLOWED[package] - seam
+    suite = {"hypothesis"} if package == "unilora_core" and name.startswith(SUITE) else set()
+    return foreign(imports(source), package) - ALLOWED[package] - seam - suite
 
 
 def loaded_at_once(sources, start="main"):
@@ -72,7 +76,8 @@ def loaded_at_once(sources, start="main"):
 def test_imports_point_down(package):
     files = sorted(FOLDERS[package].rglob("*.py"))
     assert files, f"{package}: no files in {FOLDERS[package]}"
-    found = {path.name: strays(package, path.name, path.read_text("utf-8")) for path in files}
+    names = {path: path.relative_to(FOLDERS[package]).as_posix() for path in files}
+    found = {name: strays(package, name, path.read_text("utf-8")) for path, name in names.items()}
     assert not {name: modules for name, modules in found.items() if modules}
 
 
@@ -95,6 +100,10 @@ def test_every_package_has_its_rule():
         ("unilora_core", "spec.py", "def f():\n    import jax.numpy as jnp", "jax"),
         ("unilora_core", "spec.py", "if True:\n    from unilora_torch import attach", "unilora_torch"),
         ("unilora_core", "spec.py", "from . import layout", "."),
+        ("unilora_core", "spec.py", "import hypothesis", "hypothesis"),
+        ("unilora_core", "testing/suite.py", "import pytest", "pytest"),
+        ("unilora_core", "testing/_namespace.py", "import array_api_compat", "array_api_compat"),
+        ("unilora_torch", "testing/suite.py", "import hypothesis", "hypothesis"),
         ("unilora_torch", "adapter.py", "try:\n    import transformers\nexcept ImportError: pass", "transformers"),
         ("unilora_torch", "adapter.py", "import array_api_compat.torch", "array_api_compat"),
         ("unilora_timm", "attach.py", "import unilora_transformers", "unilora_transformers"),
@@ -110,6 +119,7 @@ def test_a_planted_import_is_caught(package, name, source, stray):
     ("package", "name", "source"),
     [
         ("unilora_core", SEAM, "from array_api_compat import device"),
+        ("unilora_core", "testing/suite.py", "from hypothesis import given"),
         ("unilora_core", "spec.py", "import json\nimport numpy as np\nfrom unilora_core.layout import Layout"),
         ("unilora_timm", "attach.py", "import timm\nfrom unilora_torch import attach"),
     ],

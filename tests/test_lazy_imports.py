@@ -1,4 +1,4 @@
-"""``import unilora_core`` loads no framework: proven in a fresh process, with proof that the proof can fail."""
+"""``import unilora_core`` loads no framework and no test library: proven in a fresh process, and the proof can fail."""
 
 import subprocess
 import sys
@@ -7,11 +7,12 @@ from importlib.util import find_spec
 import pytest
 
 HEAVY = ("torch", "jax", "jaxlib", "tensorflow", "transformers", "timm", "peft", "datasets", "matplotlib")
+TESTING = ("hypothesis", "pytest")
 
 
 def loaded_by(statement):
-    """Which of the heavy packages a fresh interpreter has loaded after the statement."""
-    program = f"{statement}\nimport sys\nprint(*({HEAVY} & sys.modules.keys()))".replace(str(HEAVY), f"set({HEAVY})")
+    """Which of these packages a fresh interpreter has loaded after the statement."""
+    program = f"{statement}\nimport sys\nprint(*(set({HEAVY + TESTING}) & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
@@ -28,6 +29,10 @@ save_adapter({str(tmp_path / "a")!r}, spec, project_transpose(spec, project(spec
 load_adapter({str(tmp_path / "a")!r})
 """
     assert loaded_by(program) == set()
+
+
+def test_the_conformance_suite_loads_hypothesis_and_no_framework():
+    assert loaded_by("import unilora_core.testing") == {"hypothesis"}
 
 
 @pytest.mark.skipif(find_spec("unilora_cli") is None, reason="unilora_cli is not installed")

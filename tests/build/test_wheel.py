@@ -27,7 +27,9 @@ def test_wheel_ships_exactly_the_packages(wheel):
 
 def test_wheel_ships_only_code_and_its_licence(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    assert {os.path.splitext(name)[1] for name in names} == {".py", ".typed"}
+    others = {name for name in names if not name.endswith((".py", "/py.typed"))}
+    vectors = ("adapter", "balanced", "iid", "numpy-shuffle")
+    assert others == {f"unilora_core/testing/vectors/{name}.json" for name in vectors}
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 
@@ -35,6 +37,16 @@ def test_core_imports_in_an_empty_environment_without_a_framework(wheel):
     code = "import sys, unilora_core; print(unilora_core.__version__, {'torch', 'jax', 'timm'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert run.stdout.split(maxsplit=1) == [importlib.metadata.version("unilora"), "set()\n"]
+
+
+def test_the_conformance_suite_runs_from_the_wheel(wheel):
+    code = (
+        "import numpy; from unilora_core.testing import Backend, cases\n"
+        "for case in cases(Backend('numpy', numpy)): case()\n"
+        "print('all')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert run.stdout == "all\n"
 
 
 def test_command_tells_its_version_without_a_framework(wheel):

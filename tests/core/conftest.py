@@ -1,9 +1,14 @@
 """What the tests of the core share."""
 
+import sys
+from pathlib import Path
+
 import hypothesis
 import pytest
 
 from unilora_core import Layout, ProjectionSpec
+
+sys.path.insert(0, str(Path(__file__).parent))  # for toy_backend
 
 hypothesis.settings.register_profile("core", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("core")

@@ -1,7 +1,5 @@
-"""The groupings against references in plain Python integers, published vectors, and what the method needs of them."""
+"""The groupings beyond the conformance suite: every tiny size, published vectors, and what the method needs of them."""
 
-import functools
-import hashlib
 import itertools
 import math
 
@@ -10,132 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unilora_core import SpecError
 from unilora_core import grouping as impl
 from unilora_core._namespace import standard
-
-AWKWARD = [
-    (7, 3),
-    (2**31 - 1, 2**31 - 1),
-    (2**31 - 1, 2**16),
-    (2**31, 2**31),
-    (2**31, 2**31 - 1),
-    (2**31 + 1, 2**31),
-    (2**31 + 1, 2**30 + 1),
-    (2**32 + 5, 4096),
-    (2**48, 2**31),
-    (2**48, 3),
-]
-"""(D, d) around the borders of 32-bit words, primes and powers of two among them."""
-
-
-# ---- the references: Python integers, written from docs/format.md ----
-
-
-def reference_words(name, D, d, seed, segment=0):
-    text = f"unilora/{name}/1 seed={seed} D={D} d={d} segment={segment}"
-    digest = hashlib.sha256(text.encode()).digest()
-    return [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4)]
-
-
-def reference_lowbias32(x):
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
-    return x ^ (x >> 16)
-
-
-@functools.cache
-def reference_sides(size):
-    """(a, b): every a from ⌈√size⌉ to twice that (65536 of them at most), tried one by one."""
-    root = next(r for r in itertools.count(math.isqrt(size)) if r * r >= size)
-    candidates = range(root, max(root + 1, min(2 * root, root + 65536)))
-    return min(((a, math.ceil(size / a)) for a in candidates), key=lambda pair: pair[0] * pair[1])
-
-
-def reference_balanced(D, d, seed, i):
-    longest = min(D, 2**31 // d * d)
-    segment, p = i // longest, i % longest
-    size = min(longest, D - segment * longest)
-    a, b = reference_sides(size)
-    keys = reference_words("balanced", D, d, seed, segment)
-    while True:
-        left, right, m, n = p // b, p % b, a, b
-        for key in keys:
-            left, right = right, (left + reference_lowbias32(right ^ key) % 2**30) % m
-            m, n = n, m
-        p = left * b + right
-        if p < size:
-            return p % d
-
-
-def reference_threefry(k0, k1, x0, x1):
-    keys = [k0, k1, 0x1BD11BDA ^ k0 ^ k1]
-    rotations = [13, 15, 26, 6, 17, 29, 16, 24]
-    x0, x1 = (x0 + k0) % 2**32, (x1 + k1) % 2**32
-    for step in range(20):
-        r = rotations[step % 8]
-        x0 = (x0 + x1) % 2**32
-        x1 = ((x1 << r) % 2**32 | x1 >> (32 - r)) ^ x0
-        if step % 4 == 3:
-            j = step // 4 + 1
-            x0, x1 = (x0 + keys[j % 3]) % 2**32, (x1 + keys[(j + 1) % 3] + j) % 2**32
-    return x0, x1
-
-
-def reference_iid(D, d, seed, i):
-    k0, k1 = reference_words("iid", D, d, seed)[:2]
-    high, low = reference_threefry(k0, k1, i // 2**31, i % 2**31)
-    return (high * 2**32 + low) * d // 2**64
-
-
-def reference_init(D, d, seed, bound, j):
-    k0, k1 = reference_words("init", D, d, seed)[:2]
-    word, _ = reference_threefry(k0, k1, 0, j)
-    return np.float32((((word >> 8) + 0.5) / 2**23 - 1) * bound)
-
-
-REFERENCES = {"balanced": reference_balanced, "iid": reference_iid}
-
-
-@st.composite
-def problems(draw, largest=2**48):
-    """(D, d, seed): D of any magnitude, d of any magnitude up to D."""
-    D = draw(st.integers(0, largest.bit_length() - 1).flatmap(lambda bits: st.integers(1, 2**bits)))
-    d = draw(st.integers(0, 31).flatmap(lambda bits: st.integers(1, min(D, 2**bits))))
-    return D, d, draw(st.integers(0, 2**64 - 1))
-
+from unilora_core.testing import reference
+from unilora_core.testing.reference import GROUPS, problems
 
 # ---- against the references ----
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-@given(problem=problems(), where=st.floats(0, 1))
-def test_groups_equal_the_reference_anywhere(spec_of, name, problem, where):
-    D, d, seed = problem
-    start = min(D - 1, int(where * D))
-    stop = min(D, start + 5)
-    ours = spec_of(D, d, seed=seed, grouping=name).groups(start, stop)
-    assert ours.tolist() == [REFERENCES[name](D, d, seed, i) for i in range(start, stop)]
-
-
-@pytest.mark.parametrize("name", REFERENCES)
-@pytest.mark.parametrize("problem", AWKWARD, ids=str)
-def test_groups_equal_the_reference_around_32_bits(spec_of, xp, name, problem):
-    D, d = problem
-    spec = spec_of(D, d, seed=2**64 - 1, grouping=name)
-    for border in (0, 2**31 - 3, 2**31 // d * d - 3, 2**32 - 3, D - 6):
-        if 0 <= border <= D - 6:
-            ours = np.asarray(spec.groups(border, border + 6, xp=xp))
-            assert ours.tolist() == [REFERENCES[name](D, d, 2**64 - 1, i) for i in range(border, border + 6)]
-
-
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", GROUPS)
 def test_every_tiny_spec_equals_the_reference(spec_of, name):
     """A network whose points outside the domain form a cycle of their own must not be walked for ever (D = 7)."""
     for D, seed in itertools.product(range(1, 17), range(4)):
         for d in {1, D // 2 or 1, D}:
             ours = spec_of(D, d, seed=seed, grouping=name).groups()
-            assert ours.tolist() == [REFERENCES[name](D, d, seed, i) for i in range(D)], (D, d, seed)
+            assert ours.tolist() == [GROUPS[name](D, d, seed, i) for i in range(D)], (D, d, seed)
 
 
 def test_a_cycle_outside_the_domain_ends(spec_of):
@@ -150,7 +37,7 @@ def test_init_equals_the_reference(spec_of, problem, bound):
     theta_d = spec_of(D, d, seed=seed, bound=bound).init()
     assert theta_d.dtype == np.float32
     for j in {0, d // 2, d - 1}:
-        assert theta_d[j] == reference_init(D, d, seed, bound, j)
+        assert theta_d[j] == reference.init(D, d, seed, bound, j)
 
 
 def test_init_fills_its_interval_evenly(spec_of):
@@ -193,7 +80,7 @@ def test_threefry_equals_that_of_jax(jax):
 @given(word=st.integers(0, 2**32 - 1))
 def test_lowbias32_equals_its_definition(word):
     ours = impl._lowbias32(np.array([impl._signed(word)], np.int32))
-    assert int(ours[0]) % 2**32 == reference_lowbias32(word)
+    assert int(ours[0]) % 2**32 == reference.lowbias32(word)
 
 
 @given(high=st.integers(0, 2**32 - 1), low=st.integers(0, 2**32 - 1), d=st.integers(1, 2**31))
@@ -247,7 +134,7 @@ def test_a_slice_is_a_part_of_the_whole(spec_of, name, problem, cuts):
     assert (spec.groups(start, stop) == spec.groups()[start:stop]).all()
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("block", [1, 7, 999, 1000, 1001])
 def test_the_size_of_a_block_does_not_matter(spec_of, monkeypatch, name, block):
     spec = spec_of(1000, 10, grouping=name)
@@ -280,27 +167,11 @@ def test_the_seed_changes_the_groups(spec_of, name):
     assert (spec_of(1000, 100, seed=1, grouping=name).groups() != base).mean() > 0.9
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", GROUPS)
 def test_the_size_changes_the_groups(spec_of, name):
     base = spec_of(1000, 100, grouping=name).groups()
     assert (spec_of(1001, 100, grouping=name).groups()[:1000] != base).mean() > 0.9
     assert (spec_of(1000, 101, grouping=name).groups() != base).mean() > 0.9
-
-
-@pytest.mark.parametrize("name", impl.ALGORITHMS)
-@pytest.mark.parametrize("d", [1, 2, 64, 1000])
-def test_groups_are_int32_in_range(spec_of, xp, name, d):
-    groups = spec_of(1000, d, grouping=name).groups(xp=xp)
-    assert groups.dtype == xp.int32
-    assert tuple(groups.shape) == (1000,)
-    assert 0 <= int(xp.min(groups)) <= int(xp.max(groups)) < d
-
-
-@pytest.mark.parametrize("name", impl.ALGORITHMS)
-def test_an_empty_slice_is_empty(spec_of, xp, name):
-    groups = spec_of(10, 3, grouping=name).groups(4, 4, xp=xp)
-    assert tuple(groups.shape) == (0,)
-    assert groups.dtype == xp.int32
 
 
 @pytest.mark.parametrize("name", impl.ALGORITHMS)
@@ -312,13 +183,7 @@ def test_the_caller_may_write_into_groups(spec_of, name):
     assert (spec.groups() == expected).all()
 
 
-@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (0, 11), (5, 4), (11, 11)])
-def test_a_slice_outside_is_refused(spec_of, start, stop):
-    with pytest.raises(SpecError, match=rf"0 ≤ start ≤ stop ≤ D = 10, got start = {start}, stop = {stop}"):
-        spec_of(10, 3).groups(start, stop)
-
-
 def test_the_end_of_a_huge_vector_costs_as_much_as_its_beginning(spec_of):
     """Not timed: were anything of size D made on the way, this would not fit any memory."""
-    for name in REFERENCES:
+    for name in GROUPS:
         assert spec_of(2**48, 1000, grouping=name).groups(2**48 - 1000).shape == (1000,)

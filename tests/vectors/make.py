@@ -1,4 +1,4 @@
-"""Wrote the frozen vectors beside this file, once, with NumPy: a change of any of them is a change of the file format.
+"""Wrote the frozen vectors in ``unilora_core/testing``, once, with NumPy: a change of one changes the file format.
 
 It refuses to overwrite. A new grouping gets a file of its own; a new case of an old grouping, another file.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from unilora_core import Layout, ProjectionSpec, save_adapter
 from unilora_core.grouping import ALGORITHMS
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "unilora_core" / "testing" / "vectors"
 
 WHOLE = 10**7
 """Up to this D, everything is computed and hashed; beyond, slices only."""
@@ -123,9 +123,9 @@ def _project(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
 if __name__ == "__main__":
     for grouping in ALGORITHMS:
         specs = [fields for fields in SPECS if grouping != "numpy-shuffle" or fields["D"] <= WHOLE]
-        with (HERE / f"{grouping}.json").open("x") as file:  # "x": never over an old one
+        with (FOLDER / f"{grouping}.json").open("x") as file:  # "x": never over an old one
             lines = [json.dumps(case(grouping=grouping, **fields), separators=(",", ":")) for fields in specs]
             file.write("[\n" + ",\n".join(lines) + "\n]\n")
-    with (HERE / "adapter.json").open("x") as file:
+    with (FOLDER / "adapter.json").open("x") as file:
         json.dump(adapter(), file, indent=1)
         file.write("\n")

@@ -1,0 +1,99 @@
+"""The frozen answers in ``vectors``: the same integers, the same bits. They are part of the file format."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from unilora_core.grouping import ALGORITHMS
+from unilora_core.spec import ProjectionSpec
+from unilora_core.testing import reference
+from unilora_core.testing.backend import Subject
+from unilora_core.testing.compare import expect, same, sha256, text_of
+
+__all__ = ["FOLDER", "checks", "hexadecimal", "name_of", "spec_of", "vectors", "wholes"]
+
+FOLDER = Path(__file__).parent / "vectors"
+
+
+def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Groups and θ_d⁰ of every frozen spec, θ_D where D ≤ 10^5, all groups where D ≤ 2·10^6."""
+    for case in vectors():
+        yield f"frozen_groups-{name_of(case)}", partial(frozen_groups, subject, case)
+    for case in wholes(30000, 2 * 10**6):
+        yield f"all_frozen_groups-{name_of(case)}", partial(all_frozen_groups, subject, case)
+    for case in wholes(1, 10**5):
+        yield f"frozen_init-{name_of(case)}", partial(frozen_init, subject, case)
+        yield f"frozen_theta_D-{name_of(case)}", partial(frozen_theta_D, subject, case)
+
+
+@functools.cache
+def vectors() -> tuple[dict, ...]:
+    """Each frozen spec and what is known of it."""
+    return tuple(case for name in ALGORITHMS for case in json.loads((FOLDER / f"{name}.json").read_text("utf-8")))
+
+
+def wholes(smallest: int, largest: int) -> list[dict]:
+    """The frozen specs of which everything is known, with D between these."""
+    return [case for case in vectors() if "groups_sha256" in case and smallest <= spec_of(case).D <= largest]
+
+
+def name_of(case: dict) -> str:
+    """Grouping, d and seed tell the frozen specs apart."""
+    return "{grouping}-{d}-{seed}".format(**case["spec"])
+
+
+def spec_of(case: dict) -> ProjectionSpec:
+    """The spec of a frozen case."""
+    return ProjectionSpec.from_json(case["spec"])
+
+
+def hexadecimal(values: np.ndarray) -> str:
+    """The bytes as float32, little-endian."""
+    return np.asarray(values).astype("<f4").tobytes().hex()
+
+
+# ---- the checks -----------------------------------------------------------------------------------------------------
+
+
+def frozen_groups(subject: Subject, case: dict) -> None:
+    """Slices: the first, the last, and both sides of each border of a segment or a word."""
+    spec = spec_of(case)
+    for start, expected in case["groups"].items():
+        found = subject.numpy(subject.groups(spec, int(start), int(start) + len(expected)))
+        same(f"groups from {start} on of {text_of(spec)}", found, np.array(expected))
+
+
+def all_frozen_groups(subject: Subject, case: dict) -> None:
+    """All D groups."""
+    spec = spec_of(case)
+    found = subject.numpy(subject.groups(spec, 0, spec.D))
+    _hashed(f"groups of {text_of(spec)}", found, case["groups_sha256"], spec.groups)
+
+
+def frozen_init(subject: Subject, case: dict) -> None:
+    """θ_d⁰, bit by bit."""
+    spec, known = spec_of(case), case["theta_d"]
+    what, found = f"init of {text_of(spec)}", subject.numpy(subject.init(spec))
+    _hashed(what, found, known["sha256"], spec.init)
+    expect(f"{what}: the first three, in hexadecimal", hexadecimal(found[:3]), known["first"])
+
+
+def frozen_theta_D(subject: Subject, case: dict, compiler: Callable | None = None) -> None:
+    """P of the reversed θ_d⁰, bit by bit; compiled, where a compiler is given."""
+    spec, known = spec_of(case), case["theta_D_of_reversed_theta_d"]
+    theta_d = spec.init()[::-1]
+    project = compiler(subject.project(spec)) if compiler else subject.project(spec)
+    what, found = f"project, {text_of(spec)}", subject.numpy(project(subject.array(theta_d)))
+    _hashed(what, found, known["sha256"], lambda: reference.vector(spec, theta_d))
+    expect(f"{what}: the last three, in hexadecimal", hexadecimal(found[-3:]), known["last"])
+
+
+def _hashed(what: str, found: np.ndarray, known: str, expected: Callable[[], np.ndarray]) -> None:
+    """The known hash; where it is another, what is expected tells the position."""
+    if sha256(found) != known:
+        same(what, found, expected())
+    expect(f"{what}: SHA-256 of the {found.dtype} numbers", sha256(found), known)

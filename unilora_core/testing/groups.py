@@ -1,0 +1,94 @@
+"""Groups against the references in plain Python integers, and what every slice of them must be."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unilora_core.errors import SpecError
+from unilora_core.grouping import ALGORITHMS
+from unilora_core.spec import ProjectionSpec
+from unilora_core.testing.backend import Subject
+from unilora_core.testing.compare import drawn, expect, raises, same, text_of
+from unilora_core.testing.reference import AWKWARD, GROUPS, flat, problems
+
+__all__ = ["checks"]
+
+
+def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Specs drawn from all there are, those around the borders of a word, and slices."""
+    for name in GROUPS:
+        yield f"groups_anywhere-{name}", partial(groups_anywhere, subject, name)
+        for D, d in AWKWARD:
+            yield f"groups_around_32_bits-{name}-{D}-{d}", partial(groups_around_32_bits, subject, name, D, d)
+    for name in ALGORITHMS:
+        yield f"groups_are_int32_in_range-{name}", partial(groups_are_int32_in_range, subject, name)
+        yield f"slices_make_the_whole-{name}", partial(slices_make_the_whole, subject, name)
+        yield f"an_empty_slice_is_empty-{name}", partial(an_empty_slice_is_empty, subject, name)
+    yield "a_slice_outside_is_refused", partial(a_slice_outside_is_refused, subject)
+
+
+def groups_anywhere(subject: Subject, name: str) -> None:
+    """Five positions of any spec, D up to 2^48."""
+
+    @settings(drawn, max_examples=100)
+    @given(problem=problems(), where=st.floats(0, 1) | st.floats(0.5, 1))
+    def check(problem, where):
+        D, d, seed = problem
+        start = min(D - 1, int(where * D))
+        _equal_the_reference(subject, flat(D, d, seed=seed, grouping=name), start, min(D, start + 5))
+
+    check()
+
+
+def groups_around_32_bits(subject: Subject, name: str, D: int, d: int) -> None:
+    """Six positions on both sides of the ends of words and segments."""
+    spec = flat(D, d, seed=2**64 - 1, grouping=name)
+    for border in (0, 2**31 - 3, 2**31 // d * d - 3, 2**32 - 3, D - 6):
+        if 0 <= border <= D - 6:
+            _equal_the_reference(subject, spec, border, border + 6)
+
+
+def _equal_the_reference(subject: Subject, spec: ProjectionSpec, start: int, stop: int) -> None:
+    expected = [GROUPS[spec.grouping](spec.D, spec.d, spec.seed, i) for i in range(start, stop)]
+    found = subject.numpy(subject.groups(spec, start, stop))
+    same(f"groups from {start} on of {text_of(spec)}", found, np.array(expected))
+
+
+def groups_are_int32_in_range(subject: Subject, name: str) -> None:
+    """Shape, dtype and range; on the device of the backend."""
+    for d in (1, 2, 64, 1000):
+        spec = flat(1000, d, grouping=name)
+        groups = subject.groups(spec, 0, 1000)
+        what = f"groups of {text_of(spec)}"
+        subject.expect_dtype(what, groups, "int32")
+        subject.expect_device(what, groups)
+        found = subject.numpy(groups)
+        expect(f"{what}: shape", found.shape, (1000,))
+        expect(f"{what}: positions outside 0 … d-1", int(((found < 0) | (found >= d)).sum()), 0)
+
+
+def slices_make_the_whole(subject: Subject, name: str) -> None:
+    """Whatever the cuts, the last position among them."""
+    spec = flat(1000, 37, seed=5, grouping=name)
+    cuts = (0, 1, 8, 300, 997, 1000)
+    parts = [subject.numpy(subject.groups(spec, *cut)) for cut in itertools.pairwise(cuts)]
+    same(f"groups of {text_of(spec)}, cut at {cuts}", np.concatenate(parts), spec.groups())
+
+
+def an_empty_slice_is_empty(subject: Subject, name: str) -> None:
+    """(0,) int32."""
+    groups = subject.groups(flat(10, 3, grouping=name), 4, 4)
+    expect("groups(4, 4): shape", tuple(groups.shape), (0,))
+    subject.expect_dtype("groups(4, 4)", groups, "int32")
+
+
+def a_slice_outside_is_refused(subject: Subject) -> None:
+    """`SpecError`, with the text of the core."""
+    for start, stop in ((-1, 3), (0, 11), (5, 4), (11, 11)):
+        text = f"groups: expected 0 ≤ start ≤ stop ≤ D = 10, got start = {start}, stop = {stop}."
+        with raises(f"groups({start}, {stop}) with D = 10", SpecError, text):
+            subject.groups(flat(10, 3), start, stop)
