@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy_backend import Toy
 
-from unilora_core import UniLoraError
+from unilora_core import UniLoraError, project, project_transpose
 from unilora_core.testing import Backend, cases
 
 
@@ -109,8 +109,8 @@ class PositionsIn32Bits(Toy):
 
 
 class GatherInFloat32(Toy):
-    def factor(self, spec, name, theta, scale, groups):
-        return np.take(theta * scale, groups.astype(np.float32).astype(np.int64), mode="clip")
+    def gather(self, table, groups):
+        return np.take(table, groups.astype(np.float32).astype(np.int64), mode="clip")
 
 
 class ScatterInFloat32(Toy):
@@ -225,7 +225,7 @@ class NothingIsChecked(Toy):
         pass
 
     def factor(self, spec, name, theta, scale, groups):
-        return np.take((theta * np.resize(scale, theta.shape)).ravel(), groups, mode="clip")
+        return super().factor(spec, name, np.resize(theta, spec.d), scale, groups)
 
     def scatter_add(self, spec, y):
         return super().scatter_add(spec, np.resize(y, spec.D))
@@ -350,6 +350,31 @@ def test_the_text_says_what_differs():
     assert "expected float16, got float64" in complaint(ResultInFloat64, "dtype_and_device_are_kept")
     text = complaint(AnotherError, "project_refuses")
     assert text.startswith("project: theta_d as (49,) float32: expected ValuesError, got TypeError")
+
+
+def test_an_array_on_another_device_is_caught():
+    """array-api-strict has devices that differ by name only."""
+    strict = pytest.importorskip("array_api_strict")
+    host, device = strict.Device("CPU_DEVICE"), strict.Device("device1")
+    right = Backend(
+        "strict",
+        strict,
+        device=device,
+        project_transpose=lambda spec: lambda y: project_transpose(spec, y.to_device(host)).to_device(device),
+        asnumpy=lambda array: np.asarray(array.to_device(host)),
+    )
+    moved = replace(right, project=lambda spec: lambda theta_d: project(spec, theta_d.to_device(host)))
+    misplaced = replace(right, groups=lambda spec, start, stop: spec.groups(start, stop, xp=strict))
+
+    def run(backend, name):
+        next(case for case in cases(backend) if case.name == name)()
+
+    for name in ("dtype_and_device_are_kept-float32-identity", "groups_are_int32_in_range-balanced"):
+        run(right, name)
+    with pytest.raises(AssertionError, match=r"device: expected .*device1.*, got .*CPU_DEVICE"):
+        run(moved, "dtype_and_device_are_kept-float32-identity")
+    with pytest.raises(AssertionError, match=r"device: expected .*device1.*, got .*CPU_DEVICE"):
+        run(misplaced, "groups_are_int32_in_range-balanced")
 
 
 # ---- the list of cases ----

@@ -78,7 +78,10 @@ class Toy:
 
     def factor(self, spec, name, theta, scale, groups):
         from_zero = spec.start == "identity" and name.endswith(".B")
-        return np.take((theta - self.init(spec) if from_zero else theta) * scale, groups)
+        return self.gather((theta - self.init(spec) if from_zero else theta) * scale, groups)
+
+    def gather(self, table, groups):
+        return np.take(table, groups)
 
     def join(self, spec, parts):
         return np.concatenate(list(parts.values()))
