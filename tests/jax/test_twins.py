@@ -1,17 +1,11 @@
 """The JAX twins compute what their PyTorch models compute."""
 
-import sys
-from importlib import import_module
-from pathlib import Path
-
+import jax
 import numpy as np
 import pytest
+import twins
 
-jax = pytest.importorskip("jax", reason="the twins need jax")
 torch = pytest.importorskip("torch", reason="the twins are copies of PyTorch models")
-
-sys.path.insert(0, str(Path(__file__).parent))
-twins = import_module("twins")
 
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 7))
 
