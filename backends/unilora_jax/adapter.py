@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from unilora_core import MismatchError, ProjectionSpec, TargetError, ValuesError, rates, save_adapter
@@ -20,7 +21,8 @@ from unilora_core.lora import join_blocks, lora_config, lora_names
 from unilora_core.targets import write_targets
 from unilora_jax.factors import Factors
 from unilora_jax.lowrank import LowRank, evaluate
-from unilora_jax.targets import Target, check_leaf, leaves_of, nearest
+from unilora_jax.projection import explicit_sharding
+from unilora_jax.targets import Target, check_leaf, factor_names, leaves_of, nearest
 
 __all__ = ["Adapter"]
 
@@ -91,7 +93,8 @@ class Adapter:
                 return found
 
             closed = jax.make_jaxpr(flat)(*(leaves[i] for i in arrays))
-            pairs = self._pairs(_varying_as(theta_d, [leaves[i] for i in arrays]))
+            rest = [leaves[i] for i in arrays if i not in places]
+            pairs = self._pairs(_varying_as(theta_d, rest), self._shardings(leaves, places, rest))
             values = [
                 LowRank(leaves[i], *pairs[places[i]], roles=self._roles(places[i]), path=places[i])
                 if i in places
@@ -120,6 +123,8 @@ class Adapter:
         for i, path in places.items():
             down, up = pairs[path]
             update = jnp.einsum("r...,r...->...", down, up)
+            if (sharding := explicit_sharding(leaves[i])) is not None:
+                update = jax.sharding.reshard(update, sharding)
             leaves[i] = (leaves[i].astype(jnp.float32) + update).astype(leaves[i].dtype)
         return jax.tree.unflatten(tree, leaves)
 
@@ -217,19 +222,39 @@ class Adapter:
                 )
         return {position[path]: path for path, _ in self.shapes}
 
-    def _stacks(self, theta_d: Array) -> dict[tuple[str, ...], Array]:
+    def _stacks(
+        self, theta_d: Array, shardings: dict[str, NamedSharding] | None = None
+    ) -> dict[tuple[str, ...], Array]:
+        """Names → A (layers, r, in), and Bᵀ (layers, r, out), of each target."""
         if isinstance(theta_d, (np.ndarray, np.generic)):
             theta_d = jnp.asarray(theta_d)
-        return self._factors(theta_d)
+        if not shardings:
+            return self._factors(theta_d)
+        laid = [_sharding(target, role, shardings.get(target.path)) for target in self.targets for role in "io"]
+        return self._factors(theta_d, laid)
 
-    def _pairs(self, theta_d: Array) -> dict[str, tuple[Array, Array]]:
+    def _shardings(self, leaves: list[Any], places: dict[int, str], inputs: list[Any]) -> dict[str, NamedSharding]:
+        """Path → how the weight lies on an explicit mesh when it is used: whole along the axes that split the inputs
+        (where weights are split there too, as in FSDP, they are gathered first; the factors need no gathering).
+        """
+        taken = {name for x in inputs if (s := explicit_sharding(x)) is not None for name in _mesh_axes(s.spec)}
+        found = {}
+        for i, path in places.items():
+            if (sharding := explicit_sharding(leaves[i])) is not None:
+                spec = [None if taken & _mesh_axes([axis]) else axis for axis in sharding.spec]
+                found[path] = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        return found
+
+    def _pairs(
+        self, theta_d: Array, shardings: dict[str, NamedSharding] | None = None
+    ) -> dict[str, tuple[Array, Array]]:
         """Path → U (r, …) and V (r, …), with the axes of the leaf behind the rank; see `LowRank`."""
-        stacks = self._stacks(theta_d)
+        stacks = self._stacks(theta_d, shardings)
         found: dict[str, tuple[Array, Array]] = {}
         for path, shape in self.shapes:
             parts = [target for target in self.targets if target.path == path]
-            down = _joined([stacks[_names(part, "A")] for part in parts])
-            up = _joined([self._padded(part, stacks[_names(part, "B")]) for part in parts])
+            down = _joined([stacks[factor_names(part, "A")] for part in parts])
+            up = _joined([self._padded(part, stacks[factor_names(part, "B")]) for part in parts])
             roles = self._roles(path)
             in_sizes = [size if role != "o" else 1 for size, role in zip(shape, roles, strict=True)]
             out_sizes = [size if role != "i" else 1 for size, role in zip(shape, roles, strict=True)]
@@ -262,8 +287,20 @@ class Adapter:
             )
 
 
-def _names(target: Target, factor: str) -> tuple[str, ...]:
-    return tuple(f"{name}.{factor}" for name in target.names)
+def _sharding(target: Target, role: str, sharding: NamedSharding | None) -> NamedSharding | None:
+    """Of A (layers, r, in) or Bᵀ (layers, r, out), for a weight that lies on a mesh as ``sharding`` says."""
+    if sharding is None:
+        return None
+    axes = dict(enumerate(sharding.spec))
+    layers = axes.pop(0) if target.stacked else None
+    mine = [axis for i, axis in axes.items() if (i in target.inputs) == (role == "i")]
+    whole = target.first_row or any(mine[1:])  # a part of the outputs, or several axes taken as one: left whole
+    return NamedSharding(sharding.mesh, PartitionSpec(layers, None, None if whole else mine[0]))
+
+
+def _mesh_axes(spec: Iterable[Any]) -> set[str]:
+    """The mesh axes in a PartitionSpec."""
+    return {name for axis in spec if axis is not None for name in (axis if isinstance(axis, tuple) else (axis,))}
 
 
 def _joined(parts: list[Array]) -> Array:

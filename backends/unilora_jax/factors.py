@@ -1,24 +1,26 @@
 """All factors of a spec from one θ_d: positions → groups → numbers, a whole bundle of equal shapes at a time.
 
 A kernel per factor would make XLA compile hundreds of copies of it; factors of one shape share one. A group is a
-function of its position, so each device computes the groups of the slice that it holds, and nothing is gathered.
+function of its position alone, so on a mesh each device computes the groups of the slice that it needs.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from unilora_core import ProjectionSpec
 from unilora_core import grouping as _grouping
 from unilora_jax.projection import project
 
-__all__ = ["Factors", "Stack"]
+__all__ = ["Factors", "Stack", "factors_of"]
+
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -27,34 +29,19 @@ class Stack:
 
     Attributes:
         names: of the factors, as in the layout; one for each layer.
-        transposed: whether the array holds the transposes (Bᵀ is gathered as it is used: no copy of it is made).
-        sharding: how the array (layers, rows, columns) lies on its mesh; None on one device.
-    """
-
-    names: tuple[str, ...]
-    transposed: bool = False
-    sharding: NamedSharding | None = None
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """Stacks of one size whose groups are computed together, as an array (stacks, layers, …).
-
-    Attributes:
-        shape: rows and columns of the factors in the layout.
-        transposed: whether the array is (stacks, layers, columns, rows).
+        starts: where each begins in its segment of θ_D.
+        shape: rows and columns, as in the layout.
+        transposed: whether the array is (layers, columns, rows): Bᵀ is gathered as it is used, and never copied.
         from_origin: factors B of ``start="identity"``, made of θ_d - θ_d⁰.
-        segment: which segment of the grouping all positions lie in; None where a factor crosses its end.
-        cached: whether the groups are stored.
+        segment: of the grouping, which all positions lie in; None where a factor crosses its end.
     """
 
-    stacks: tuple[Stack, ...]
+    names: Names
+    starts: tuple[int, ...]
     shape: tuple[int, int]
     transposed: bool
     from_origin: bool
     segment: int | None
-    cached: bool
-    sharding: NamedSharding | None
 
 
 @jax.tree_util.register_dataclass
@@ -65,105 +52,92 @@ class Factors:
     Attributes:
         scale: (d,) float32, 1/√n_j.
         origin: (d,) float32, θ_d⁰, for ``start="identity"``.
-        recipes: of each bundle, int32: where its factors begin in their segment of θ_D (stacks, layers); or its groups.
+        tables: the groups of each stack, int32; None where they are computed in each step.
     """
 
     spec: ProjectionSpec = field(metadata={"static": True})
-    bundles: tuple[Bundle, ...] = field(metadata={"static": True})
+    stacks: tuple[Stack, ...] = field(metadata={"static": True})
     scale: Array
     origin: Array | None
-    recipes: tuple[Array, ...]
+    tables: tuple[Array | None, ...]
 
-    def __call__(self, theta_d: Array) -> dict[tuple[str, ...], Array]:
-        """Names of each stack → (layers, rows, columns), or transposed; differentiable in ``theta_d``."""
-        groups = {}
-        for bundle, recipe in zip(self.bundles, self.recipes, strict=True):
-            table = recipe if bundle.cached else _groups(self.spec, bundle, recipe)
-            groups |= {stack.names: table[i] for i, stack in enumerate(bundle.stacks)}
+    def __call__(self, theta_d: Array, shardings: Sequence[NamedSharding | None] | None = None) -> dict[Names, Array]:
+        """Names of each stack → its array, in the dtype of ``theta_d`` and differentiable in it.
+
+        Args:
+            shardings: of each stack's array, on a mesh with explicit axes.
+        """
+        groups, alike = {}, {}
+        for stack, table, sharding in zip(
+            self.stacks, self.tables, shardings or [None] * len(self.stacks), strict=True
+        ):
+            if table is None:
+                key = stack.shape, len(stack.names), stack.transposed, stack.from_origin, stack.segment, sharding
+                alike.setdefault(key, []).append(stack)
+            else:
+                groups[stack.names] = table if sharding is None else jax.sharding.reshard(table, sharding)
+        for (*_, sharding), stacks in alike.items():
+            computed = _groups(
+                self.spec, stacks[0], _behind(sharding), np.asarray([s.starts for s in stacks], np.int32)
+            )
+            groups |= {stack.names: computed[i] for i, stack in enumerate(stacks)}
         return project(theta_d, groups, self.scale, self.origin)
 
 
-def factors_of(spec: ProjectionSpec, stacks: tuple[Stack, ...], groups: Literal["computed", "cached"]) -> Factors:
+def factors_of(spec: ProjectionSpec, names: Sequence[tuple[Names, bool]], *, cached: bool) -> Factors:
     """Prepare the factors of ``spec``.
 
     Args:
-        groups: ``"computed"`` in each step, or ``"cached"`` as int32, 4 bytes per LoRA parameter. ``numpy-shuffle`` and
-            the rare factor that crosses position 2^31 have no kernel, and are cached in either case.
+        names: the factors of each stack, and whether it is transposed.
+        cached: whether groups are kept as int32, 4 bytes per LoRA parameter. ``numpy-shuffle`` and the rare factor that
+            crosses position 2^31 have no kernel, and are cached in either case.
     """
-    bundles = _bundles(spec, stacks, cached=groups == "cached")
-    recipes = tuple(_table(spec, bundle) if bundle.cached else _starts(spec, bundle) for bundle in bundles)
+    stacks = tuple(_stack(spec, factors, transposed) for factors, transposed in names)
+    kernel = _grouping.ALGORITHMS[spec.grouping].kernel
+    tables = tuple(_table(spec, s) if cached or s.segment is None or kernel is None else None for s in stacks)
     origin = jnp.asarray(spec.init()) if spec.start == "identity" else None
-    return Factors(spec, bundles, jnp.asarray(spec.scale()), origin, recipes)
+    return Factors(spec, stacks, jnp.asarray(spec.scale()), origin, tables)
 
 
-def _bundles(spec: ProjectionSpec, stacks: tuple[Stack, ...], cached: bool) -> tuple[Bundle, ...]:
-    length, kernel = _segment(spec), _grouping.ALGORITHMS[spec.grouping].kernel
-    alike: dict[tuple, list[Stack]] = {}
-    for stack in stacks:
-        slices = [spec.layout.slices[name] for name in stack.names]
-        segments = {at.start // length for at in slices} | {(at.stop - 1) // length for at in slices}
-        segment = segments.pop() if len(segments) == 1 else None
-        from_origin = spec.start == "identity" and stack.names[0].endswith(".B")
-        shape = spec.layout.shapes[stack.names[0]]
-        key = shape, len(stack.names), stack.transposed, from_origin, segment, stack.sharding
-        alike.setdefault(key, []).append(stack)
-    return tuple(
-        Bundle(
-            stacks=tuple(members),
-            shape=shape,
-            transposed=transposed,
-            from_origin=from_origin,
-            segment=segment,
-            cached=cached or kernel is None or segment is None,
-            sharding=_behind(sharding),
-        )
-        for (shape, _, transposed, from_origin, segment, sharding), members in alike.items()
-    )
+def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
+    slices = [spec.layout.slices[name] for name in names]
+    length = _grouping.ALGORITHMS[spec.grouping].segment(_problem(spec))
+    segments = {at.start // length for at in slices} | {(at.stop - 1) // length for at in slices}
+    segment = segments.pop() if len(segments) == 1 else None
+    starts = tuple(at.start - (segment or 0) * length for at in slices)
+    from_origin = spec.start == "identity" and names[0].endswith(".B")
+    return Stack(names, starts, spec.layout.shapes[names[0]], transposed, from_origin, segment)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _groups(spec: ProjectionSpec, bundle: Bundle, starts: Array) -> Array:
-    """The groups of a bundle, elementwise from their positions: each device makes its own slice."""
-    kernel = _grouping.ALGORITHMS[spec.grouping].kernel(_problem(spec), bundle.segment, jnp, None)
-    shape = (*starts.shape, *(bundle.shape[::-1] if bundle.transposed else bundle.shape))
-    first, second = (constrain(jax.lax.broadcasted_iota(jnp.int32, shape, axis), bundle.sharding) for axis in (2, 3))
-    row, column = (second, first) if bundle.transposed else (first, second)
-    return kernel(starts[:, :, None, None] + row * bundle.shape[1] + column) + spec.d * bundle.from_origin
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, starts: Array) -> Array:
+    """The groups of several stacks ``like`` one, (stacks, layers, …), elementwise from their positions."""
+    kernel = _grouping.ALGORITHMS[spec.grouping].kernel(_problem(spec), like.segment, jnp, None)
+    shape = (*starts.shape, *(like.shape[::-1] if like.transposed else like.shape))
+
+    def compute(starts: Array) -> Array:
+        first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 3))
+        row, column = (second, first) if like.transposed else (first, second)
+        return kernel(starts[:, :, None, None] + row * like.shape[1] + column) + spec.d * like.from_origin
+
+    if sharding is None:
+        return compute(starts)
+    return jax.sharding.auto_axes(compute, out_sharding=sharding)(starts)
 
 
-def _starts(spec: ProjectionSpec, bundle: Bundle) -> Array:
-    first = (bundle.segment or 0) * _segment(spec)
-    starts = [[spec.layout.slices[name].start - first for name in stack.names] for stack in bundle.stacks]
-    return jnp.asarray(np.asarray(starts, np.int32))
-
-
-def _table(spec: ProjectionSpec, bundle: Bundle) -> Array:
-    if bundle.segment is not None and _grouping.ALGORITHMS[spec.grouping].kernel is not None:
-        return _groups(spec, bundle, _starts(spec, bundle))
-    slices = [[spec.layout.slices[name] for name in stack.names] for stack in bundle.stacks]
-    table = np.stack([np.stack([spec.groups(at.start, at.stop) for at in row]) for row in slices])
-    table = table.reshape(*table.shape[:2], *bundle.shape) + np.int32(spec.d * bundle.from_origin)
-    table = table.swapaxes(2, 3) if bundle.transposed else table
-    return jnp.asarray(table) if bundle.sharding is None else jax.device_put(table, bundle.sharding)
+def _table(spec: ProjectionSpec, stack: Stack) -> Array:
+    """The groups of one stack, made on the host where there is no kernel."""
+    if stack.segment is not None and _grouping.ALGORITHMS[spec.grouping].kernel is not None:
+        return _groups(spec, stack, None, np.asarray([stack.starts], np.int32))[0]
+    slices = [spec.layout.slices[name] for name in stack.names]
+    table = np.stack([spec.groups(at.start, at.stop).reshape(stack.shape) for at in slices])
+    return jnp.asarray((table.swapaxes(1, 2) if stack.transposed else table) + np.int32(spec.d * stack.from_origin))
 
 
 def _problem(spec: ProjectionSpec) -> _grouping.Problem:
     return _grouping.Problem(spec.D, spec.d, spec.seed)
 
 
-def _segment(spec: ProjectionSpec) -> int:
-    return _grouping.ALGORITHMS[spec.grouping].segment(_problem(spec))
-
-
 def _behind(sharding: NamedSharding | None) -> NamedSharding | None:
     """The sharding of an array with one more axis in front."""
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-
-
-def constrain(x: Array, sharding: NamedSharding | None) -> Array:
-    """Lay x out as ``sharding`` says, in either sharding mode of JAX."""
-    if sharding is None:
-        return x
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.sharding.reshard(x, sharding)
-    return jax.lax.with_sharding_constraint(x, sharding)

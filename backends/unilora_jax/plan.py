@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -10,22 +9,21 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
 from unilora_core import Layout, MismatchError, ProjectionSpec, SpecError, TargetError, read_adapter
 from unilora_core.rates import default_bound, default_d
 from unilora_core.targets import TargetRow, read_targets
 from unilora_jax.adapter import Adapter
-from unilora_jax.factors import Stack, factors_of
+from unilora_jax.factors import factors_of
 from unilora_jax.targets import (
     STACKED,
     Target,
     check_leaf,
+    factor_names,
     find_targets,
     leaves_of,
     linear_target,
     nearest,
-    sharding_of,
 )
 
 __all__ = ["load", "plan"]
@@ -51,7 +49,7 @@ def plan(
 
     Args:
         params: any pytree: dictionaries, Flax Linen parameters, an NNX state or module, an Equinox module. Shapes are
-            enough (`jax.eval_shape`). Where leaves lie on a mesh of several devices, so will the factors.
+            enough (`jax.eval_shape`).
         targets: a regular expression for whole paths (``".*/(q|v)_proj/kernel"``), or a list of layers
             (``["q_proj", "v_proj"]``), or a list of `Target`; see `find_targets`.
         exclude: taken away from ``targets``, by regular expression or list.
@@ -126,32 +124,8 @@ def _adapter(params: Any, spec: ProjectionSpec, targets: tuple[Target, ...], gro
         raise SpecError(f"groups must be 'computed' or 'cached', got {groups!r}.")
     leaves = leaves_of(params)
     shapes = {target.path: tuple(leaves[target.path].shape) for target in targets}
-    stacks = tuple(stack for target in targets for stack in _stacks(target, leaves[target.path]))
-    return Adapter(targets, tuple(shapes.items()), factors_of(spec, stacks, groups))
-
-
-def _stacks(target: Target, leaf: Any) -> tuple[Stack, Stack]:
-    """A (layers, r, in) and Bᵀ (layers, r, out), lying on the mesh as the leaf does."""
-    A, B = (tuple(f"{name}.{factor}" for name in target.names) for factor in "AB")
-    sharding = sharding_of(leaf)
-    if sharding is None:
-        return Stack(A), Stack(B, transposed=True)
-    axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-    outputs = [axis for axis in range(target.stacked, leaf.ndim) if axis not in target.inputs]
-    whole = math.prod(leaf.shape[axis] for axis in outputs) == target.out_features
-    layers = axes[0] if target.stacked else None
-    on_A = PartitionSpec(layers, None, _major(axes, target.inputs))
-    on_B = PartitionSpec(layers, None, _major(axes, outputs) if whole else None)
-    return (
-        Stack(A, sharding=NamedSharding(sharding.mesh, on_A)),
-        Stack(B, transposed=True, sharding=NamedSharding(sharding.mesh, on_B)),
-    )
-
-
-def _major(axes: list[Any], group: Iterable[int]) -> Any:
-    """The sharding of several axes taken as one: that of the first, if the others are whole."""
-    first, *others = (axes[axis] for axis in group)
-    return first if not any(others) else None
+    names = [(factor_names(target, factor), factor == "B") for target in targets for factor in "AB"]
+    return Adapter(targets, tuple(shapes.items()), factors_of(spec, names, cached=groups == "cached"))
 
 
 def _check_apart(params: Any, targets: tuple[Target, ...]) -> None:

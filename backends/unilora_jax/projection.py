@@ -78,10 +78,10 @@ def _forward(theta_d: Array, groups: Any, scale: Array, origin: Array | None) ->
 
 def _backward(saved: tuple, y: Any) -> tuple[Array, None, None, None]:
     groups, scale, origin = saved
-    if origin is None:
-        return project_transpose(y, groups, scale), None, None, None
-    both = project_transpose(y, groups, jnp.concatenate([scale, scale]))
-    return both[: scale.shape[0]] + both[scale.shape[0] :], None, None, None
+    if origin is not None:  # both halves of the table are made of the same θ_d
+        d = scale.shape[0]
+        groups = jax.tree.map(lambda at: jnp.where(at < d, at, at - d), groups)
+    return project_transpose(y, groups, scale), None, None, None
 
 
 _project.defvjp(_forward, _backward)

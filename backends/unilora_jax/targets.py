@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.tree_util import GetAttrKey
 
 from unilora_core import TargetError
@@ -155,10 +154,9 @@ def check_leaf(path: str, leaf: Any) -> None:
         )
 
 
-def sharding_of(leaf: Any) -> NamedSharding | None:
-    """How a leaf lies on a mesh of several devices, where it does."""
-    sharding = getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+def factor_names(target: Target, factor: str) -> tuple[str, ...]:
+    """The names of A or B of each layer."""
+    return tuple(f"{name}.{factor}" for name in target.names)
 
 
 def nearest(paths: Iterable[str], name: str) -> list[str]:
