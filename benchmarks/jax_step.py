@@ -106,8 +106,9 @@ def step(repeats: int) -> dict:
     model = twins.nnx_llama(twins.torch_llama(**SIZES))
     lora, D = qwix_case(model)
     cases = {"qwix": lora}
-    for name, groups, merged in (("computed", "computed", False), ("cached", "cached", False), ("merged", "cached", True)):
-        cases[name], adapter = unilora_case(model, groups, merged=merged)
+    for groups in ("computed", "cached"):
+        cases[groups], adapter = unilora_case(model, groups)
+    cases["merged"], _ = unilora_case(model, "computed", merged=True)
     assert adapter.spec.D == D, (adapter.spec.D, D)
     times = interleaved(cases, repeats=repeats, warmup=2)
     found = {name: {**times[name], **case.costs()} for name, case in cases.items()}

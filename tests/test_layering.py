@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {
     "unilora_core": ROOT / "unilora_core",
     "unilora_torch": ROOT / "backends" / "unilora_torch",
+    "unilora_jax": ROOT / "backends" / "unilora_jax",
     "unilora_transformers": ROOT / "integrations" / "unilora_transformers",
     "unilora_timm": ROOT / "integrations" / "unilora_timm",
     "unilora_cli": ROOT / "integrations" / "unilora_cli",
@@ -18,6 +19,7 @@ INTEGRATION = {"unilora_core", "unilora_torch", "numpy", "torch", "huggingface_h
 ALLOWED = {
     "unilora_core": {"numpy", "safetensors"},
     "unilora_torch": {"unilora_core", "numpy", "torch", "safetensors"},
+    "unilora_jax": {"unilora_core", "numpy", "jax", "safetensors"},
     "unilora_transformers": {*INTEGRATION, "transformers"},
     "unilora_timm": {*INTEGRATION, "timm"},
 }
@@ -106,6 +108,8 @@ def test_every_package_has_its_rule():
         ("unilora_torch", "testing/suite.py", "import hypothesis", "hypothesis"),
         ("unilora_torch", "adapter.py", "try:\n    import transformers\nexcept ImportError: pass", "transformers"),
         ("unilora_torch", "adapter.py", "import array_api_compat.torch", "array_api_compat"),
+        ("unilora_jax", "plan.py", "from unilora_torch import attach", "unilora_torch"),
+        ("unilora_jax", "plan.py", "from flax import nnx", "flax"),
         ("unilora_timm", "attach.py", "import unilora_transformers", "unilora_transformers"),
         ("unilora_timm", "attach.py", "from unilora_cli import main", "unilora_cli"),
         ("unilora_transformers", "attach.py", "class A:\n    import timm", "timm"),

@@ -11,6 +11,7 @@ NEEDS = {
     "unilora_core": [],
     "unilora_core.testing": ["hypothesis"],
     "unilora_torch": ["torch"],
+    "unilora_jax": ["jax"],
     "unilora_transformers": ["torch", "transformers"],
     "unilora_timm": ["torch", "timm"],
 }

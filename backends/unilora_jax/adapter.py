@@ -191,7 +191,8 @@ class Adapter:
                 block = factors[f"{name}.A"], factors[f"{name}.B"], target.first_row
                 blocks.setdefault(rename(module), []).append(block)
                 heights[rename(module)] = self._outputs(target)
-        state, ranks = {}, {}
+        state: dict[str, np.ndarray] = {}
+        ranks: dict[str, int] = {}
         for module, parts in blocks.items():
             pair = join_blocks(parts, heights[module])
             state |= dict(zip(lora_names(module), map(np.ascontiguousarray, pair), strict=True))

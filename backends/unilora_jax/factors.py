@@ -67,7 +67,8 @@ class Factors:
         Args:
             shardings: of each stack's array, on a mesh with explicit axes.
         """
-        groups, alike = {}, {}
+        groups: dict[Names, Array] = {}
+        alike: dict[tuple, list[Stack]] = {}
         for stack, table, sharding in zip(
             self.stacks, self.tables, shardings or [None] * len(self.stacks), strict=True
         ):
@@ -93,8 +94,7 @@ def factors_of(spec: ProjectionSpec, names: Sequence[tuple[Names, bool]], *, cac
             crosses position 2^31 have no kernel, and are cached in either case.
     """
     stacks = tuple(_stack(spec, factors, transposed) for factors, transposed in names)
-    kernel = _grouping.ALGORITHMS[spec.grouping].kernel
-    tables = tuple(_table(spec, s) if cached or s.segment is None or kernel is None else None for s in stacks)
+    tables = tuple(_table(spec, stack) if cached or not _has_kernel(spec, stack) else None for stack in stacks)
     origin = jnp.asarray(spec.init()) if spec.start == "identity" else None
     return Factors(spec, stacks, jnp.asarray(spec.scale()), origin, tables)
 
@@ -106,13 +106,16 @@ def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
     segment = segments.pop() if len(segments) == 1 else None
     starts = tuple(at.start - (segment or 0) * length for at in slices)
     from_origin = spec.start == "identity" and names[0].endswith(".B")
-    return Stack(names, starts, spec.layout.shapes[names[0]], transposed, from_origin, segment)
+    rows, columns = spec.layout.shapes[names[0]]
+    return Stack(names, starts, (rows, columns), transposed, from_origin, segment)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, starts: Array) -> Array:
     """The groups of several stacks ``like`` one, (stacks, layers, …), elementwise from their positions."""
-    kernel = _grouping.ALGORITHMS[spec.grouping].kernel(_problem(spec), like.segment, jnp, None)
+    of_segment = _grouping.ALGORITHMS[spec.grouping].kernel
+    assert of_segment is not None and like.segment is not None, "see _has_kernel"
+    kernel = of_segment(_problem(spec), like.segment, jnp, None)
     shape = (*starts.shape, *(like.shape[::-1] if like.transposed else like.shape))
 
     def compute(starts: Array) -> Array:
@@ -127,11 +130,15 @@ def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, s
 
 def _table(spec: ProjectionSpec, stack: Stack) -> Array:
     """The groups of one stack, made on the host where there is no kernel."""
-    if stack.segment is not None and _grouping.ALGORITHMS[spec.grouping].kernel is not None:
+    if _has_kernel(spec, stack):
         return _groups(spec, stack, None, np.asarray([stack.starts], np.int32))[0]
     slices = [spec.layout.slices[name] for name in stack.names]
     table = np.stack([spec.groups(at.start, at.stop).reshape(stack.shape) for at in slices])
     return jnp.asarray((table.swapaxes(1, 2) if stack.transposed else table) + np.int32(spec.d * stack.from_origin))
+
+
+def _has_kernel(spec: ProjectionSpec, stack: Stack) -> bool:
+    return stack.segment is not None and _grouping.ALGORITHMS[spec.grouping].kernel is not None
 
 
 def _problem(spec: ProjectionSpec) -> _grouping.Problem:

@@ -163,13 +163,15 @@ def _hidden_sharding(x: Array, contracted: Sequence[int], batch: Sequence[int]) 
 
 def _rearranged(eqn: JaxprEqn, w: LowRank, *rest: Any) -> Any:
     """The same operation on W, U and V."""
-    weight = _bind(eqn, w.weight, *rest)
+    many, weight = eqn.primitive.multiple_results, _bind(eqn, w.weight, *rest)
+    weight = weight[0] if many else weight
     roles, move = REARRANGE[eqn.primitive.name](w, eqn.params, weight.shape, rest)
-    return replace(w, weight=weight, down=jax.vmap(move)(w.down), up=jax.vmap(move)(w.up), roles=roles)
+    moved = replace(w, weight=weight, down=jax.vmap(move)(w.down), up=jax.vmap(move)(w.up), roles=roles)
+    return [moved] if many else moved
 
 
 def _same(w: LowRank, *_: Any) -> tuple[str, Move]:
-    """Casts and markers: U and V stay float32 until they are used."""
+    """Casts and marks: U and V stay float32 until they are used."""
     return w.roles, lambda factor: factor
 
 
@@ -219,7 +221,9 @@ def _axis_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of axes of two shapes whose sizes multiply to the same."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        left, right, before, after = [], [], 1, 1
+        left: list[int] = []
+        right: list[int] = []
+        before = after = 1
         while not (left or right) or before != after:
             if j == len(new) or (i < len(old) and before <= after):
                 left.append(i)
@@ -277,6 +281,7 @@ REARRANGE = {
     "copy_p": _same,
     "name": _same,
     "sharding_constraint": _same,
+    "pvary": _same,
     "reshard": _reshard,
     "transpose": _transpose,
     "squeeze": _squeeze,

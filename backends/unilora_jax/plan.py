@@ -173,7 +173,7 @@ def _targets_for(
 
 def _weights_by_layer(params: Any, stacked: str) -> dict[str, tuple[Target, int]]:
     """Name of each layer → its weight, and which layer of the stack it is."""
-    known = {}
+    known: dict[str, tuple[Target, int]] = {}
     for path, leaf in leaves_of(params).items():
         with contextlib.suppress(TargetError):  # what is no matrix belongs to no layer
             weight = linear_target(path, leaf, stacked=stacked)
