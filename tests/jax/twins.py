@@ -590,3 +590,11 @@ def stacked_llama_apply(params, tokens, remat=False, config=SMALL_LLAMA):
 
     x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, params["embed"][tokens], params["layers"])
     return norm(x, params["norm"]) @ params["lm_head"]["kernel"]
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def moved(adapter, seed=1):
+    """θ_d somewhere else than where training starts, so that B is not 0 after an identity start."""
+    return adapter.init() + 0.3 * jax.random.normal(jax.random.key(seed), adapter.spec.d)
