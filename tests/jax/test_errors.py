@@ -1,0 +1,444 @@
+"""Bad input: an error that names the leaf and the remedy; parameters, files and folders are as they were."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import unilora_core
+import unilora_jax
+from unilora_core import CorruptFileError, MismatchError, SpecError, TargetError, UniLoraError, ValuesError
+from unilora_jax import linear_target
+
+X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+def tree():
+    """The same tree each time."""
+    return {
+        "up": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
+        "down": {"kernel": jnp.ones((6, 4))},
+        "conv": {"kernel": jnp.ones((3, 3, 4, 6))},
+        "codes": {"kernel": jnp.ones((4, 4), jnp.int8)},
+        "layers": {"mlp": {"kernel": jnp.ones((3, 4, 4))}, "norm": jnp.ones((3, 4))},
+    }
+
+
+UP = linear_target("up/kernel", ones(4, 6))
+
+
+def refused(error, match, targets=("up",), params=None, **kwargs):
+    with pytest.raises(error, match=match):
+        unilora_jax.plan(tree() if params is None else params, targets, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return unilora_jax.plan(tree(), ["up"], d=10, start="paper", bound=0.5)
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [0, -3, 41, 10**9])
+def test_d_out_of_range(d):
+    refused(SpecError, rf"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = {d} with D = 40; .* usually D/16", d=d)
+
+
+@pytest.mark.parametrize("d", [1.5, "many", None])
+def test_d_that_is_no_integer(d):
+    refused(SpecError, "d must be an integer, got", d=d)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_rank_below_one(rank):
+    refused(SpecError, rf"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64", rank=rank)
+
+
+def test_rank_that_is_no_integer():
+    refused(SpecError, r"up.A.*positive integers, got \(1.5, 4\)", rank=1.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"seed": -1}, "0 ≤ seed < 2"),
+        ({"grouping": "random"}, "unknown grouping 'random'; known: balanced"),
+        ({"start": "zero"}, "unknown start 'zero'; known: paper, identity"),
+        ({"bound": float("nan")}, "bound must be a positive float32 number, got nan"),
+        ({"groups": "x"}, "groups must be 'computed' or 'cached', got 'x'"),
+    ],
+)
+def test_an_option_out_of_range(wrong, match):
+    refused(SpecError, match, **wrong)
+
+
+# ---- nothing to adapt -----------------------------------------------------------------------------------------------
+
+
+def test_no_match_lists_the_nearest_paths():
+    refused(TargetError, r"no leaf matches 'up/kernle'; the nearest paths are \['up/kernel'.*regular expr", "up/kernle")
+    refused(TargetError, r"no leaf matches \('dwn/kernel',\); the nearest paths are \['down/kernel'", ["dwn/kernel"])
+    refused(TargetError, r"no leaf matches \('zzz',\); the nearest paths are \['codes/kernel', 'conv/k", ["zzz"])
+
+
+def test_nothing_to_choose_from():
+    refused(TargetError, r"no leaf matches \(\)", [])
+    refused(TargetError, r"no leaf matches '\.\*': the tree of parameters is empty", ".*", {})
+
+
+def test_everything_excluded():
+    refused(TargetError, r"all 2 leaves selected by .* are excluded by '\.\*'", ["up", "down"], exclude=".*")
+
+
+@pytest.mark.parametrize("wrong", [{"targets": "*.up"}, {"targets": ".*", "exclude": "*.up"}])
+def test_what_is_no_regular_expression(wrong):
+    refused(TargetError, r"'\*\.up' is not a regular expression.*give a list for plain names", **wrong)
+
+
+# ---- what cannot be adapted -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        ("up/.*", r"^up/bias: expected a matrix, or a stack of matrices .* got shape \(6,\); exclude it"),
+        (["conv"], r"^conv/kernel: expected a matrix.*got shape \(3, 3, 4, 6\); exclude it.*linear_target.*inputs="),
+        (["codes"], "^codes/kernel: expected a floating-point weight, got int8.*Exclude it, or .* dequantised"),
+    ],
+)
+def test_a_leaf_that_is_no_matrix(targets, match):
+    refused(TargetError, match, targets)
+
+
+@pytest.mark.parametrize("leaf", ["text", 3.0])
+def test_a_leaf_that_is_no_array(leaf):
+    match = f"^up: expected an array of JAX or NumPy, got builtins.{type(leaf).__name__}; convert .* or exclude it"
+    refused(TargetError, match, params={"up": leaf})
+
+
+def test_a_leaf_of_torch():
+    torch = pytest.importorskip("torch", reason="this test needs torch")
+    match = "^up/kernel: expected an array of JAX or NumPy, got torch.*Tensor; convert"
+    refused(TargetError, match, params={"up": {"kernel": torch.ones(4, 6)}})
+    refused(TargetError, match, [UP], {"up": {"kernel": torch.ones(4, 6)}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"in_features": 7},
+        {"out_features": 7},
+        {"out_features": 3, "first_row": 4},
+        {"first_row": -1},
+        {"inputs": (1,)},
+        {"inputs": (5,)},
+        {"stacked": True},
+        {"names": ("up", "again"), "modules": ("up", "again")},
+    ],
+)
+def test_a_hand_written_target_that_does_not_fit(change):
+    refused(TargetError, "^up/kernel: ", [dataclasses.replace(UP, **change)])
+
+
+def test_a_hand_written_target_of_no_leaf():
+    target = dataclasses.replace(UP, path="upp/kernel")
+    refused(TargetError, r"^upp/kernel: no such leaf; the nearest are \['up/kernel'", [target])
+
+
+def test_a_hand_written_target_of_integers():
+    target = dataclasses.replace(UP, path="codes/kernel", out_features=4)
+    refused(TargetError, "^codes/kernel: expected a floating-point weight, got int8", [target])
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 2), (2, 0), (3, 2)])
+def test_overlapping_blocks(rows):
+    blocks = [dataclasses.replace(UP, names=(n,), out_features=3, first_row=r) for n, r in zip("qk", rows, strict=True)]
+    refused(TargetError, "k and q adapt the same outputs of up/kernel", blocks)
+
+
+def test_two_blocks_of_one_name():
+    blocks = [dataclasses.replace(UP, out_features=3, first_row=row) for row in (0, 3)]
+    refused(SpecError, "'up.A' occurs twice", blocks)
+
+
+def test_blocks_that_contract_different_axes():
+    square = {"up": {"kernel": ones(4, 4)}}
+    whole = linear_target("up/kernel", square["up"]["kernel"])
+    q = dataclasses.replace(whole, names=("q",), out_features=2)
+    k = dataclasses.replace(whole, names=("k",), out_features=2, first_row=2, inputs=(1,))
+    refused(TargetError, "up/kernel", [q, k], square)
+
+
+def test_names_and_targets_in_one_list():
+    refused(TargetError, "expected a list of names or a list of Target, got both in one", ["down", UP])
+
+
+def test_messages_are_those_of_one_family():
+    for wrong in ({"targets": ["nope"]}, {"d": 0}):
+        refused(UniLoraError, r"nope|d = 0", **wrong)
+        refused(ValueError, r"nope|d = 0", **wrong)
+
+
+# ---- a θ_d that does not fit ----------------------------------------------------------------------------------------
+
+
+def use(adapter, how, theta_d, folder):
+    """θ_d, everywhere that it is taken."""
+    if how == "merge":
+        return adapter.merge(tree(), theta_d)
+    if how == "factors":
+        return adapter.factors(theta_d)
+    if how == "wrap":
+        return adapter.wrap(lambda params, x: x @ params["up"]["kernel"])(tree(), theta_d, X)
+    return getattr(adapter, how)(folder / how, theta_d)
+
+
+WRONG = {
+    "short": (lambda: jnp.ones(9), r"\(10,\).*got \(9,\) float32"),
+    "column": (lambda: np.ones((10, 1)), r"\(10,\).*got \(10, 1\) float"),
+    "integers": (lambda: jnp.ones(10, jnp.int32), r"\(10,\).*got \(10,\) int32"),
+    "list": (lambda: [0.0] * 10, r"\(10,\).*got a builtins.list"),
+    "torch": (lambda: pytest.importorskip("torch", reason="needs torch").ones(10), r"\(10,\).*got a torch.*Tensor"),
+}
+
+
+@pytest.mark.parametrize("how", ["merge", "factors", "wrap", "save", "export_lora"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_theta_d_that_does_not_fit(tmp_path, adapter, how, wrong):
+    make, match = WRONG[wrong]
+    with pytest.raises(ValuesError, match=match):
+        use(adapter, how, make(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["merge", "save", "export_lora"])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_theta_d_that_is_not_finite(tmp_path, adapter, how, bad):
+    with pytest.raises(ValuesError, match=r"theta_d.* NaN or infini.*training diverged.*[Nn]othing was written"):
+        use(adapter, how, adapter.init().at[3].set(bad), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_old_file_and_folder_stay(tmp_path, adapter):
+    for how in ("save", "export_lora"):
+        use(adapter, how, adapter.init(), tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) == 3
+    for theta_d in (adapter.init().at[0].set(jnp.nan), jnp.ones(9)):
+        for how in ("save", "export_lora"):
+            with pytest.raises(ValuesError, match="theta_d"):
+                use(adapter, how, theta_d, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+# ---- parameters that are not the plan's -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "match"),
+    [
+        (
+            {"upp": {"kernel": ones(4, 6)}},
+            MismatchError,
+            r"^up/kernel: expected a weight of shape \(4, 6\), the tree has no such leaf; the nearest .*'upp/kernel'",
+        ),
+        ({"up": {"kernel": ones(4, 7)}}, MismatchError, r"^up/kernel: expected shape \(4, 6\), got \(4, 7\).*another"),
+        ({"up": {"kernel": ones(1, 4, 6)}}, MismatchError, r"^up/kernel: expected shape \(4, 6\), got \(1, 4, 6\)"),
+        ({"up": {"kernel": ones(4, 6, dtype=np.int8)}}, UniLoraError, "^up/kernel: expected a floating-point .* int8"),
+        ({"up": {"kernel": "text"}}, UniLoraError, "^up/kernel: expected an array of JAX or NumPy, got builtins.str"),
+    ],
+)
+def test_another_tree(adapter, params, error, match):
+    before = jax.tree.map(np.array, params)
+    with pytest.raises(error, match=match):
+        adapter.merge(params, adapter.init())
+    with pytest.raises(error, match=match):
+        adapter.wrap(lambda params, x: x)(params, adapter.init(), X)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
+
+
+# ---- models that do not multiply by what is adapted ------------------------------------------------------------------
+
+
+def swapped_in_a_scan(params, x):
+    weights = params["up"]["kernel"], params["down"]["kernel"].T
+    return x @ jax.lax.fori_loop(0, 3, lambda _, pair: pair[::-1], weights)[0]
+
+
+def swapped_in_a_loop(params, x):
+    weights = params["up"]["kernel"], params["down"]["kernel"].T
+    state = jax.lax.while_loop(
+        lambda state: state[0] < x.sum(), lambda state: (state[0] + 1, *state[:0:-1]), (0.0, *weights)
+    )
+    return x @ state[1]
+
+
+def chosen_by_a_branch(params, x):
+    weights = params["up"]["kernel"], params["down"]["kernel"].T
+    return x @ jax.lax.cond(x[0, 0] > 0, lambda pair: pair[0], lambda pair: pair[1], weights)
+
+
+UNREACHED = {
+    "never": (
+        lambda params, x: x @ params["down"]["kernel"].T,
+        r"^up/kernel: the model never multiplies by this weight.*would do nothing. Exclude it",
+    ),
+    "sin": (
+        lambda params, x: x @ jnp.sin(params["up"]["kernel"]),
+        "^up/kernel: the model reads this weight in `sin`, .*no low-rank path. Exclude it, or use merge",
+    ),
+    "lookup": (lambda params, x: params["up"]["kernel"][jnp.array([0, 1])], "^up/kernel: .*`gather`.* use merge"),
+    "tied": (
+        lambda params, x: params["up"]["kernel"][jnp.array([0, 1])] @ params["up"]["kernel"].T,
+        "^up/kernel: .*`gather`.*no low-rank path",
+    ),
+    "sum": (lambda params, x: x.sum() + params["up"]["kernel"].sum(), "^up/kernel: .*`reduce_sum`"),
+    "inside jit": (lambda params, x: jax.jit(jnp.sin)(params["up"]["kernel"]), "^up/kernel: .*`sin`"),
+    "itself": (lambda params, x: params["up"]["kernel"].T @ params["up"]["kernel"], "^up/kernel and up/kernel are mul"),
+    "orientation": (
+        lambda params, x: ones(2, 6) @ params["up"]["kernel"].T,
+        r"^up/kernel: the plan takes .*\(4, 6\).* for its inputs, but the model contracts .*inputs=…",
+    ),
+    "reshape": (
+        lambda params, x: ones(2, 8) @ params["up"]["kernel"].reshape(8, 3),
+        r"^up/kernel: the model reshapes this weight \(4, 6\) to \(8, 3\), which mixes its inputs and its outputs",
+    ),
+    "repeat": (
+        lambda params, x: jnp.einsum("bi,bio->bo", x, jnp.broadcast_to(params["up"]["kernel"], (2, 4, 6))),
+        "^up/kernel: the model repeats this weight along a new axis",
+    ),
+    "scan": (swapped_in_a_scan, "^up/kernel: this weight is in the carry of a scan.*exclude it"),
+    "while": (swapped_in_a_loop, "^up/kernel: this weight is in the carry of a while loop.*exclude it"),
+    "branch": (chosen_by_a_branch, "^up/kernel: this weight is in the outputs of a branch.*exclude it"),
+}
+
+
+@pytest.mark.parametrize("case", UNREACHED)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_a_model_that_does_not_multiply_by_the_weight(adapter, case, jit):
+    function, match = UNREACHED[case]
+    adapted = adapter.wrap(function)
+    with pytest.raises(TargetError, match=match):
+        (jax.jit(adapted) if jit else adapted)(tree(), adapter.init(), X)
+
+
+def test_a_stack_that_is_planned_as_a_matrix():
+    params = tree()
+    adapter = unilora_jax.plan(params, "layers/norm")
+    match = r"^layers/norm: the model scans over axis 0 of this weight \(3, 4\), which the plan takes for a part"
+
+    def model(params, x):
+        return jax.lax.scan(lambda x, scale: (x * scale, None), x, params["layers"]["norm"])[0]
+
+    with pytest.raises(TargetError, match=match):
+        adapter.wrap(model)(params, adapter.init(), X)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(path):
+    """(path, adapter) of a file for up and for all layers of mlp."""
+    adapter = unilora_jax.plan(tree(), ["up", "mlp"], d=10, start="paper", bound=0.5)
+    adapter.save(path, adapter.init())
+    return path, adapter
+
+
+def assert_load_refused(path, params, error, match):
+    before = path.read_bytes()
+    with pytest.raises(error, match=match):
+        unilora_jax.load(params, path)
+    assert path.read_bytes() == before
+
+
+def changed(**leaves):
+    """`tree` with other leaves, None for none."""
+    return {name: leaf for name, leaf in {**tree(), **leaves}.items() if leaf is not None}
+
+
+def test_a_missing_layer(saved):
+    path, _ = saved
+    message = r"adapter.safetensors: the tree has no matrix for the layer 'up'; the nearest are \['upp'\].*rename="
+    assert_load_refused(path, changed(up=None, upp={"kernel": ones(4, 6)}), MismatchError, message)
+
+
+@pytest.mark.parametrize(("shape", "inputs", "outputs"), [((8, 6), 8, 6), ((4, 5), 4, 5), ((6, 4), 6, 4)])
+def test_another_width(saved, shape, inputs, outputs):
+    path, _ = saved
+    message = (
+        rf"adapter.safetensors: up/kernel: expected a layer of 4 inputs and at least 6 outputs, "
+        rf"the tree has {inputs} and {outputs}; the adapter was trained on another model"
+    )
+    assert_load_refused(path, changed(up={"kernel": ones(*shape)}), MismatchError, message)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "match"),
+    [
+        (ones(4, 6, dtype=np.int8), "up/kernel: expected a floating-point weight, got int8"),
+        (ones(3, 3, 4, 6), r"up/kernel: expected a matrix.*got shape \(3, 3, 4, 6\)"),
+    ],
+)
+def test_a_layer_that_cannot_be_adapted(saved, leaf, match):
+    path, _ = saved
+    assert_load_refused(path, changed(up={"kernel": leaf}), UniLoraError, match)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_stack_of_another_height(saved, layers):
+    path, _ = saved
+    message = r"layers/mlp/kernel is a stack of 4 layers; expected .* the file has 3 layers.*Unstack the parameters"
+    if layers == 2:
+        message = r"no matrix for the layer 'layers.2.mlp'; the nearest are \['layers.1.mlp'"
+    assert_load_refused(path, changed(layers={"mlp": {"kernel": ones(layers, 4, 4)}}), MismatchError, message)
+
+
+def test_two_layers_of_the_file_in_one_place(saved):
+    path, _ = saved
+    with pytest.raises(MismatchError, match=r"layers.0.mlp and layers.1.mlp both belong to the layer 'layers.0.mlp'"):
+        unilora_jax.load(tree(), path, rename=lambda name: re.sub(r"\d", "0", name))
+
+
+@pytest.mark.parametrize("rows", [(-2, 3), (0, 2)], ids=["outside", "overlapping"])
+def test_blocks_of_a_file_that_do_not_fit(path, rows):
+    """As somebody else's program might write them."""
+    blocks = [dataclasses.replace(UP, names=(n,), out_features=3, first_row=r) for n, r in (("q", 0), ("k", 3))]
+    adapter = unilora_jax.plan(tree(), blocks, d=10)
+    entries = [[name, "up", row, False] for name, row in zip("qk", rows, strict=True)]
+    adapter.save(path, adapter.init(), metadata={"targets": json.dumps(entries)})
+    assert_load_refused(path, tree(), UniLoraError, "up/kernel")
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_truncated_file(saved, keep):
+    path, _ = saved
+    path.write_bytes(path.read_bytes()[:keep])
+    assert_load_refused(path, tree(), CorruptFileError, "adapter.safetensors: ")
+
+
+def test_a_flipped_bit(saved):
+    path, _ = saved
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    assert_load_refused(path, tree(), CorruptFileError, "do not match the checksum")
+
+
+def test_no_such_file(path):
+    with pytest.raises(FileNotFoundError, match="no such adapter file"):
+        unilora_jax.load(tree(), path)
+
+
+def test_a_file_without_targets_is_read_by_its_names(saved):
+    path, adapter = saved
+    unilora_core.save_adapter(path, adapter.spec, np.asarray(adapter.init()))
+    assert unilora_jax.load(tree(), path)[0].targets == adapter.targets
