@@ -114,7 +114,8 @@ def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
 def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, starts: Array) -> Array:
     """The groups of several stacks ``like`` one, (stacks, layers, …), elementwise from their positions."""
     of_segment = _grouping.ALGORITHMS[spec.grouping].kernel
-    assert of_segment is not None and like.segment is not None, "see _has_kernel"
+    assert of_segment is not None  # see _has_kernel
+    assert like.segment is not None
     kernel = of_segment(_problem(spec), like.segment, jnp, None)
     shape = (*starts.shape, *(like.shape[::-1] if like.transposed else like.shape))
 
@@ -129,9 +130,7 @@ def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, s
 
 
 def _table(spec: ProjectionSpec, stack: Stack) -> Array:
-    """The groups of one stack, made on the host where there is no kernel."""
-    if _has_kernel(spec, stack):
-        return _groups(spec, stack, None, np.asarray([stack.starts], np.int32))[0]
+    """The groups of one stack, made on the host: nothing has to be compiled for them."""
     slices = [spec.layout.slices[name] for name in stack.names]
     table = np.stack([spec.groups(at.start, at.stop).reshape(stack.shape) for at in slices])
     return jnp.asarray((table.swapaxes(1, 2) if stack.transposed else table) + np.int32(spec.d * stack.from_origin))

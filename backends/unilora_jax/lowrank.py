@@ -102,60 +102,59 @@ def _dot_general(eqn: JaxprEqn, left: Any, right: Any) -> Array:
     (contract, batch), first = eqn.params["dimension_numbers"], isinstance(left, LowRank)
     w, x = (left, right) if first else (right, left)
     (w_in, x_in), (w_batch, x_batch) = (contract, batch) if first else (contract[::-1], batch[::-1])
-    free = [axis for axis in range(w.weight.ndim) if axis not in w_in and axis not in w_batch]
-    _check_roles(w, w_in, w_batch, free)
+    _check_roles(w, w_in)
 
-    base = _bind(eqn, left.weight if first else left, right if first else right.weight)
-    # h = x·U: the batch axes, what is left of x, the rank
-    down = lax.squeeze(w.down.astype(x.dtype), [1 + axis for axis in free])
-    kept = _after_squeeze(w.weight.ndim, free)
-    h = lax.dot_general(
-        x,
-        down,
-        ((x_in, [kept[axis] for axis in w_in]), (x_batch, [kept[axis] for axis in w_batch])),
-        precision=eqn.params["precision"],
-        out_sharding=_hidden_sharding(x, x_in, x_batch),
+    # Every axis has a name: those of W, what x does not share with it, and the rank.
+    of_w = list(range(w.weight.ndim))
+    of_x = [len(of_w) + axis for axis in range(x.ndim)]
+    for mine, its in [*zip(x_in, w_in, strict=True), *zip(x_batch, w_batch, strict=True)]:
+        of_x[mine] = its
+    rank = len(of_w) + x.ndim
+    layers = [axis for axis in of_w if w.roles[axis] == "l"]
+    of_down = [rank, *(axis for axis in of_w if axis in w_in or axis in layers)]
+    of_up = [rank, *(axis for axis in of_w if axis not in w_in)]
+    x_free = [axis for axis in of_x if axis >= len(of_w)]
+    w_free = [axis for axis in of_w if axis not in w_in and axis not in w_batch]
+    of_hidden = [*w_batch, *x_free, *(axis for axis in layers if axis not in w_batch), rank]
+    of_output = [*w_batch, *(w_free + x_free if first else x_free + w_free)]
+
+    precision = eqn.params["precision"]
+    down, up = (
+        lax.squeeze(factor.astype(x.dtype), [1 + axis for axis in of_w if axis not in kept])
+        for factor, kept in ((w.down, of_down), (w.up, of_up))
     )
-    up = lax.squeeze(w.up.astype(x.dtype), [1 + axis for axis in w_in])
-    kept = _after_squeeze(w.weight.ndim, w_in)
-    axes = ((0,), (h.ndim - 1,)), ([kept[axis] for axis in w_batch], list(range(len(w_batch))))
-    pair, axes = ((up, h), axes) if first else ((h, up), (axes[0][::-1], axes[1][::-1]))
-    update = lax.dot_general(
+    hidden = jnp.einsum(
+        x, of_x, down, of_down, of_hidden, precision=precision, out_sharding=_hidden_sharding(x, of_x, of_hidden)
+    )
+    pair = (up, of_up, hidden, of_hidden) if first else (hidden, of_hidden, up, of_up)
+    update = jnp.einsum(
         *pair,
-        axes,
-        precision=eqn.params["precision"],
+        of_output,
+        precision=precision,
         preferred_element_type=eqn.params["preferred_element_type"],
         out_sharding=eqn.params["out_sharding"],
     )
+    base = _bind(eqn, *(side.weight if isinstance(side, LowRank) else side for side in (left, right)))
     return base + update.astype(base.dtype)
 
 
-def _check_roles(w: LowRank, contracted: Sequence[int], batch: Sequence[int], free: Sequence[int]) -> None:
+def _check_roles(w: LowRank, contracted: Sequence[int]) -> None:
     """What the model contracts must be what the plan took for inputs, or A and B would change places unseen."""
-    roles = "".join(w.roles[axis] for axis in contracted), {w.roles[axis] for axis in [*batch, *free]}
-    if set(roles[0]) != {"i"} or "i" in roles[1]:
+    inputs = {axis for axis, role in enumerate(w.roles) if role == "i"}
+    if inputs - set(contracted) or any(w.roles[axis] in "ol" for axis in contracted):
         raise TargetError(
-            f"{w.path}: the plan takes the axes {[i for i, role in enumerate(w.roles) if role == 'i']} of this weight "
-            f"{w.weight.shape} for its inputs, but the model contracts {sorted(contracted)}. Give the target as "
-            "dataclasses.replace(target, inputs=…), or make it by unilora_jax.linear_target(path, leaf, inputs=…)."
+            f"{w.path}: the plan takes the axes {sorted(inputs)} of this weight {w.weight.shape} for its inputs, but "
+            f"the model contracts {sorted(contracted)}. Give the target as dataclasses.replace(target, inputs=…), or "
+            "make it by unilora_jax.linear_target(path, leaf, inputs=…)."
         )
-    if any(w.roles[axis] == "l" for axis in free):
-        raise TargetError(f"{w.path}: the model uses all layers of this stack in one product; say stacked='' for it.")
 
 
-def _after_squeeze(ndim: int, dropped: Sequence[int]) -> dict[int, int]:
-    """Axis of W → axis of U or V, which have the rank in front and lack the dropped ones."""
-    kept = [axis for axis in range(ndim) if axis not in dropped]
-    return {axis: 1 + i for i, axis in enumerate(kept)}
-
-
-def _hidden_sharding(x: Array, contracted: Sequence[int], batch: Sequence[int]) -> NamedSharding | None:
+def _hidden_sharding(x: Array, of_x: Sequence[int], of_hidden: Sequence[int]) -> NamedSharding | None:
     """How x·U lies on an explicit mesh: as x does, whole along the rank."""
-    sharding = explicit_sharding(x)
-    if sharding is None:
+    if (sharding := explicit_sharding(x)) is None:
         return None
-    free = [axis for axis in range(x.ndim) if axis not in contracted and axis not in batch]
-    return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in [*batch, *free]), None))
+    lies = dict(zip(of_x, sharding.spec, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(lies.get(axis) for axis in of_hidden)))
 
 
 # ---- what only rearranges -------------------------------------------------------------------------------------------

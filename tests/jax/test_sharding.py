@@ -1,0 +1,67 @@
+"""Eight host devices: the losses of one, and θ_D is nowhere gathered."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+WORKER = Path(__file__).parent / "sharding_worker.py"
+WAYS = [f"{parts}-{mode} cached" for parts in ("data", "fsdp", "tensor", "both") for mode in ("auto", "explicit")]
+WAYS += ["both-auto computed", "both-explicit computed", "shard_map computed"]
+RANK, TOKENS, SMALL_D = 4, 5, 256
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Every way in one process: way → losses and collectives."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", str(WORKER), "one computed", *WAYS]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def of_factors(shape):
+    """Whether an array may be (a part of) A or B: the rank is among its sizes, the five tokens are not."""
+    return RANK in shape and TOKENS not in shape
+
+
+def test_one_device_learns(runs):
+    losses = runs["one computed"]["losses"]
+    assert losses[-1] < losses[0] - 0.05
+    assert runs["one computed"]["collectives"] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_losses_are_those_of_one_device(runs, way):
+    np.testing.assert_allclose(runs[way]["losses"], runs["one computed"]["losses"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_theta_D_is_nowhere_gathered(runs, way):
+    gathered = [shape for kind, shapes in runs[way]["collectives"] if kind != "all-reduce" for shape in shapes]
+    assert [shape for shape in gathered if of_factors(shape)] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_theta_d_is_summed_over_d_numbers(runs, way):
+    """No sum is larger than d, but for those of activations, which the model's own products need."""
+    summed = [shape for kind, shapes in runs[way]["collectives"] if kind == "all-reduce" for shape in shapes]
+    assert [SMALL_D] in summed or way.startswith(("data", "fsdp"))  # there every device has all of A and B
+    assert [s for s in summed if np.prod(s) > SMALL_D and TOKENS not in s] == []
+
+
+def test_inside_shard_map_the_only_sums_are_the_gradient_and_the_loss(runs):
+    shapes = sorted(shape for kind, shapes in runs["shard_map computed"]["collectives"] for shape in shapes)
+    assert shapes == [[], [SMALL_D]]
+    assert {kind for kind, _ in runs["shard_map computed"]["collectives"]} == {"all-reduce"}
+
+
+def test_the_test_can_see_a_gather(runs):
+    """The weights that FSDP split are gathered on the explicit mesh, since the model asks for it."""
+    kinds = {kind for kind, _ in runs["fsdp-explicit cached"]["collectives"]}
+    assert "all-gather" in kinds
