@@ -207,7 +207,10 @@ WRONG = {
     "column": (lambda: np.ones((10, 1)), r"\(10,\).*got \(10, 1\) float"),
     "integers": (lambda: jnp.ones(10, jnp.int32), r"\(10,\).*got \(10,\) int32"),
     "list": (lambda: [0.0] * 10, r"\(10,\).*got a builtins.list"),
-    "torch": (lambda: pytest.importorskip("torch", reason="needs torch").ones(10), r"\(10,\).*got a torch.*Tensor"),
+    "torch": (
+        lambda: pytest.importorskip("torch", reason="this case needs torch").ones(10),
+        r"\(10,\).*got a torch.*Tensor",
+    ),
 }
 
 

@@ -53,7 +53,8 @@ def llama_form(style):
     model = twins.torch_llama()
     if style == "stacked":
         return Form(twins.stacked_llama(model), twins.stacked_llama_apply)
-    pytest.importorskip("equinox" if style == "eqx" else "flax", reason=f"the {style} twin needs it")
+    package = "equinox" if style == "eqx" else "flax"
+    pytest.importorskip(package, reason=f"this twin needs {package}")
     if style == "nnx":
         return nnx_form(twins.nnx_llama(model))
     if style == "eqx":
