@@ -12,7 +12,7 @@ import unilora_jax
 blocks = [nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(i)) for i in range(2)]
 graph, params = nnx.split(nnx.Sequential(nnx.Embed(64, 64, rngs=nnx.Rngs(2)), *blocks))
 tokens = jax.random.randint(jax.random.key(0), (16, 12), 0, 64)
-adapter = unilora_jax.plan(params, ["query", "value", "out"], rank=8)  # params stay as they are
+adapter = unilora_jax.plan(params, ["query", "value"], rank=8)  # params stay as they are
 adam = optax.adam(adapter.learning_rate(5e-3))  # from the rate that you would give LoRA
 
 

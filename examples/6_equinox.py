@@ -9,8 +9,8 @@ import optax
 
 import unilora_jax
 
-base = eqx.nn.MLP(16, 4, width_size=64, depth=2, key=jax.random.key(0))
-x, tasks = jax.random.normal(jax.random.key(1), (128, 16)), jax.random.randint(jax.random.key(2), (3, 128), 0, 4)
+base = eqx.nn.MLP(32, 32, width_size=32, depth=2, key=jax.random.key(0))
+x, tasks = jax.random.normal(jax.random.key(1), (128, 32)), jax.random.randint(jax.random.key(2), (3, 128), 0, 4)
 adapter = unilora_jax.plan(base, r"layers/\d/weight", rank=8)  # the module itself is the tree of parameters
 adam = optax.adam(adapter.learning_rate(5e-3))  # from the rate that you would give LoRA
 
