@@ -112,6 +112,8 @@ class Adapter:
     def merge(self, params: Any, theta_d: Array) -> Any:
         """A new tree in which B·A is added to each adapted weight, in float32, rounded once to the weight's dtype.
 
+        Best under `jax.jit`, as everything that computes factors: outside, each operation is compiled by itself.
+
         Raises:
             MismatchError: a leaf of ``params`` is missing or has another shape than the plan's.
             ValuesError: ``theta_d`` does not fit, or holds NaN or infinity.
@@ -136,7 +138,7 @@ class Adapter:
         """One line: what trains, and how little of the model it is."""
         return (
             f"θ_d: {self.spec.d:,} numbers for D = {self.spec.D:,} LoRA parameters of "
-            f"{sum(len(target.names) for target in self.targets)} layers in {len(self.shapes)} weights"
+            f"{sum(len(target.names) for target in self.targets)} targets"
         )
 
     # ---- files ----
