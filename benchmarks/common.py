@@ -31,7 +31,7 @@ def interleaved(cases: dict[str, Callable[[], object]], repeats: int, warmup: in
 def machine() -> dict[str, object]:
     """CPU, cores and the versions that matter; no host name, no path."""
     packages = {}
-    for name in ("numpy", "torch", "transformers", "peft", "timm", "jax"):
+    for name in ("numpy", "torch", "transformers", "peft", "timm", "jax", "flax", "qwix"):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

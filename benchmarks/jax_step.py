@@ -8,6 +8,7 @@ Each part times its cases in turn in one process; ratios of medians are what cou
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from common import interleaved, write
 from flax import nnx
 
 import unilora_jax
+from unilora_core import Layout, ProjectionSpec
+from unilora_jax.factors import factors_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "jax"))
 import twins
@@ -53,11 +56,13 @@ class Case:
     def costs(self) -> dict:
         """What XLA says of the compiled step."""
         memory = self.compiled.memory_analysis()
+        arguments = memory.argument_size_in_bytes
         return {
             "flops": self.compiled.cost_analysis()["flops"],
             "bytes_accessed": self.compiled.cost_analysis()["bytes accessed"],
             "temporary_bytes": memory.temp_size_in_bytes,
-            "argument_bytes": memory.argument_size_in_bytes,
+            "argument_bytes": arguments,
+            "temporary_and_argument_bytes": memory.temp_size_in_bytes + arguments,
         }
 
 
@@ -115,11 +120,68 @@ def step(repeats: int) -> dict:
     for name in found:
         found[name]["time/qwix"] = found[name]["median_s"] / found["qwix"]["median_s"]
         found[name]["temporary/qwix"] = found[name]["temporary_bytes"] / found["qwix"]["temporary_bytes"]
+        whole = "temporary_and_argument_bytes"
+        found[name]["temporary and arguments/qwix"] = found[name][whole] / found["qwix"][whole]
         found[name]["flops/qwix"] = found[name]["flops"] / found["qwix"]["flops"]
     return {"sizes": SIZES, "tokens": TOKENS.shape, "rank": RANK, "D": D, "d": adapter.spec.d, **found}
 
 
-PARTS = {"step": step}
+def vmap(repeats: int) -> dict:
+    """The forward pass of one adapter, and of 64 on one base: each with one row of its own, or with eight."""
+    model = twins.nnx_llama(twins.torch_llama(**SIZES))
+    graph, params = nnx.split(model)
+    adapter = unilora_jax.plan(params, TARGETS, rank=RANK, groups="cached")
+    several = adapter.init() + 0.01 * jax.random.normal(jax.random.key(0), (64, adapter.spec.d))
+    apply = adapter.wrap(lambda params, tokens: nnx.merge(graph, params)(tokens))
+    one, many = jax.jit(apply), jax.jit(jax.vmap(apply, in_axes=(None, 0, 0)))
+    base = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+    rows = jnp.asarray(np.random.default_rng(0).integers(0, SIZES["vocabulary"], (64, 1, 32)))
+    cases = {
+        "one adapter, 1 row": lambda: one(params, several[0], rows[0]).block_until_ready(),
+        "one adapter, 64 rows": lambda: one(params, several[0], rows[:, 0]).block_until_ready(),
+        "64 adapters, a row each": lambda: many(params, several, rows).block_until_ready(),
+        "no adapter, 64 rows": lambda: base(params, rows[:, 0]).block_until_ready(),
+    }
+    times = interleaved(cases, repeats=repeats, warmup=2)
+    together = times["64 adapters, a row each"]["median_s"]
+    return {
+        "sizes": SIZES,
+        "tokens a row": rows.shape[-1],
+        "D": adapter.spec.D,
+        "d": adapter.spec.d,
+        **times,
+        "64 adapters / one adapter, 64 rows": together / times["one adapter, 64 rows"]["median_s"],
+        "64 adapters / (64 x one adapter)": together / (64 * times["one adapter, 1 row"]["median_s"]),
+        "bytes of 64 adapters": several.nbytes,
+        "bytes of 64 LoRAs": 64 * 4 * adapter.spec.D,
+    }
+
+
+def groups(repeats: int) -> dict:
+    """P and its transpose for 10 M LoRA parameters, the groups cached or computed."""
+    shapes = {f"layers.{i}.q_proj.{f}": (8, 4096) if f == "A" else (4096, 8) for i in range(152) for f in "AB"}
+    spec = ProjectionSpec(Layout(shapes.items()), sum(a * b for a, b in shapes.values()) // 16)
+    stacks = [((name,), name.endswith(".B")) for name in shapes]
+    theta_d, gradient = jnp.asarray(spec.init()), jax.jit(jax.grad(_sum_of_squares, argnums=1))
+    cases: dict[str, Callable] = {}
+    for name in ("computed", "cached"):
+        factors = factors_of(spec, stacks, cached=name == "cached")
+        cases[f"{name}, forward"] = functools.partial(_wait, jax.jit(_sum_of_squares), factors, theta_d)
+        cases[f"{name}, with gradient"] = functools.partial(_wait, gradient, factors, theta_d)
+    whole = jnp.zeros(spec.D)
+    cases["copy of D floats"] = functools.partial(_wait, jax.jit(lambda x: x + 1), whole)
+    return {"D": spec.D, "d": spec.d, **interleaved(cases, repeats=repeats, warmup=2)}
+
+
+def _sum_of_squares(factors: object, theta_d: jax.Array) -> jax.Array:
+    return sum((array * array).sum() for array in factors(theta_d).values())
+
+
+def _wait(function: Callable, *args: object) -> None:
+    jax.block_until_ready(function(*args))
+
+
+PARTS = {"step": step, "vmap": vmap, "groups": groups}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

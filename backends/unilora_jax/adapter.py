@@ -21,7 +21,7 @@ from unilora_core.lora import join_blocks, lora_config, lora_names
 from unilora_core.targets import write_targets
 from unilora_jax.factors import Factors
 from unilora_jax.lowrank import LowRank, evaluate
-from unilora_jax.projection import explicit_sharding
+from unilora_jax.projection import check, explicit_sharding
 from unilora_jax.targets import Target, check_leaf, factor_names, leaves_of, nearest
 
 __all__ = ["Adapter"]
@@ -55,7 +55,7 @@ class Adapter:
 
     def factors(self, theta_d: Array) -> dict[str, Array]:
         """Name → A (r, in) or B (out, r) of each target and layer, float32, differentiable in ``theta_d``."""
-        stacks = self._stacks(theta_d)
+        stacks = self._stacks(self._checked(theta_d, "factors"))
         return {
             name: stack[i].T if name.endswith(".B") else stack[i]
             for names, stack in stacks.items()
@@ -78,7 +78,7 @@ class Adapter:
 
         @functools.wraps(function)
         def adapted(params: Any, theta_d: Array, *args: Any, **kwargs: Any) -> Any:
-            places = self._places(params)
+            places, theta_d = self._places(params), self._checked(theta_d, "wrap")
             leaves, tree = jax.tree.flatten((params, args, kwargs))
             arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, np.generic))]
             output = None
@@ -96,7 +96,9 @@ class Adapter:
             rest = [leaves[i] for i in arrays if i not in places]
             pairs = self._pairs(_varying_as(theta_d, rest), self._shardings(leaves, places, rest))
             values = [
-                LowRank(leaves[i], *pairs[places[i]], roles=self._roles(places[i]), path=places[i])
+                LowRank(
+                    leaves[i], *pairs[places[i]], roles=self._roles(places[i]), path=places[i], shape=leaves[i].shape
+                )
                 if i in places
                 else leaves[i]
                 for i in arrays
@@ -119,6 +121,7 @@ class Adapter:
             ValuesError: ``theta_d`` does not fit, or holds NaN or infinity.
         """
         places = self._places(params)
+        theta_d = self._checked(theta_d, "merge")
         _check_finite(theta_d, "merge")
         pairs = self._pairs(theta_d)
         leaves, tree = jax.tree.flatten(params)
@@ -148,23 +151,27 @@ class Adapter:
         path: str | os.PathLike,
         theta_d: Array,
         *,
+        rename: Callable[[str], str] = str,
         tensors: Mapping[str, Array] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write θ_d, the spec and the targets as one file, atomically; `unilora_torch.load` reads it too.
 
         Args:
-            tensors: what was trained beside θ_d, such as a head, by name; see `unilora_core.save_adapter`.
+            rename: from a layer's name here (``layers_0.q_proj``) to the one by which others will look for it.
+            tensors: what was trained beside θ_d, by name (``head.weight``, in PyTorch's shape if that is to read it).
 
         Raises:
             ValuesError: ``theta_d`` does not fit, or holds NaN or infinity; an old file at ``path`` is kept.
         """
+        theta_d = self._checked(theta_d, f"save: {path}")
         rows = [
-            (name, module, target.first_row, False)
+            (name, rename(module), target.first_row, False)
             for target in self.targets
             for name, module in zip(target.names, target.modules, strict=True)
         ]
-        written = write_targets(rows) | dict(metadata or {})
+        modules_to_save = dict.fromkeys(name.rpartition(".")[0] for name in tensors or ())
+        written = write_targets(rows, modules_to_save) | dict(metadata or {})
         save_adapter(path, self.spec, np.asarray(theta_d), tensors=tensors, metadata=written)
 
     def export_lora(
@@ -184,6 +191,7 @@ class Adapter:
         Raises:
             ValuesError: ``theta_d`` does not fit, or holds NaN or infinity.
         """
+        theta_d = self._checked(theta_d, "export_lora")
         _check_finite(theta_d, "export_lora")
         factors = {name: np.asarray(factor) for name, factor in self.factors(theta_d).items()}
         blocks: dict[str, list[tuple[np.ndarray, np.ndarray, int]]] = {}
@@ -225,12 +233,17 @@ class Adapter:
                 )
         return {position[path]: path for path, _ in self.shapes}
 
+    def _checked(self, theta_d: Array, what: str) -> Array:
+        """θ_d as an array of JAX, of the shape and the kind that fit."""
+        if isinstance(theta_d, (np.ndarray, np.generic)):
+            theta_d = jnp.asarray(theta_d)
+        check(theta_d, (self.spec.d,), f"{what}: theta_d")
+        return theta_d
+
     def _stacks(
         self, theta_d: Array, shardings: dict[str, NamedSharding] | None = None
     ) -> dict[tuple[str, ...], Array]:
         """Names → A (layers, r, in), and Bᵀ (layers, r, out), of each target."""
-        if isinstance(theta_d, (np.ndarray, np.generic)):
-            theta_d = jnp.asarray(theta_d)
         if not shardings:
             return self._factors(theta_d)
         laid = [_sharding(target, role, shardings.get(target.path)) for target in self.targets for role in "io"]

@@ -36,7 +36,7 @@ class LowRank:
         down: U, the rank in front, then the axes of W, of size 1 where W has an output.
         up: V, the rank in front, then the axes of W, of size 1 where W has an input.
         roles: of each axis of W: "i" is contracted with the input, "o" is an output, "l" counts layers, "1" is new.
-        path: of the leaf, for messages.
+        path, shape: of the leaf, for messages.
     """
 
     weight: Array
@@ -44,6 +44,7 @@ class LowRank:
     up: Array
     roles: str = field(metadata={"static": True})
     path: str = field(metadata={"static": True})
+    shape: Shape = field(metadata={"static": True})
 
 
 def evaluate(closed: ClosedJaxpr, args: Sequence[Any], reached: set[str]) -> list[Any]:
@@ -142,10 +143,11 @@ def _check_roles(w: LowRank, contracted: Sequence[int]) -> None:
     """What the model contracts must be what the plan took for inputs, or A and B would change places unseen."""
     inputs = {axis for axis, role in enumerate(w.roles) if role == "i"}
     if inputs - set(contracted) or any(w.roles[axis] in "ol" for axis in contracted):
+        moved = "" if w.weight.shape == w.shape else f", which the model made of the leaf {w.shape},"
         raise TargetError(
-            f"{w.path}: the plan takes the axes {sorted(inputs)} of this weight {w.weight.shape} for its inputs, but "
-            f"the model contracts {sorted(contracted)}. Give the target as dataclasses.replace(target, inputs=…), or "
-            "make it by unilora_jax.linear_target(path, leaf, inputs=…)."
+            f"{w.path}: the plan takes the axes {sorted(inputs)} of this weight {w.weight.shape}{moved} for its "
+            f"inputs, but the model contracts {sorted(contracted)}. Give the target as "
+            "unilora_jax.linear_target(path, leaf, inputs=(…,)), with the axes of the leaf that are inputs."
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -67,7 +68,7 @@ def plan(
         SpecError: rank or d out of range.
     """
     found = find_targets(params, targets, exclude=exclude, stacked=stacked)
-    _check_apart(params, found)
+    _check_fits(params, found)
     if rank < 1:
         raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
     layout = Layout(
@@ -110,6 +111,7 @@ def load(
     file = read_adapter(path)
     rows, modules_to_save = read_targets(path, file)
     targets = _targets_for(path, params, rows, rename, stacked)
+    _check_fits(params, targets)
     if modules_to_save or file.tensors:
         warnings.warn(
             f"{path}: the file also holds {', '.join(modules_to_save or sorted(file.tensors))}, trained with θ_d; put "
@@ -128,18 +130,34 @@ def _adapter(params: Any, spec: ProjectionSpec, targets: tuple[Target, ...], gro
     return Adapter(targets, tuple(shapes.items()), factors_of(spec, names, cached=groups == "cached"))
 
 
-def _check_apart(params: Any, targets: tuple[Target, ...]) -> None:
-    """Refuse targets that are not in the tree, or that overlap."""
+def _check_fits(params: Any, targets: tuple[Target, ...]) -> None:
+    """Refuse targets that are not in the tree, that do not fit their leaf, or that overlap."""
     leaves = leaves_of(params)
     for i, target in enumerate(targets):
         if target.path not in leaves:
             raise TargetError(f"{target.path}: no such leaf; the nearest are {nearest(leaves, target.path)}.")
-        check_leaf(target.path, leaves[target.path])
-        for other in targets[:i]:
-            apart = target.first_row >= other.first_row + other.out_features or (
-                other.first_row >= target.first_row + target.out_features
+        leaf, end = leaves[target.path], target.first_row + target.out_features
+        check_leaf(target.path, leaf)
+        matrix = range(target.stacked, leaf.ndim)
+        width = math.prod(leaf.shape[axis] for axis in matrix if axis in target.inputs)
+        height = math.prod(leaf.shape[axis] for axis in matrix if axis not in target.inputs)
+        layers = leaf.shape[0] if target.stacked and leaf.ndim else 1
+        if (
+            not set(target.inputs) < set(matrix)
+            or (len(target.names), len(target.modules), target.in_features) != (layers, layers, width)
+            or not 0 <= target.first_row < end <= height
+        ):
+            raise TargetError(
+                f"{target.path}: the target expects {len(target.names)} × {target.in_features} inputs at the axes "
+                f"{target.inputs} and the outputs {target.first_row} to {end}; the leaf {tuple(leaf.shape)} has "
+                f"{layers} × {width} inputs and {height} outputs."
             )
-            if other.path == target.path and not apart:
+        for other in targets[:i]:
+            if other.path != target.path:
+                continue
+            if (other.inputs, other.stacked) != (target.inputs, target.stacked):
+                raise TargetError(f"{target.names[0]} and {other.names[0]} contract different axes of {target.path}.")
+            if target.first_row < other.first_row + other.out_features and other.first_row < end:
                 raise TargetError(f"{target.names[0]} and {other.names[0]} adapt the same outputs of {target.path}.")
 
 
@@ -152,6 +170,7 @@ def _targets_for(
     for row in rows:
         name = rename(row.module)
         if name not in known:
+            _check_layer(params, name, stacked)
             raise MismatchError(
                 f"{path}: the tree has no matrix for the layer {name!r}; the nearest are {nearest(known, name)}. "
                 "If it has another name here, say so: load(…, rename=…)."
@@ -169,6 +188,13 @@ def _targets_for(
             raise MismatchError(f"{path}: {members[layer].name} and {row.name} both belong to the layer {name!r}.")
         members[layer] = row
     return tuple(_stack_of(path, weight, members) for weight, members in found.values())
+
+
+def _check_layer(params: Any, name: str, stacked: str) -> None:
+    """Say what is wrong with the weight of a layer that is there, but cannot be adapted."""
+    for path, leaf in leaves_of(params).items():
+        if path.replace("/", ".") in (name, f"{name}.kernel", f"{name}.weight"):
+            linear_target(path, leaf, stacked=stacked)
 
 
 def _weights_by_layer(params: Any, stacked: str) -> dict[str, tuple[Target, int]]:

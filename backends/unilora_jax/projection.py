@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from unilora_core import ValuesError
 
-__all__ = ["explicit_sharding", "project", "project_transpose"]
+__all__ = ["check", "explicit_sharding", "project", "project_transpose"]
 
 
 def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = None) -> Any:
@@ -32,7 +32,7 @@ def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = No
     Raises:
         ValuesError: ``theta_d`` has another shape than ``scale``, or is not floating point.
     """
-    _check(theta_d, scale.shape, "project: theta_d")
+    check(theta_d, scale.shape, "project: theta_d")
     theta_D = _project(theta_d.astype(_wide(theta_d)), groups, scale, origin)
     return jax.tree.map(lambda part: part.astype(theta_d.dtype), theta_D)
 
@@ -53,7 +53,7 @@ def project_transpose(y: Any, groups: Any, scale: Array) -> Array:
     """
     pairs = list(zip(jax.tree.leaves(y), jax.tree.leaves(groups), strict=True))
     for part, at in pairs:
-        _check(part, at.shape, "project_transpose: y")
+        check(part, at.shape, "project_transpose: y")
     wide = _wide(pairs[0][0])
     summed = jnp.zeros(scale.shape, wide)
     for part, at in reversed(pairs):  # a model's last gradients come first, and need not wait for the others
@@ -97,7 +97,7 @@ def _wide(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _check(x: Array, shape: tuple[int, ...], what: str) -> None:
+def check(x: Array, shape: tuple[int, ...], what: str) -> None:
     """What is said of another type, shape or dtype; the text is the core's."""
     if not isinstance(x, jax.Array) or x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating):
         found = (

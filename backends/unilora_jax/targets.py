@@ -100,7 +100,9 @@ def find_targets(
     return tuple(linear_target(path, leaves[path], stacked=stacked) for path in kept)
 
 
-def linear_target(path: str, leaf: Any, *, inputs: int | None = None, stacked: str = STACKED) -> Target:
+def linear_target(
+    path: str, leaf: Any, *, inputs: int | tuple[int, ...] | None = None, stacked: str = STACKED
+) -> Target:
     """The `Target` of a weight.
 
     A leaf called ``weight`` is read as (out, in), as in Equinox; any other as (in, out), as in Flax. Three axes are
@@ -108,7 +110,7 @@ def linear_target(path: str, leaf: Any, *, inputs: int | None = None, stacked: s
     contracts is checked when it is traced.
 
     Args:
-        inputs: how many axes the model contracts, where that does not follow from the above.
+        inputs: the axes that the model contracts, or how many, where that does not follow from the above.
         stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
 
     Raises:
@@ -123,13 +125,16 @@ def linear_target(path: str, leaf: Any, *, inputs: int | None = None, stacked: s
     is_stacked = leaf.ndim > 2 and (prefix is not None or (heads is None and inputs is None))
     if is_stacked:
         axes.pop(0)
-    count = inputs or (heads if len(axes) == 3 else None) or 1
-    if not 0 < count < len(axes) or (len(axes) > 2 and not (inputs or heads)):
+    if isinstance(inputs, tuple):
+        chosen = list(inputs)
+    else:
+        count = max(inputs or {2: 1, 3: heads}.get(len(axes)) or 0, 0)
+        chosen = axes[len(axes) - count :] if parts[-1] == "weight" else axes[:count]
+    if not chosen or not set(chosen) < set(axes):
         raise TargetError(
             f"{path}: expected a matrix, or a stack of matrices with the layers in front, got shape {leaf.shape}; "
             "exclude it, or say which axes the model contracts: unilora_jax.linear_target(path, leaf, inputs=…)."
         )
-    chosen = axes[-count:] if parts[-1] == "weight" else axes[:count]
     width = math.prod(leaf.shape[axis] for axis in chosen)
     height = math.prod(leaf.shape[axis] for axis in axes) // width
     names = _names(layer, prefix, leaf.shape[0] if is_stacked else None)

@@ -314,8 +314,28 @@ def test_what_is_trained_beside_theta_d_is_saved(path, vit):
     kernel = jnp.arange(6.0).reshape(2, 3)
     adapter.save(path, theta_d, tensors={"head.kernel": kernel})
     assert np.array_equal(unilora_core.read_adapter(path).tensors["head.kernel"], kernel)
-    with pytest.warns(UserWarning, match="the file also holds head.kernel, trained with θ_d"):
+    with pytest.warns(UserWarning, match="the file also holds head, trained with θ_d"):
         unilora_jax.load(vit.params, path)
+
+
+def test_a_head_trained_in_jax_loads_in_torch(path, vit):
+    adapter, theta_d = planned(vit, fused_in_jax(vit.params))
+    head = {"head.weight": jnp.ones((5, 32)), "head.bias": jnp.arange(5.0)}
+    adapter.save(path, theta_d, tensors=head)
+    model = twins.torch_vit()
+    unilora_torch.load(model, path)
+    assert all((model.get_parameter(name).detach().numpy() == tensor).all() for name, tensor in head.items())
+
+
+def test_a_file_says_the_names_by_which_others_look(path):
+    form = llama_form("linen")
+    adapter = unilora_jax.plan(form.params, LAYERS, **OPTIONS)
+    theta_d = twins.moved(adapter)
+    adapter.save(path, theta_d, rename=form.outwards)
+    model = twins.torch_llama()
+    unilora_torch.load(model, path)
+    found, _ = run(form, adapter, theta_d)
+    assert_close(found, torch_logits(model))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The low-rank path: equal to B·A added to the weights, through whatever a model does with a weight."""
 
-import dataclasses
 import functools
 
 import jax
@@ -293,8 +292,8 @@ def test_the_other_orientation_is_refused_and_can_be_said():
     adapter, theta_d = planned(MATRIX)
     with pytest.raises(TargetError, match=r"kernel: the plan takes the axes \[0\] .* but the model contracts \[1\]"):
         adapter.wrap(lambda p, x: p["kernel"] @ x[0])({"kernel": MATRIX["kernel"]}, theta_d, normal(1, OUT))
-    (target,) = unilora_jax.find_targets(MATRIX, "kernel")
-    other = dataclasses.replace(target, inputs=(1,), in_features=OUT, out_features=IN)
+    other = unilora_jax.linear_target("kernel", MATRIX["kernel"], inputs=(1,))
+    assert (other.in_features, other.out_features) == (OUT, IN)
     adapter = unilora_jax.plan(MATRIX, [other], rank=3, d=40)
     y = adapter.wrap(lambda p, x: p["kernel"] @ x[0])(MATRIX, adapter.init() + 1, normal(1, OUT))
     expected = adapter.merge(MATRIX, adapter.init() + 1)["kernel"] @ normal(1, OUT)[0]
