@@ -309,7 +309,7 @@ UNREACHED = {
     "itself": (lambda params, x: params["up"]["kernel"].T @ params["up"]["kernel"], "^up/kernel and up/kernel are mul"),
     "orientation": (
         lambda params, x: ones(2, 6) @ params["up"]["kernel"].T,
-        r"^up/kernel: the plan takes .*\(4, 6\).* for its inputs.*contracts .*linear_target\(path, leaf, inputs=\(…,\)\)",
+        r"^up/kernel: the plan takes .*\(4, 6\).*inputs.*contracts .*linear_target\(path, leaf, inputs=\(…,\)\)",
     ),
     "reshape": (
         lambda params, x: ones(2, 8) @ params["up"]["kernel"].reshape(8, 3),
