@@ -246,7 +246,10 @@ class Adapter:
         """Names → A (layers, r, in), and Bᵀ (layers, r, out), of each target."""
         if not shardings:
             return self._factors(theta_d)
-        laid = [_sharding(target, role, shardings.get(target.path)) for target in self.targets for role in "io"]
+        laid = []
+        for target in self.targets:
+            part = target.out_features < self._outputs(target)
+            laid += [_sharding(target, role, shardings.get(target.path), role == "o" and part) for role in "io"]
         return self._factors(theta_d, laid)
 
     def _shardings(self, leaves: list[Any], places: dict[int, str], inputs: list[Any]) -> dict[str, NamedSharding]:
@@ -303,14 +306,16 @@ class Adapter:
             )
 
 
-def _sharding(target: Target, role: str, sharding: NamedSharding | None) -> NamedSharding | None:
-    """Of A (layers, r, in) or Bᵀ (layers, r, out), for a weight that lies on a mesh as ``sharding`` says."""
+def _sharding(target: Target, role: str, sharding: NamedSharding | None, whole: bool) -> NamedSharding | None:
+    """Of A (layers, r, in) or Bᵀ (layers, r, out), for a weight that lies on a mesh as ``sharding`` says; ``whole``
+    along the last axis where that belongs to a part of the outputs only.
+    """
     if sharding is None:
         return None
     axes = dict(enumerate(sharding.spec))
     layers = axes.pop(0) if target.stacked else None
     mine = [axis for i, axis in axes.items() if (i in target.inputs) == (role == "i")]
-    whole = target.first_row or any(mine[1:])  # a part of the outputs, or several axes taken as one: left whole
+    whole = whole or any(mine[1:])  # or where it is several axes taken as one
     return NamedSharding(sharding.mesh, PartitionSpec(layers, None, None if whole else mine[0]))
 
 

@@ -5,6 +5,7 @@ that only rearrange a weight (casts, transposes, slices, reshapes) rearrange the
 and branches pass it on; anything else that reads an adapted weight is an error, for the update would be lost there.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,7 +68,8 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], reached: set[
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        with eqn.ctx.manager:
+        scope = str(eqn.source_info.name_stack)
+        with eqn.ctx.manager, jax.named_scope(scope) if scope else contextlib.nullcontext():
             if any(isinstance(value, LowRank) for value in values):
                 results = _adapted(eqn, values, reached)
             else:

@@ -7,6 +7,7 @@ belongs to, in the dotted names of other frameworks: ``layers.0.attn.q_proj.A``.
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,15 +55,22 @@ class Target:
 
 
 def leaves_of(params: Any) -> dict[str, Any]:
-    """Path → leaf, in the order of `jax.tree.leaves`."""
+    """Path → leaf, in the order of `jax.tree.leaves`.
+
+    Raises:
+        TargetError: two leaves have one path, as those of ``{"a/b": …, "a": {"b": …}}``.
+    """
     flat = jax.tree_util.tree_leaves_with_path(params)
     whole = {_joined(path) for path, _ in flat}
-    parents = [_joined(path[:-1]) for path, _ in flat]
-    found = {}
+    siblings = Counter(_joined(path[:-1]) for path, _ in flat)
+    found: dict[str, Any] = {}
     for path, leaf in flat:
         name, parent = _joined(path), _joined(path[:-1])
-        boxed = path and path[-1] == GetAttrKey("value") and parents.count(parent) == 1 and parent not in whole
-        found[parent if boxed else name] = leaf  # Flax keeps an array in a box, of which it is the only leaf
+        boxed = path and path[-1] == GetAttrKey("value") and siblings[parent] == 1 and parent not in whole
+        name = parent if boxed else name  # Flax keeps an array in a box, of which it is the only leaf
+        if name in found:
+            raise TargetError(f"{name}: two leaves of the tree have this path; rename one of them.")
+        found[name] = leaf
     return found
 
 

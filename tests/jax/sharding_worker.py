@@ -3,6 +3,7 @@
 A process of its own, because JAX reads the number of host devices once, when it starts.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -117,5 +118,25 @@ def train(way, groups, d=256):
     return {"losses": losses, "collectives": collectives(compiled.as_text())}
 
 
+def blocks():
+    """The largest differences between an explicit mesh and one device: outputs and merged weights of a fused qkv."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    w, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(8, 24), (8, 8)]))
+    whole = unilora_jax.linear_target("qkv/kernel", w)
+    parts = [
+        dataclasses.replace(whole, names=(f"qkv.{name}",), out_features=8, first_row=row)
+        for name, row in (("q", 0), ("v", 16))
+    ]
+    params = {"qkv": {"kernel": w}}
+    adapter = unilora_jax.plan(params, parts, rank=2, d=20)
+    theta_d, adapted = adapter.init() + 1, adapter.wrap(lambda params, x: x @ params["qkv"]["kernel"])
+    one = adapted(params, theta_d, x), adapter.merge(params, theta_d)["qkv"]["kernel"]
+    with jax.set_mesh(mesh):
+        params, x = {"qkv": {"kernel": jax.device_put(w, P(None, "model"))}}, jax.device_put(x, P("data", None))
+        many = jax.jit(adapted)(params, theta_d, x), jax.jit(adapter.merge)(params, theta_d)["qkv"]["kernel"]
+    assert [str(jax.typeof(array)) for array in many] == ["float32[8@data,24@model]", "float32[8,24@model]"]
+    return [float(abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(one, many, strict=True)]
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({way: train(*way.split(" ")) for way in sys.argv[1:]}))
+    sys.stdout.write(json.dumps({"blocks": blocks()} | {way: train(*way.split(" ")) for way in sys.argv[1:]}))

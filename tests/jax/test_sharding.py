@@ -61,6 +61,10 @@ def test_inside_shard_map_the_only_sums_are_the_gradient_and_the_loss(runs):
     assert {kind for kind, _ in runs["shard_map computed"]["collectives"]} == {"all-reduce"}
 
 
+def test_blocks_of_a_fused_weight_and_merging_on_an_explicit_mesh(runs):
+    assert max(runs["blocks"]) < 1e-5
+
+
 def test_the_test_can_see_a_gather(runs):
     """The weights that FSDP split are gathered on the explicit mesh, since the model asks for it."""
     kinds = {kind for kind, _ in runs["fsdp-explicit cached"]["collectives"]}

@@ -169,6 +169,11 @@ def test_how_many_axes_the_model_contracts(path, shape, inputs, wanted):
     assert target.stacked == path.startswith(("layers/kernel", "layers/out"))
 
 
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(TargetError, match=r"^a/kernel: two leaves of the tree have this path; rename one of them"):
+        find_targets({"a/kernel": ones(2, 3), "a": {"kernel": ones(2, 3)}}, "a/kernel")
+
+
 @pytest.mark.parametrize("inputs", [3, -1])
 def test_as_many_inputs_as_axes_leave_no_outputs(inputs):
     with pytest.raises(TargetError, match=r"^a/kernel: expected a matrix.*got shape \(3, 4, 5\)"):

@@ -277,6 +277,16 @@ def test_custom_derivatives_beside_the_weights_are_kept():
     assert abs(jax.grad(f, argnums=1)(MATRIX, theta_d, X)).max() > 0.1
 
 
+def test_the_names_that_profilers_show_are_kept():
+    def model(params, x):
+        with jax.named_scope("attention"):
+            return x @ params["kernel"]
+
+    adapter, theta_d = planned(MATRIX)
+    program = jax.jit(adapter.wrap(model)).lower(MATRIX, theta_d, X).compile().as_text()
+    assert "attention/dot_general" in program
+
+
 def test_a_custom_derivative_of_the_weight_is_refused():
     @jax.custom_vjp
     def product(x, w):
