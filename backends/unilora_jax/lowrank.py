@@ -121,9 +121,9 @@ def _dot_general(eqn: JaxprEqn, left: Any, right: Any) -> Array:
     of_hidden = [*w_batch, *x_free, *(axis for axis in layers if axis not in w_batch), rank]
     of_output = [*w_batch, *(w_free + x_free if first else x_free + w_free)]
 
-    precision = eqn.params["precision"]
+    precision, dtype = eqn.params["precision"], jnp.promote_types(x.dtype, w.weight.dtype)
     down, up = (
-        lax.squeeze(factor.astype(x.dtype), [1 + axis for axis in of_w if axis not in kept])
+        lax.squeeze(factor.astype(dtype), [1 + axis for axis in of_w if axis not in kept])
         for factor, kept in ((w.down, of_down), (w.up, of_up))
     )
     hidden = jnp.einsum(

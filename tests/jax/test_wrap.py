@@ -178,6 +178,18 @@ def test_bfloat16_rounds_the_factors_last():
     assert (merged == exact).mean() > 0.99
 
 
+def test_integer_inputs_do_not_make_integer_factors():
+    adapter, theta_d = planned(MATRIX)
+    x = jnp.arange(5 * IN, dtype=jnp.int8).reshape(5, IN)
+    numbers = (((1,), (0,)), ((), ()))
+
+    def model(params, x):
+        return lax.dot_general(x, params["kernel"], numbers, preferred_element_type=jnp.float32)
+
+    ours, expected = adapter.wrap(model)(MATRIX, theta_d, x), model(adapter.merge(MATRIX, theta_d), x)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_many_adapters_in_one_call():
     adapter, _ = planned(STACK)
     thetas = normal(6, 40, seed=4)
