@@ -1,4 +1,4 @@
-"""What a plain LoRA folder holds, whichever framework computed A and B.
+"""The factors of plain LoRA, and what its folder holds, whichever framework computed A and B.
 
 Format: ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21 reads and writes them; also read by vLLM,
 SGLang and llama.cpp's converter when no module is saved in full.
@@ -8,7 +8,28 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-__all__ = ["join_blocks", "lora_config", "lora_names"]
+from unilora_core.errors import SpecError
+from unilora_core.layout import Layout
+
+__all__ = ["join_blocks", "lora_config", "lora_layout", "lora_names"]
+
+
+def lora_layout(layers: Iterable[tuple[str, int, int]], rank: int) -> Layout:
+    """``name.A`` (rank, in_features) and ``name.B`` (out_features, rank) of each layer, in order.
+
+    Args:
+        layers: (name, in_features, out_features) of each.
+
+    Raises:
+        SpecError: rank < 1.
+    """
+    if rank < 1:
+        raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
+    return Layout(
+        factor
+        for name, in_features, out_features in layers
+        for factor in ((f"{name}.A", (rank, in_features)), (f"{name}.B", (out_features, rank)))
+    )
 
 
 def join_blocks(blocks: Iterable[tuple[np.ndarray, np.ndarray, int]], height: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,13 @@
 """The learning rate of θ_d and other numbers that follow from D and d. Evidence: ``docs/method.md``."""
 
+import dataclasses
 import math
+from typing import Literal
 
+from unilora_core.layout import Layout
 from unilora_core.spec import ProjectionSpec
 
-__all__ = ["default_bound", "default_d", "theta_rate"]
+__all__ = ["default_bound", "default_d", "planned_spec", "theta_rate"]
 
 RATIO = 16
 """D/d by default: a sixteenth of LoRA's parameters."""
@@ -27,3 +30,18 @@ def default_bound(spec: ProjectionSpec) -> float:
     """
     inputs = [shape[-1] for name, shape in spec.layout.factors if name.endswith(".A")]
     return math.sqrt(spec.D / spec.d) / math.sqrt(sum(inputs) / len(inputs))
+
+
+def planned_spec(
+    layout: Layout, d: int | Literal["auto"], seed: int, grouping: str, start: str, bound: float | None
+) -> ProjectionSpec:
+    """The spec for d (or ``"auto"``) and the bound of θ_d⁰; without one the paper's start has its own, 0.02, and the
+    identity the `default_bound`.
+
+    Raises:
+        SpecError: a field out of its range.
+    """
+    spec = ProjectionSpec(layout, default_d(layout.size) if d == "auto" else d, seed, grouping, start)
+    if bound is None and start == "paper":
+        return spec
+    return dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from unilora_core import Layout, MismatchError, ProjectionSpec, SpecError, TargetError, read_adapter
-from unilora_core.rates import default_bound, default_d
+from unilora_core import MismatchError, ProjectionSpec, SpecError, TargetError, read_adapter
+from unilora_core.lora import lora_layout
+from unilora_core.rates import planned_spec
 from unilora_core.targets import TargetRow, read_targets
 from unilora_jax.adapter import Adapter
 from unilora_jax.factors import factors_of
@@ -69,17 +70,8 @@ def plan(
     """
     found = find_targets(params, targets, exclude=exclude, stacked=stacked)
     _check_fits(params, found)
-    if rank < 1:
-        raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
-    layout = Layout(
-        factor
-        for target in found
-        for name in target.names
-        for factor in ((f"{name}.A", (rank, target.in_features)), (f"{name}.B", (target.out_features, rank)))
-    )
-    spec = ProjectionSpec(layout, default_d(layout.size) if d == "auto" else d, seed, grouping, start)
-    if bound is not None or start == "identity":
-        spec = dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+    layers = ((name, target.in_features, target.out_features) for target in found for name in target.names)
+    spec = planned_spec(lora_layout(layers, rank), d, seed, grouping, start, bound)
     return _adapter(params, spec, found, groups)
 
 

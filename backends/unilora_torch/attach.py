@@ -1,6 +1,5 @@
 """attach, load: put one vector beside a model."""
 
-import dataclasses
 import os
 from collections.abc import Iterable
 from typing import Literal
@@ -13,11 +12,11 @@ from unilora_core import (
     Layout,
     MismatchError,
     ProjectionSpec,
-    SpecError,
     TargetError,
     read_adapter,
 )
-from unilora_core.rates import default_bound, default_d
+from unilora_core.lora import lora_layout
+from unilora_core.rates import planned_spec
 from unilora_core.targets import read_targets
 from unilora_torch.adapter import NAME, Adapter
 from unilora_torch.targets import Target, check_targets, features, find_targets, nearest
@@ -63,10 +62,7 @@ def attach(
     """
     modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
     found = _resolve(model, targets, exclude, modules_to_save)
-    layout = layout_of(found, rank)
-    spec = ProjectionSpec(layout, default_d(layout.size) if d == "auto" else d, seed, grouping, start)
-    if bound is not None or start == "identity":
-        spec = dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+    spec = planned_spec(layout_of(found, rank), d, seed, grouping, start, bound)
     return _install(model, spec, found, modules_to_save)
 
 
@@ -100,13 +96,7 @@ def layout_of(targets: Iterable[Target], rank: int) -> Layout:
     Raises:
         SpecError: rank < 1.
     """
-    if rank < 1:
-        raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
-    factors = []
-    for target in targets:
-        factors.append((f"{target.name}.A", (rank, target.in_features)))
-        factors.append((f"{target.name}.B", (target.out_features, rank)))
-    return Layout(factors)
+    return lora_layout(((target.name, target.in_features, target.out_features) for target in targets), rank)
 
 
 def _resolve(

@@ -235,7 +235,8 @@ def test_a_hundred_steps_compile_once():
 def test_nothing_is_promoted_by_guess():
     adapter, theta_d = planned(STACK)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        jax.jit(jax.grad(lambda t: adapter.wrap(scanned)(STACK, t, X).sum()))(theta_d)
+        gradient = jax.jit(jax.grad(lambda t: adapter.wrap(scanned)(STACK, t, X).sum()))(theta_d)
+    assert gradient.dtype == jnp.float32
 
 
 def test_x64_changes_no_dtype():
