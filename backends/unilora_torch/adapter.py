@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
 from unilora_core.targets import write_targets
+from unilora_torch.paths import LowRankPath
 from unilora_torch.projection import project
 from unilora_torch.targets import Target
 
@@ -317,30 +317,6 @@ class Adapter(nn.Module):
                 f"{what}: theta_d holds NaN or infinity; training diverged (a lower learning rate, or gradient "
                 "clipping). Nothing was changed."
             )
-
-
-class LowRankPath:
-    """The forward hook of one layer: adds B·A·x to the outputs of each of its targets."""
-
-    def __init__(self, adapter: Adapter, targets: tuple[Target, ...]):
-        self.adapter, self.targets = adapter, targets
-
-    def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The new output, or None where the adapter is off."""
-        if not self.adapter.active:
-            return None
-        self._reached()
-        x = args[0] if args else next(iter(kwargs.values()))
-        for target in self.targets:
-            A, B = self.adapter.factors_of(target)
-            update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(output.dtype)
-            before, after = target.first_row, output.shape[-1] - target.first_row - target.out_features
-            output = output + (F.pad(update, (before, after)) if before or after else update)
-        return output
-
-    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def _reached(self) -> None:
-        self.adapter._unreached.discard(self.targets[0].module)
 
 
 def _table_index(spec: ProjectionSpec) -> Tensor:
