@@ -1,8 +1,8 @@
 """Uni-LoRA for PyTorch: one trainable `torch.nn.Parameter` adapts any model with linear layers."""
 
-from unilora_torch.adapter import Adapter
+from unilora_torch.adapter import Adapter, adapters, switch
 from unilora_torch.attach import attach, load
 from unilora_torch.projection import project, project_transpose
 from unilora_torch.targets import Target, find_targets
 
-__all__ = ["Adapter", "Target", "attach", "find_targets", "load", "project", "project_transpose"]
+__all__ = ["Adapter", "Target", "adapters", "attach", "find_targets", "load", "project", "project_transpose", "switch"]

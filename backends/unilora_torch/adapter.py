@@ -5,8 +5,9 @@ B·A·x to its output. θ_d is the parameter ``unilora.theta_d`` of the model.
 """
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
 from unilora_core.targets import write_targets
-from unilora_torch.paths import LowRankPath
+from unilora_torch.checks import plain_weight
+from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
-from unilora_torch.targets import Target
+from unilora_torch.tables import Tables
+from unilora_torch.targets import Target, row_of, weight_name
 
-__all__ = ["NAME", "Adapter"]
+__all__ = ["NAME", "Adapter", "adapters", "check_name", "switch"]
 
 NAME = "unilora"
-"""The adapter's name among the model's submodules."""
+"""The adapter's name among the model's submodules, unless another is given."""
 
 
 class Adapter(nn.Module):
@@ -33,12 +36,11 @@ class Adapter(nn.Module):
         targets: what is adapted, in layout order.
         modules_to_save: names of modules that train in full and are saved with θ_d, such as a classifier.
         merged: whether the base weights hold B·A at the moment.
+        enabled: whether it acts; see `switch` and `disabled`.
+        weight: what its B·A is multiplied by where several adapters act together; see `switch`.
     """
 
     theta_d: nn.Parameter
-    _groups: Tensor
-    _scale: Tensor
-    _origin: Tensor | None
 
     def __init__(
         self,
@@ -50,86 +52,94 @@ class Adapter(nn.Module):
         super().__init__()
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()))
-        identity = spec.start == "identity"
-        self.register_buffer("_groups", _table_index(spec), persistent=False)
-        self.register_buffer("_scale", torch.from_numpy(spec.scale()), persistent=False)
-        self.register_buffer("_origin", self.theta_d.detach().clone() if identity else None, persistent=False)
-        self.to(model.get_submodule(targets[0].module).weight.device)
-        self.merged = False
-        self._enabled = True
+        self._tables = Tables.of(spec)
+        self.to(_device_of(model, targets))
+        self.merged, self.enabled, self.weight = False, True, 1.0
         self._current: dict[str, Tensor] | None = None
         self._unreached = {target.module for target in targets}
         self._originals: dict[str, Tensor] = {}
-        self._slices = spec.layout.slices  # read here once: torch.compile cannot trace the cached property's lock
+        # read here once: torch.compile cannot trace the cached properties' lock
+        self._slices, self._shapes = spec.layout.slices, spec.layout.shapes
         self._root = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
-        self._was_trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._was_trainable = _trainable(model)
         self._handles = [model.register_forward_pre_hook(self._open)]
+        inside: dict[str, list[str]] = {}
+        self._handles += add_paths(self, model, targets)
         for module in dict.fromkeys(target.module for target in targets):
-            parts = tuple(target for target in targets if target.module == module)
-            layer = model.get_submodule(module)
-            self._handles.append(layer.register_forward_hook(LowRankPath(self, parts), with_kwargs=True))
+            inside.setdefault(_caller(model, module), []).append(module)
+        for caller, modules in inside.items():
+            self._handles.append(model.get_submodule(caller).register_forward_hook(_Reach(self, tuple(modules))))
         self._handles.append(model.register_forward_hook(self._close, always_call=True))
 
     def __repr__(self) -> str:
         return f"Adapter({self.summary()})"
 
-    def forward(self, x: Any) -> Any:
-        """``x`` itself: an `nn.Sequential` calls the adapter as its last submodule."""
-        return x
+    @property
+    def name(self) -> str:
+        """Its name among the model's submodules."""
+        return next(name for name, child in self._root[0].named_children() if child is self)
+
+    def forward(self, of: Any = None) -> Any:
+        """All factors (no argument), or those of one `Target`.
+
+        They are computed by calling the module, so that a wrapper of it, such as FSDP's, sees each use of θ_d. Whatever
+        else comes is given back: an `nn.Sequential` calls the adapter as its last submodule.
+        """
+        if of is None or isinstance(of, Target):
+            return self._factors(None if of is None else (f"{of.name}.A", f"{of.name}.B"))
+        return of
 
     # ---- A and B ------------------------------------------------------------------------------------------------
 
     def factors(self) -> dict[str, Tensor]:
         """Name → A (r, in) or B (out, r) of each target, float32, differentiable in θ_d."""
-        theta_D = project(self.theta_d, self._groups, self._scale, self._origin)
-        return _split(theta_D, self.spec.layout.shapes)
+        return self()
 
     def factors_of(self, target: Target) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of one target.
+        """A (r, in) and B (out, r), times `weight`, of one target.
 
         Inside the model's forward pass they are views of one θ_D, projected once for all targets. Elsewhere (a
         submodule called alone, or recomputed by gradient checkpointing) they are projected alone. Autograd saves the
         same tensors on both ways, so that non-reentrant checkpointing accepts the one for the other.
         """
-        names = f"{target.name}.A", f"{target.name}.B"
-        factors = self._current
-        if factors is None:
-            A, B = (self._slices[name] for name in names)
-            groups = self._groups[A.start : B.stop]
-            if A.stop != B.start:  # a file may hold another order
-                groups = torch.cat([self._groups[A], self._groups[B]])
-            both = project(self.theta_d, groups, self._scale, self._origin)
-            factors = _split(both, {name: self.spec.layout.shapes[name] for name in names})
-        return factors[names[0]], factors[names[1]]
+        factors = self(target) if self._current is None else self._current
+        A, B = factors[f"{target.name}.A"], factors[f"{target.name}.B"]
+        return A, B if self.weight == 1 else B * self.weight
+
+    def _factors(self, names: tuple[str, str] | None) -> dict[str, Tensor]:
+        if self.theta_d.dtype != torch.float32:
+            raise ValuesError(
+                f"theta_d is used as {self.theta_d.dtype}, expected float32; something casts parameters for the "
+                "forward pass. With FSDP's mixed precision make the adapter a unit of its own, before the layers: "
+                "fully_shard(model.unilora)."
+            )
+        if self._tables.groups.device != self.theta_d.device:
+            self._tables = self._tables.to(self.theta_d.device)
+        groups, scale, origin = self._tables
+        if names is None:
+            return _split(project(self.theta_d, groups, scale, origin), self._shapes)
+        A, B = (self._slices[name] for name in names)
+        part = groups[A.start : B.stop]
+        if A.stop != B.start:  # a file may hold another order
+            part = torch.cat([groups[A], groups[B]])
+        return _split(project(self.theta_d, part, scale, origin), {name: self._shapes[name] for name in names})
 
     def delta_weight(self, target: Target) -> Tensor:
         """B·A of one target in the orientation of its weight, float32, no gradient."""
         with torch.no_grad():
             A, B = self.factors_of(target)
-            return (B @ A).T if target.transposed else B @ A
+            return (B @ A).mT if target.transposed else B @ A
 
     @property
     def active(self) -> bool:
         """Whether the low-rank paths add to the outputs: not disabled, not merged."""
-        return self._enabled and not self.merged
+        return self.enabled and not self.merged
 
     def _open(self, _module: nn.Module, _args: Any) -> None:
-        self._current = self.factors() if self.active else None
+        self._current = self() if self.active else None
 
-    def _close(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self._current = None
-        if output is not None and self.active:
-            self._check_reached()
-
-    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def _check_reached(self) -> None:
-        if not self._unreached:
-            return
-        names, self._unreached = sorted(self._unreached), set()
-        raise TargetError(
-            f"{names[0]}: the model's forward pass never calls this module ({len(names)} such targets), so its update "
-            "would do nothing; some models use a layer's weight directly. Exclude it, or choose other targets."
-        )
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -202,14 +212,14 @@ class Adapter(nn.Module):
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model's outputs inside the ``with`` (merged weights are taken out and put back)."""
-        enabled, merged = self._enabled, self.merged
+        enabled, merged = self.enabled, self.merged
         if merged:
             self.unmerge()
-        self._enabled = False
+        self.enabled = False
         try:
             yield
         finally:
-            self._enabled = enabled
+            self.enabled = enabled
             if merged:
                 self.merge()
 
@@ -219,63 +229,120 @@ class Adapter(nn.Module):
         The sum is made in float32 and rounded once to the weight's dtype.
 
         Raises:
-            TargetError: a quantised weight, which cannot take the update.
+            TargetError: a quantised weight, which cannot take the update; or another adapter is merged, whose
+                `unmerge` would take this one's update out as well.
             ValuesError: θ_d holds NaN or infinity. Nothing has changed then.
         """
         if self.merged:
             return
         self._check_finite("merge")
-        weights = {target.module: self._weight(target) for target in self.targets}
-        originals = {module: weight.detach().clone() for module, weight in weights.items()}
+        for name, other in adapters(self._root[0]).items():
+            if other.merged:
+                raise TargetError(
+                    f"merge: the adapter {name!r} is merged; unmerge it, or detach(merge=True) it, first."
+                )
+        weights = {weight_name(target): plain_weight(self._root[0], target) for target in self.targets}
+        originals = {name: weight.detach().clone() for name, weight in weights.items()}
         with torch.no_grad():
             for target in self.targets:
-                block = _block(weights[target.module], target)
-                block.copy_(_block(originals[target.module], target).float() + self.delta_weight(target))
+                name = weight_name(target)
+                block = _block(weights[name], target)
+                block.copy_(_block(originals[name], target).float() + self.delta_weight(target))
         self._originals, self.merged = originals, True
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit."""
         with torch.no_grad():
-            for module, original in self._originals.items():
-                weight = self._root[0].get_submodule(module).weight
-                weight.copy_(original)
+            for name, original in self._originals.items():
+                owner, _, key = name.rpartition(".")
+                getattr(self._root[0].get_submodule(owner), key).copy_(original)
         self._originals, self.merged = {}, False
 
-    def detach(self) -> None:
-        """Take the adapter off: the base model is as before `attach`, but for the values of `modules_to_save`."""
+    def rename(self, name: str) -> None:
+        """Give the adapter another name among the model's submodules, and so in its `state_dict`.
+
+        Raises:
+            TargetError: the name is taken, or cannot be a submodule's; nothing has changed then.
+        """
         model = self._root[0]
-        self.unmerge()
+        check_name(model, name)
+        delattr(model, self.name)
+        model.add_module(name, self)
+
+    def swap(self, path: str | os.PathLike) -> None:
+        """Put the adapter of a file in this one's place; see `unilora_torch.attach.swap`."""
+        from unilora_torch.attach import swap
+
+        swap(self, path)
+
+    def reseed(self, spec: ProjectionSpec) -> None:
+        """Take the P of another spec of the same layout, d and start, in place."""
+        for table, new in zip(self._tables, Tables.of(spec), strict=True):
+            if table is not None:
+                table.copy_(new)
+        self.spec = spec
+
+    def detach(self, merge: bool = False) -> None:
+        """Take the adapter off: the base model is as before `attach`, but for the values of `modules_to_save`.
+
+        Args:
+            merge: leave B·A in the base weights for good.
+
+        Raises:
+            TargetError, ValuesError: it cannot be merged (see `merge`); it is still on the model then.
+        """
+        model = self._root[0]
+        if merge:
+            self.merge()
+            self._originals, self.merged = {}, False
+        else:
+            self.unmerge()
         for handle in self._handles:
             handle.remove()
-        delattr(model, NAME)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self._was_trainable)
+        delattr(model, self.name)
+        others = adapters(model).values()
+        still = {name for other in others for name in other._saved_parameters()}
+        for name in self._saved_parameters().keys() - still:
+            model.get_parameter(name).requires_grad_(False)
+        if not others:
+            for name in self._was_trainable:
+                model.get_parameter(name).requires_grad_(True)
 
     # ---- files --------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        metadata: Mapping[str, str] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write θ_d, the spec, the targets and the modules to save as one file, atomically.
+
+        Args:
+            metadata: further strings for the header.
+            state: the model's gathered `state_dict`, where one process has it of a model sharded over several;
+                otherwise every process must call `save` on such a model.
 
         Raises:
             ValuesError: θ_d holds NaN or infinity; an old file at ``path`` is kept.
         """
-        model = self._root[0]
-        tensors = {
-            f"{module}.{name}": _storable(tensor)
-            for module in self.modules_to_save
-            for name, tensor in model.get_submodule(module).state_dict().items()
-        }
-        rows = [(t.name, t.module, t.first_row, t.transposed) for t in self.targets]
-        written = write_targets(rows, self.modules_to_save)
-        theta_d = self.theta_d.detach().cpu().numpy()
+        tensors = {name: _storable(tensor if state is None else state[name]) for name, tensor in self._heads().items()}
+        written = write_targets(map(row_of, self.targets), self.modules_to_save)
+        theta_d = _storable(self.theta_d if state is None else state[f"{self.name}.theta_d"])
         save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written | dict(metadata or {}))
 
-    def export_lora(self, folder: str | os.PathLike, base_model: str | None = None) -> None:
+    def export_lora(
+        self,
+        folder: str | os.PathLike,
+        base_model: str | None = None,
+        rank: int | None = None,
+        engine: str | None = None,
+    ) -> None:
         """Write A and B, exactly, as a PEFT LoRA folder; see `unilora_torch.lora.export_lora`."""
         from unilora_torch.lora import export_lora
 
         self._check_finite("export_lora")
-        export_lora(self, folder, base_model)
+        export_lora(self, folder, base_model, rank, engine)
 
     # ---- internals ----------------------------------------------------------------------------------------------
 
@@ -286,14 +353,15 @@ class Adapter(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        was_meta = self._groups.is_meta
-        super()._apply(move, recurse)
-        if was_meta and not self._groups.is_meta:  # `to_empty`: P is made again, θ_d waits for its `load_state_dict`
-            device = self._groups.device
-            self._groups, self._scale = _table_index(self.spec).to(device), self.spec.scale(xp=torch, device=device)
-            if self._origin is not None:
-                self._origin = self.spec.init(xp=torch, device=device)
-        return self
+        return super()._apply(move, recurse)
+
+    def _heads(self) -> dict[str, Tensor]:
+        """The state of the modules to save, under its names in the model's `state_dict`."""
+        return {
+            f"{module}.{name}": tensor
+            for module in self.modules_to_save
+            for name, tensor in self._root[0].get_submodule(module).state_dict().items()
+        }
 
     def _saved_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -301,15 +369,6 @@ class Adapter(nn.Module):
             for module in self.modules_to_save
             for name, parameter in self._root[0].get_submodule(module).named_parameters()
         }
-
-    def _weight(self, target: Target) -> Tensor:
-        weight = self._root[0].get_submodule(target.module).weight
-        if not weight.is_floating_point():
-            raise TargetError(
-                f"{target.module}: a weight of {weight.dtype} cannot take the update; merge into an unquantised copy "
-                "of the base model."
-            )
-        return weight
 
     def _check_finite(self, what: str) -> None:
         if not torch.isfinite(self.theta_d).all():
@@ -319,14 +378,97 @@ class Adapter(nn.Module):
             )
 
 
-def _table_index(spec: ProjectionSpec) -> Tensor:
-    """The groups, (D,) int32; for the identity start those of the factors B point into the second half of the table."""
-    groups = torch.from_numpy(spec.groups())
-    if spec.start == "identity":
-        for name, at in spec.layout.slices.items():
-            if name.endswith(".B"):
-                groups[at] += spec.d
-    return groups
+class _Reach:
+    """The forward hook of a module that calls targets: it ran, so they must have run.
+
+    A layer that a model skips now and then (a dropped layer, an expert without a token) is skipped with the module that
+    calls it, and is no error.
+    """
+
+    def __init__(self, adapter: Adapter, modules: tuple[str, ...]):
+        self.adapter, self.modules = adapter, modules
+
+    def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Check until each target has run once."""
+        if self.adapter.active:
+            self._check()
+
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def _check(self) -> None:
+        missed = [module for module in self.modules if module in self.adapter._unreached]
+        self.adapter._unreached.difference_update(missed)
+        if missed:
+            raise TargetError(
+                f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such targets), so its "
+                "update would do nothing; some models use a layer's weight directly. Exclude it, or choose other "
+                "targets."
+            )
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by name, in the order in which they were attached."""
+    return {name: child for name, child in model.named_children() if isinstance(child, Adapter)}
+
+
+def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> None:
+    """Choose which adapters of a model act, and train; the others are off and frozen.
+
+    Args:
+        to: a name; several names, whose updates add up; names with the weights of their updates; or ``()`` for the
+            base model alone.
+
+    Raises:
+        TargetError: there is no adapter of that name; nothing has changed then.
+    """
+    weights = {to: 1.0} if isinstance(to, str) else dict(to) if isinstance(to, Mapping) else dict.fromkeys(to, 1.0)
+    there = adapters(model)
+    for name in weights:
+        if name not in there:
+            raise TargetError(f"switch: the model has no adapter {name!r}; it has {list(there) or 'none'}.")
+    for name, adapter in there.items():
+        if adapter.merged:
+            adapter.unmerge()
+        adapter.enabled, adapter.weight = name in weights, weights.get(name, 1.0)
+        adapter.theta_d.requires_grad_(adapter.enabled)
+        for parameter in adapter._saved_parameters().values():
+            parameter.requires_grad_(adapter.enabled)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that an adapter cannot have.
+
+    Raises:
+        TargetError: with the remedy.
+    """
+    if isinstance(getattr(model, name, None), Adapter):
+        raise TargetError(
+            f"the model already has an adapter {name!r}; call model.{name}.detach() first, or give another name=."
+        )
+    if hasattr(model, name) or not name.isidentifier():
+        raise TargetError(f"{name!r} cannot be an adapter's name: it is no identifier, or the model has it already.")
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    """Names of the parameters that trained before there was an adapter."""
+    first = next(iter(adapters(model).values()), None)
+    if first is not None:
+        return first._was_trainable
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _caller(model: nn.Module, name: str) -> str:
+    """The module that calls this one: the nearest above it that is no mere list."""
+    above = name.rpartition(".")[0]
+    while above and isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
+        above = above.rpartition(".")[0]
+    return above
+
+
+def _device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
+    """Where the first layer that has values has them."""
+    layers = (model.get_submodule(target.module) for target in targets)
+    tensors = (tensor for layer in layers for tensor in itertools.chain(layer.parameters(), layer.buffers()))
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def _split(theta_D: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -337,12 +479,13 @@ def _split(theta_D: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
 
 def _block(weight: Tensor, target: Target) -> Tensor:
     rows = slice(target.first_row, target.first_row + target.out_features)
-    return weight[:, rows] if target.transposed else weight[rows]
+    return weight[..., rows] if target.transposed else weight[..., rows, :]
 
 
 def _storable(tensor: Tensor) -> Any:
-    """A NumPy array; bfloat16, which NumPy lacks, as float32 (exact)."""
-    tensor = tensor.detach().cpu()
+    """A NumPy array; bfloat16, which NumPy lacks, as float32 (exact); a DTensor gathered from every process."""
+    tensor = tensor.detach()
+    tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 

@@ -1,7 +1,7 @@
 """attach, load: put one vector beside a model."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -18,10 +18,11 @@ from unilora_core import (
 from unilora_core.lora import lora_layout
 from unilora_core.rates import planned_spec
 from unilora_core.targets import read_targets
-from unilora_torch.adapter import NAME, Adapter
-from unilora_torch.targets import Target, check_targets, features, find_targets, nearest
+from unilora_torch.adapter import NAME, Adapter, check_name
+from unilora_torch.checks import check_parameter, check_targets
+from unilora_torch.targets import Target, features, find_targets, nearest, target_of
 
-__all__ = ["attach", "layout_of", "load"]
+__all__ = ["attach", "layout_of", "load", "swap"]
 
 
 def attach(
@@ -36,8 +37,12 @@ def attach(
     start: str = "identity",
     bound: float | None = None,
     modules_to_save: Iterable[str] = (),
+    name: str = NAME,
 ) -> Adapter:
     """Freeze a model and put one trainable vector beside its linear layers.
+
+    A model can carry several adapters under different names: their updates add up, and the latest trains; `switch`
+    chooses.
 
     Args:
         model: any module; changed in place. Its outputs change by B·A·x at each target, its `state_dict` gains
@@ -52,22 +57,25 @@ def attach(
         start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)).
         bound: of θ_d⁰; by default 0.02 for the paper's start, and as large as LoRA's A for the identity.
         modules_to_save: names of modules that train in full, such as ``("classifier",)``.
+        name: the adapter's name among the model's submodules.
 
     Returns:
         The adapter, also found at ``model.unilora``.
 
     Raises:
-        TargetError: nothing to adapt, or something that cannot be adapted rightly; the model is unchanged.
+        TargetError: nothing to adapt, something that cannot be adapted rightly, or a name that is taken; the model is
+            unchanged.
         SpecError: rank or d out of range; the model is unchanged.
     """
+    check_name(model, name)
     modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
     found = _resolve(model, targets, exclude, modules_to_save)
     spec = planned_spec(layout_of(found, rank), d, seed, grouping, start, bound)
-    return _install(model, spec, found, modules_to_save)
+    return _install(model, spec, found, modules_to_save, name)
 
 
-def load(model: nn.Module, path: str | os.PathLike) -> Adapter:
-    """Read an adapter file and attach it to its base model.
+def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME) -> Adapter:
+    """Read an adapter file and attach it to its base model, under ``name``.
 
     The file names its targets, so the order in which the model registers its layers does not matter.
 
@@ -76,18 +84,50 @@ def load(model: nn.Module, path: str | os.PathLike) -> Adapter:
         MismatchError: the file belongs to another model; the message names the module, expected and found.
         TargetError: a layer that cannot be adapted rightly. In each case the model is unchanged.
     """
+    check_name(model, name)
     file = read_adapter(path)
     targets, modules_to_save = _contents(path, file)
     for target in targets:
         _check_fits(path, model, target)
     heads = {module: _head_state(path, model, module, file) for module in modules_to_save}
     check_targets(model, targets)
-    adapter = _install(model, file.spec, targets, modules_to_save)
-    with torch.no_grad():
-        adapter.theta_d.copy_(torch.from_numpy(file.theta_d))
-    for module, state in heads.items():
-        model.get_submodule(module).load_state_dict(state)
+    adapter = _install(model, file.spec, targets, modules_to_save, name)
+    _fill(adapter, file, heads)
     return adapter
+
+
+def swap(adapter: Adapter, path: str | os.PathLike) -> None:
+    """Put the adapter of a file in the place of an attached one.
+
+    θ_d, P and the saved modules are overwritten where they are, so that a compiled model is not compiled again and an
+    optimiser keeps its parameters (but not its state's meaning).
+
+    Raises:
+        AdapterFileError: as `load`.
+        MismatchError: the file has other targets, ranks, modules to save, another d or another start: `detach` this one
+            and `load` that one. In each case nothing has changed.
+        TargetError: the adapter is merged.
+    """
+    if adapter.merged:
+        raise TargetError("swap: the adapter is merged; unmerge it first.")
+    file, mine = read_adapter(path), adapter.spec
+    targets, modules_to_save = _contents(path, file)
+    kept = {
+        "targets": (targets == adapter.targets, len(targets), len(adapter.targets)),
+        "layout": (file.spec.layout == mine.layout, file.spec.D, mine.D),
+        "modules_to_save": (modules_to_save == adapter.modules_to_save, modules_to_save, adapter.modules_to_save),
+        "d": (file.spec.d == mine.d, file.spec.d, mine.d),
+        "start": (file.spec.start == mine.start, file.spec.start, mine.start),
+    }
+    for what, (same, theirs, ours) in kept.items():
+        if not same:
+            raise MismatchError(
+                f"{path}: swap expects the same {what} as the attached adapter's ({ours}), the file has {theirs}; "
+                "detach the adapter and load the file instead."
+            )
+    heads = {module: _head_state(path, adapter._root[0], module, file) for module in modules_to_save}
+    adapter.reseed(file.spec)
+    _fill(adapter, file, heads)
 
 
 def layout_of(targets: Iterable[Target], rank: int) -> Layout:
@@ -96,7 +136,8 @@ def layout_of(targets: Iterable[Target], rank: int) -> Layout:
     Raises:
         SpecError: rank < 1.
     """
-    return lora_layout(((target.name, target.in_features, target.out_features) for target in targets), rank)
+    layers = ((target.name, target.in_features, target.out_features, target.experts) for target in targets)
+    return lora_layout(layers, rank)
 
 
 def _resolve(
@@ -116,30 +157,38 @@ def _resolve(
     return kept
 
 
+def _fill(adapter: Adapter, file: AdapterFile, heads: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        adapter.theta_d.copy_(torch.from_numpy(file.theta_d))
+    for module, state in heads.items():
+        adapter._root[0].get_submodule(module).load_state_dict(state)
+
+
 def _install(
-    model: nn.Module, spec: ProjectionSpec, targets: tuple[Target, ...], modules_to_save: tuple[str, ...]
+    model: nn.Module, spec: ProjectionSpec, targets: tuple[Target, ...], modules_to_save: tuple[str, ...], name: str
 ) -> Adapter:
-    if hasattr(model, NAME):
-        raise TargetError(f"the model already has a submodule {NAME!r}; call model.{NAME}.detach() first.")
     adapter = Adapter(model, spec, targets, modules_to_save)
     model.requires_grad_(False)
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    model.add_module(NAME, adapter)
+    model.add_module(name, adapter)
     return adapter
 
 
 def _contents(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """The targets and the modules to save that a file names."""
     rows, modules_to_save = read_targets(path, file)
-    targets = tuple(
-        Target(row.name, row.module, row.in_features, row.out_features, row.first_row, row.transposed) for row in rows
-    )
-    return targets, modules_to_save
+    return tuple(target_of(row) for row in rows), modules_to_save
 
 
 def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
     module = _submodule(model, target.module, str(path))
+    if target.parameter is not None:
+        try:
+            check_parameter(module, target)
+        except TargetError as error:
+            raise MismatchError(f"{path}: {error}") from error
+        return
     width, height = features(module, target.transposed)
     if not width:
         raise MismatchError(f"{path}: {target.module} should be a linear layer, the model has {type(module).__name__}.")
