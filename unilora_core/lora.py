@@ -14,11 +14,12 @@ from unilora_core.layout import Layout
 __all__ = ["join_blocks", "lora_config", "lora_layout", "lora_names"]
 
 
-def lora_layout(layers: Iterable[tuple[str, int, int]], rank: int) -> Layout:
+def lora_layout(layers: Iterable[tuple[str, int, int] | tuple[str, int, int, int]], rank: int) -> Layout:
     """``name.A`` (rank, in_features) and ``name.B`` (out_features, rank) of each layer, in order.
 
     Args:
-        layers: (name, in_features, out_features) of each.
+        layers: (name, in_features, out_features) of each; with a fourth number other than 0, so many matrices are
+            adapted as one: ``name.A`` is (number, rank, in_features), ``name.B`` (number, out_features, rank).
 
     Raises:
         SpecError: rank < 1.
@@ -27,8 +28,9 @@ def lora_layout(layers: Iterable[tuple[str, int, int]], rank: int) -> Layout:
         raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
     return Layout(
         factor
-        for name, in_features, out_features in layers
-        for factor in ((f"{name}.A", (rank, in_features)), (f"{name}.B", (out_features, rank)))
+        for name, in_features, out_features, *experts in layers
+        for stack in [tuple(filter(None, experts))]
+        for factor in ((f"{name}.A", (*stack, rank, in_features)), (f"{name}.B", (*stack, out_features, rank)))
     )
 
 

@@ -19,6 +19,8 @@ class TargetRow:
         module: the layer's name.
         first_row: where the adapted outputs start in the layer's.
         transposed: the weight is stored (in, out), as in transformers' Conv1D.
+        parameter: the name of the parameter inside ``module`` that B·A is added to; None for a layer.
+        experts: 0, or how many matrices the factors stack along a first axis.
     """
 
     name: str
@@ -28,10 +30,15 @@ class TargetRow:
     out_features: int
     first_row: int = 0
     transposed: bool = False
+    parameter: str | None = None
+    experts: int = 0
 
 
-def write_targets(rows: Iterable[tuple[str, str, int, bool]], modules_to_save: Iterable[str] = ()) -> dict[str, str]:
-    """The header's entries for (name, module, first row, transposed) of each target."""
+Row = tuple[str, str, int, bool] | tuple[str, str, int, bool, str]
+
+
+def write_targets(rows: Iterable[Row], modules_to_save: Iterable[str] = ()) -> dict[str, str]:
+    """The header's entries for (name, module, first row, transposed) of each target, and the parameter if it is one."""
     return {"targets": json.dumps([list(row) for row in rows]), "modules_to_save": json.dumps(list(modules_to_save))}
 
 
@@ -45,18 +52,7 @@ def read_targets(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Targ
     names = [name.removesuffix(".A") for name in shapes if name.endswith(".A")]
     try:
         entries = json.loads(file.metadata.get("targets", "null")) or [[name, name, 0, False] for name in names]
-        rows = tuple(
-            TargetRow(
-                name,
-                module,
-                rank=shapes[f"{name}.A"][0],
-                in_features=shapes[f"{name}.A"][1],
-                out_features=shapes[f"{name}.B"][0],
-                first_row=int(first_row),
-                transposed=bool(transposed),
-            )
-            for name, module, first_row, transposed in entries
-        )
+        rows = tuple(_row(shapes[f"{name}.A"], shapes[f"{name}.B"], name, *entry) for name, *entry in entries)
         modules_to_save = json.loads(file.metadata.get("modules_to_save", "[]"))
         if not (isinstance(modules_to_save, list) and all(isinstance(name, str) for name in modules_to_save)):
             raise ValueError(f"modules_to_save: {modules_to_save!r} is no list of names")
@@ -65,3 +61,22 @@ def read_targets(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Targ
     if len(shapes) != 2 * len(rows):
         raise CorruptFileError(f"{path}: {len(shapes)} factors, but {len(rows)} targets; expected two for each.")
     return rows, tuple(modules_to_save)
+
+
+def _row(
+    A: tuple[int, ...],
+    B: tuple[int, ...],
+    name: str,
+    module: str,
+    first_row: int,
+    transposed: bool,
+    parameter: str | None = None,
+) -> TargetRow:
+    """A (*experts, rank, in) and B (*experts, out, rank) with an entry of the header."""
+    *experts, rank, width = A
+    *_, height, _ = B
+    if (*experts, height, rank) != B or len(experts) > (parameter is not None):
+        raise ValueError(f"the factors of {name!r} have the shapes {A} and {B}")
+    return TargetRow(
+        name, module, rank, width, height, int(first_row), bool(transposed), parameter, experts[0] if experts else 0
+    )

@@ -160,6 +160,11 @@ def _targets_for(
     known = _weights_by_layer(params, stacked)
     found: dict[tuple[str, int], tuple[Target, dict[int, TargetRow]]] = {}
     for row in rows:
+        if row.parameter is not None:
+            raise MismatchError(
+                f"{path}: {row.name} adapts the parameter {row.parameter!r} of a PyTorch module (the experts of a "
+                "mixture, for example); the JAX backend reads adapters of layers only."
+            )
         name = rename(row.module)
         if name not in known:
             _check_layer(params, name, stacked)

@@ -8,21 +8,40 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from unilora_core import TargetError
+from unilora_core.targets import TargetRow
 
-__all__ = ["Target", "check_targets", "features", "find_targets", "linear_target", "nearest"]
+__all__ = [
+    "Target",
+    "embedding_target",
+    "features",
+    "find_targets",
+    "is_linear",
+    "layer_target",
+    "linear_target",
+    "nearest",
+    "parameter_target",
+    "row_of",
+    "target_of",
+    "weight_name",
+]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One low-rank update: B·A beside a linear layer, or beside a block of its outputs.
+    """One low-rank update: B·A beside a layer, or beside a block of its outputs; or B·A added to a parameter.
 
     Attributes:
         name: the prefix of its two factors, ``name.A`` (r, in_features) and ``name.B`` (out_features, r).
-        module: the qualified name of the layer.
-        in_features: width of the layer's input.
+        module: the qualified name of the layer; with ``parameter``, of the module whose forward pass reads it.
+        in_features: width of the layer's input; of an embedding, the size of its vocabulary.
         out_features: width of the outputs that are adapted.
         first_row: where these outputs start in the layer's output; not 0 for the k and v blocks of a fused qkv.
-        transposed: the weight is stored (in, out), as in transformers' Conv1D.
+        transposed: the weight is stored (in, out), as in transformers' Conv1D and in every embedding.
+        parameter: None for a layer, whose output gets B·A·x. Else the name, inside ``module``, of a parameter that is
+            W + B·A while ``module`` runs: ``"gate_up_proj"``, or ``"qkv.weight"`` where a module uses the weight of a
+            layer without calling it.
+        experts: how many matrices a 3-D parameter stacks, each with factors of its own: ``name.A`` is
+            (experts, r, in_features) then, ``name.B`` (experts, out_features, r). 0 for a plain matrix.
     """
 
     name: str
@@ -31,20 +50,73 @@ class Target:
     out_features: int
     first_row: int = 0
     transposed: bool = False
+    parameter: str | None = None
+    experts: int = 0
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module maps (…, in) to (…, out): an `nn.Linear`, or a layer that says so by integer ``in_features`` and
+    ``out_features``, as those of GPTQ, AWQ, HQQ and EETQ do. Its weight, if it has one, is never read.
+    """
+    if isinstance(module, nn.Linear):
+        return True
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return False
+    weight = getattr(module, "weight", None)  # some modules that hold other things have such sizes, too
+    inside = any(is_linear(child) for child in module.modules() if child is not module)
+    return not inside and (not isinstance(weight, Tensor) or weight.dim() == 2)
 
 
 def linear_target(name: str, module: nn.Module) -> Target:
-    """The `Target` of an `nn.Linear` (or a subclass of it).
+    """The `Target` of a linear layer; see `is_linear`.
 
     Raises:
         TargetError: another kind of module.
     """
-    if isinstance(module, nn.Linear):
-        return Target(name, name, module.in_features, module.out_features)
+    if is_linear(module):
+        return Target(name, name, int(module.in_features), int(module.out_features))
+    matrices = sorted(_matrices(module))
     raise TargetError(
-        f"{name}: a {type(module).__name__} is no linear layer; unilora adapts nn.Linear here. "
-        "Name its linear submodules, or exclude it."
+        f"{name}: a {type(module).__name__} is no linear layer; unilora adapts nn.Linear here, and what says its "
+        "in_features and out_features. "
+        + (f"Name its parameters {matrices}" if matrices else "Name its linear submodules")
+        + ", or exclude it."
     )
+
+
+def embedding_target(name: str, module: nn.Embedding) -> Target:
+    """The `Target` of an embedding: A (r, vocabulary), B (width, r)."""
+    return Target(name, name, module.num_embeddings, module.embedding_dim, transposed=True)
+
+
+def layer_target(name: str, module: nn.Module) -> Target:
+    """The `Target` of an `nn.Embedding` or of a linear layer.
+
+    Raises:
+        TargetError: another kind of module.
+    """
+    return embedding_target(name, module) if isinstance(module, nn.Embedding) else linear_target(name, module)
+
+
+def parameter_target(module: str, parameter: str, weight: Tensor, transposed: bool = False) -> Target:
+    """The `Target` of a parameter: a matrix, or the matrices of all experts in one.
+
+    Args:
+        module: the name of the module whose forward pass reads it.
+        parameter: its name inside that module.
+        weight: (out, in) or (experts, out, in); with ``transposed``, (in, out) or (experts, in, out).
+
+    Raises:
+        TargetError: it has other than two or three axes.
+    """
+    name = f"{module}.{parameter}" if module else parameter
+    if weight.dim() not in (2, 3):
+        raise TargetError(f"{name}: expected a parameter of 2 or 3 axes, got {tuple(weight.shape)}; exclude it.")
+    *experts, height, width = weight.shape
+    if transposed:
+        height, width = width, height
+    return Target(name, module, width, height, 0, transposed, parameter, experts[0] if experts else 0)
 
 
 def find_targets(
@@ -52,17 +124,21 @@ def find_targets(
     targets: str | Iterable[str | Target],
     *,
     exclude: str | Iterable[str] = (),
-    to_target: Callable[[str, nn.Module], Target] = linear_target,
-    all_linear: tuple[type[nn.Module], ...] = (nn.Linear,),
+    to_target: Callable[[str, nn.Module], Target] = layer_target,
+    all_linear: Callable[[nn.Module], bool] = is_linear,
 ) -> tuple[Target, ...]:
-    """The layers that ``targets`` selects, in the order of `model.named_modules`.
+    """What ``targets`` selects, in the order of `model.named_modules`.
+
+    Names are those of modules, and of the parameters of two or three axes that a module uses by itself, such as
+    ``mlp.experts.gate_up_proj``.
 
     Args:
-        targets: ``"all-linear"``; or a regular expression that the whole name must match; or a list of names, each
-            of which selects the modules that it equals or that end in ``.name``; or a list of `Target`, taken as it is.
+        targets: ``"all-linear"`` (linear layers; neither embeddings nor parameters); or a regular expression that the
+            whole name must match; or a list of names, each of which selects what it equals or what ends in ``.name``;
+            or a list of `Target`, taken as it is.
         exclude: a regular expression or a list of names, likewise; taken away from the selection.
         to_target: makes the `Target` of a selected module, or raises `TargetError`.
-        all_linear: the module types that ``"all-linear"`` means.
+        all_linear: which modules ``"all-linear"`` means.
 
     Raises:
         TargetError: nothing selected (the nearest names are listed), or a selected module is no linear layer.
@@ -76,64 +152,20 @@ def find_targets(
             )
         if given:
             return given
-    modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name for name, module in modules.items() if isinstance(module, all_linear)]
-    chosen = linear if targets == "all-linear" else [name for name in modules if _matches(name, targets)]
+    candidates = _candidates(model, all_linear)
+    linear = [name for name, found in candidates.items() if not isinstance(found, Target) and all_linear(found)]
+    chosen = linear if targets == "all-linear" else [name for name in candidates if _matches(name, targets)]
     kept = [name for name in chosen if not _matches(name, exclude)]
     if not kept:
         raise TargetError(_no_match(targets, exclude, chosen, linear))
-    return tuple(to_target(name, modules[name]) for name in kept)
-
-
-def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
-    """Refuse what cannot be adapted rightly: no such layer, a tied, meta or integer weight, overlapping blocks.
-
-    Raises:
-        TargetError: with the module and the remedy.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    taken: dict[str, list[Target]] = {}
-    for target in targets:
-        if target.module not in modules:
-            raise TargetError(f"{target.module}: no such module; the nearest are {nearest(model, target.module)}.")
-        module = modules[target.module]
-        width, height = features(module, target.transposed)
-        if width != target.in_features or not 0 <= target.first_row <= height - target.out_features:
-            raise TargetError(
-                f"{target.module}: the target expects a linear layer of {target.in_features} inputs and outputs up to "
-                f"{target.first_row + target.out_features}, {type(module).__name__} has {width} and {height}."
-            )
-        weight = module.weight
-        if len(owners.get(id(weight), ())) > 1:
-            raise TargetError(
-                f"{target.module}: its weight is tied, it is also {_others(owners[id(weight)], target.module)}; "
-                "an update of one would change the other. Exclude it, or untie the weights first."
-            )
-        if weight.is_meta:
-            raise TargetError(
-                f"{target.module}: its weight is on the meta device and has no values; "
-                "load the model's weights before attaching."
-            )
-        if not (weight.is_floating_point() or _known_quantised(module)):
-            raise TargetError(
-                f"{target.module}: its weight holds {weight.dtype} and {type(module).__qualname__} is no "
-                "quantised layer known to work; exclude it, or load the model unquantised."
-            )
-        for other in taken.setdefault(target.module, []):
-            if target.first_row < other.first_row + other.out_features and other.first_row < (
-                target.first_row + target.out_features
-            ):
-                raise TargetError(f"{target.name} and {other.name} adapt the same outputs of {target.module}.")
-        taken[target.module].append(target)
+    found = ((name, candidates[name]) for name in kept)
+    return tuple(each if isinstance(each, Target) else to_target(name, each) for name, each in found)
 
 
 def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer; (0, 0) for a module that is none."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    """Inputs and outputs of a linear layer or an embedding; (0, 0) for a module that is none."""
+    if is_linear(module):
+        return int(module.in_features), int(module.out_features)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return 0, 0
@@ -141,17 +173,50 @@ def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
     return (height, width) if transposed else (width, height)
 
 
+def row_of(target: Target) -> tuple:
+    """What a file's header says of a target (`unilora_core.targets.write_targets`)."""
+    row = (target.name, target.module, target.first_row, target.transposed)
+    return row if target.parameter is None else (*row, target.parameter)
+
+
+def target_of(row: TargetRow) -> Target:
+    """The inverse of `row_of`, with the widths that the file's layout gives."""
+    sizes = (row.in_features, row.out_features, row.first_row, row.transposed)
+    return Target(row.name, row.module, *sizes, row.parameter, row.experts)
+
+
+def weight_name(target: Target) -> str:
+    """The qualified name of the weight that a target adapts (a quantised layer may have none of that name)."""
+    parameter = "weight" if target.parameter is None else target.parameter
+    return f"{target.module}.{parameter}".lstrip(".")
+
+
 def nearest(model: nn.Module, name: str) -> list[str]:
     """The names of the model's modules that look most like ``name``."""
     return difflib.get_close_matches(name, [other for other, _ in model.named_modules() if other], 3)
 
 
-def _known_quantised(module: nn.Module) -> bool:
-    """The low-rank path beside these needs their input and output only; their integer weights are never read."""
-    return any(
-        cls.__module__.startswith("bitsandbytes.") and cls.__name__ in {"Linear4bit", "Linear8bitLt"}
-        for cls in type(module).__mro__
-    )
+def _candidates(model: nn.Module, all_linear: Callable[[nn.Module], bool]) -> dict[str, nn.Module | Target]:
+    """Name → module, or the target that a parameter makes, in the order of `model.named_modules`."""
+    found: dict[str, nn.Module | Target] = {}
+    for name, module in model.named_modules():
+        if name:
+            found[name] = module
+        if not all_linear(module):
+            transposed = getattr(module, "is_transposed", False)  # as transformers marks its experts
+            made = (parameter_target(name, key, weight, transposed) for key, weight in _matrices(module).items())
+            found |= {target.name: target for target in made}
+    return found
+
+
+def _matrices(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of two or three axes that a module uses by itself."""
+    if is_linear(module) or isinstance(
+        module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.Conv1d, nn.ConvTranspose1d)
+    ):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {name: parameter for name, parameter in own if parameter.dim() in (2, 3)}
 
 
 def _matches(name: str, pattern: str | Iterable[str | Target]) -> bool:
@@ -177,7 +242,3 @@ def _no_match(targets: str | Iterable[str | Target], exclude: object, chosen: li
         f"no module matches {targets!r}; the nearest linear layers end in {list(dict.fromkeys(near)) or ends[:8]}, "
         f"for example {linear[0]!r}. A list holds names or endings, a string is a regular expression of the whole name."
     )
-
-
-def _others(names: list[str], module: str) -> str:
-    return ", ".join(name for name in names if name != f"{module}.weight")

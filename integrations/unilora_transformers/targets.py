@@ -8,11 +8,9 @@ from transformers.pytorch_utils import Conv1D
 
 from unilora_core import TargetError
 from unilora_torch import Target, find_targets
-from unilora_torch.targets import linear_target
+from unilora_torch.targets import embedding_target, is_linear, linear_target
 
-__all__ = ["LINEAR", "select_targets", "task_heads", "to_target"]
-
-LINEAR = (nn.Linear, Conv1D)
+__all__ = ["select_targets", "task_heads", "to_target"]
 
 QUERY_AND_VALUE: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J, BART, Whisper, CLIP
@@ -45,7 +43,7 @@ def select_targets(
         TargetError: nothing selected, or a selected module is no linear layer.
     """
     selection = _query_and_value(model) if targets is None else targets
-    found = find_targets(model, selection, exclude=exclude, to_target=to_target, all_linear=LINEAR)
+    found = find_targets(model, selection, exclude=exclude, to_target=_chosen_target, all_linear=_is_linear)
     if targets is None:
         return tuple(block for target in found for block in _query_and_value_blocks(target))
     return _without_heads(model, found) if targets == "all-linear" else found
@@ -74,8 +72,17 @@ def task_heads(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, _ in children if name in HEADS)
 
 
+def _chosen_target(name: str, module: nn.Module) -> Target:
+    """What was asked for by name may be an embedding, too."""
+    return embedding_target(name, module) if isinstance(module, nn.Embedding) else to_target(name, module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, Conv1D) or is_linear(module)
+
+
 def _query_and_value(model: PreTrainedModel) -> list[str]:
-    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
     last = {name: name.rsplit(".", 1)[-1] for name in linear}
     for row in QUERY_AND_VALUE:
         if set(row) <= set(last.values()):

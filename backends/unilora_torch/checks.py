@@ -1,0 +1,163 @@
+"""What cannot be adapted rightly, refused before anything changes."""
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from unilora_core import TargetError
+from unilora_torch.paths import forward_with
+from unilora_torch.targets import Target, features, nearest, parameter_target, weight_name
+
+__all__ = ["check_parameter", "check_targets", "plain_weight"]
+
+
+def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Refuse what cannot be adapted rightly: no such layer, a tied or meta weight, overlapping blocks, an integer or
+    quantised weight that the update would have to be added to.
+
+    Raises:
+        TargetError: with the module and the remedy.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    taken: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.module not in modules:
+            raise TargetError(f"{target.module}: no such module; the nearest are {nearest(model, target.module)}.")
+        module, place = modules[target.module], weight_name(target)
+        if target.parameter is None:
+            _check_layer(module, target)
+        else:
+            check_parameter(module, target)
+        weight = _weight(module, target)
+        if weight is not None and len(owners.get(id(weight), ())) > 1:
+            others = ", ".join(name for name in owners[id(weight)] if name != place)
+            raise TargetError(
+                f"{target.module}: its weight is tied, it is also {others}; an update of one would change the other. "
+                "Exclude it, or untie the weights first (for a transformers model: load it with "
+                "tie_word_embeddings=False, and save that copy as the base)."
+            )
+        if any(tensor.is_meta for tensor in ([weight] if weight is not None else module.parameters())):
+            raise TargetError(
+                f"{target.module}: its weight is on the meta device and has no values; "
+                "load the model's weights before attaching."
+            )
+        for other in taken.setdefault(place, []):
+            if target.first_row < other.first_row + other.out_features and other.first_row < (
+                target.first_row + target.out_features
+            ):
+                raise TargetError(f"{target.name} and {other.name} adapt the same outputs of {target.module}.")
+        taken[place].append(target)
+
+
+def check_parameter(module: nn.Module, target: Target) -> None:
+    """Refuse a target whose parameter is not there, has another shape, or is quantised.
+
+    Raises:
+        TargetError: with the remedy.
+    """
+    try:
+        weight = _weight(module, target)
+    except AttributeError:
+        weight = None
+    if not isinstance(weight, nn.Parameter):
+        there = sorted(name for name, parameter in module.named_parameters() if parameter.dim() in (2, 3))
+        near = difflib.get_close_matches(target.parameter or "", there, 3) or there[:3]
+        raise TargetError(f"{target.module}: no parameter {target.parameter!r}; the nearest are {near}.")
+    if not _is_plain(weight):
+        raise TargetError(
+            f"{target.name}: a weight of {_kind(weight)} cannot take the update, and its module has no output that "
+            "could; exclude it, or load the model unquantised."
+        )
+    found = parameter_target(target.module, target.parameter or "", weight, target.transposed)
+    if (found.experts, found.in_features) != (target.experts, target.in_features) or not (
+        0 <= target.first_row <= found.out_features - target.out_features
+    ):
+        raise TargetError(
+            f"{target.name}: the target expects {target.experts or 1} × {target.in_features} inputs and outputs up to "
+            f"{target.first_row + target.out_features}, {type(module).__name__}.{target.parameter} has "
+            f"{found.experts or 1} × {found.in_features} and {found.out_features}."
+        )
+
+
+def plain_weight(model: nn.Module, target: Target) -> Tensor:
+    """The weight of a target, which B·A can be added to.
+
+    Raises:
+        TargetError: the layer keeps it quantised, in integers, in float8 or sharded.
+    """
+    weight = _weight(model.get_submodule(target.module), target)
+    if weight is None or not _is_plain(weight):
+        raise TargetError(
+            f"{target.module}: a weight of {_kind(weight)} cannot take the update; merge into an unquantised copy of "
+            "the base model: save the adapter, load the base in float32 or bfloat16, whole, and load the adapter there."
+        )
+    return weight
+
+
+def _weight(module: nn.Module, target: Target) -> Tensor | None:
+    """The weight that a target adapts; None where the layer has no tensor of that name."""
+    owner, _, name = ("weight" if target.parameter is None else target.parameter).rpartition(".")
+    weight = getattr(module.get_submodule(owner), name, None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight holds its values as they are: no subclass (torchao, bitsandbytes, a shard), no integers."""
+    return (
+        type(weight) in (Tensor, nn.Parameter, nn.Buffer) and weight.is_floating_point() and weight.element_size() > 1
+    )
+
+
+def _kind(weight: Tensor | None) -> str:
+    if weight is None:
+        return "a quantised layer"
+    return f"{weight.dtype}" if type(weight) in (Tensor, nn.Parameter) else f"type {type(weight).__name__}"
+
+
+def _check_layer(module: nn.Module, target: Target) -> None:
+    width, height = features(module, target.transposed)
+    if width != target.in_features or not 0 <= target.first_row <= height - target.out_features:
+        raise TargetError(
+            f"{target.module}: the target expects a linear layer of {target.in_features} inputs and outputs up to "
+            f"{target.first_row + target.out_features}, {type(module).__name__} has {width} and {height}."
+        )
+    weight = _weight(module, target)
+    if isinstance(module, nn.Embedding):
+        _check_embedding(module, target)
+    elif type(module) is nn.Linear and weight is not None and not weight.is_floating_point():
+        raise TargetError(
+            f"{target.module}: its weight holds {weight.dtype}, which an nn.Linear cannot multiply by; exclude it, or "
+            "load the model unquantised."
+        )
+
+
+def _check_embedding(module: nn.Embedding, target: Target) -> None:
+    if module.max_norm is not None:
+        raise TargetError(
+            f"{target.module}: its max_norm rescales the rows in the forward pass, so B·A beside it would not be what "
+            "a merge gives; exclude it."
+        )
+    if not _is_plain(module.weight):
+        raise TargetError(f"{target.module}: an embedding of {_kind(module.weight)} cannot be adapted; exclude it.")
+    if type(module).forward is not nn.Embedding.forward and not _is_lookup(module):
+        raise TargetError(
+            f"{target.module}: {type(module).__name__} does more than look rows up and scale them, so B·A beside it "
+            "would not be what a merge gives; exclude it."
+        )
+
+
+def _is_lookup(module: nn.Embedding) -> bool:
+    """Whether forward(X)·M = forward(X·M) for the weight X: then B·A can be applied after the lookup, and merged."""
+    X = torch.arange(2.0 * module.num_embeddings).cos().view(-1, 2).to(module.weight)
+    ids, M = torch.arange(min(3, module.num_embeddings))[None], torch.tensor([[0.5, -1, 2], [4, 1, -2]])
+    ids, M = ids.to(X.device), M.to(X)
+    try:
+        narrow, wide = forward_with(module, X, ids), forward_with(module, X @ M, ids)
+    except Exception:  # whatever another forward pass raises on a weight of another width
+        return False
+    return wide.shape == (*ids.shape, 3) and torch.allclose(narrow @ M, wide, rtol=1e-2, atol=1e-2)
