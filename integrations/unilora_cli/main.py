@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from unilora_cli import options
+from unilora_cli import options, options_finetune
 from unilora_cli.console import one_line
 from unilora_core import UniLoraError, __version__
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"unilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    options.add_finetune(commands)
+    options_finetune.add_finetune(commands)
     options.add_inspect(commands)
     options.add_convert(commands)
     options.add_merge(commands)

@@ -1,0 +1,70 @@
+"""The values of arguments: what a word of the command line must be."""
+
+import argparse
+import ast
+import re
+from typing import Any
+
+__all__ = ["assignment", "auto_or_positive", "fraction", "names", "natural", "part", "positive", "rate", "selection"]
+
+
+def _number(text: str, kind: type, check: Any, wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not check(value):
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
+
+
+def rate(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def part(text: str) -> float:
+    """A number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def fraction(text: str) -> float:
+    """A number between 0 and 1."""
+    return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def auto_or_positive(text: str) -> int | str:
+    """``auto``, or a whole number above 0."""
+    return text if text == "auto" else positive(text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A comma list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def selection(text: str) -> str | tuple[str, ...]:
+    """Words become a tuple of names or endings; ``all-linear`` and everything else stays one string, a pattern."""
+    words = re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*,?", text)
+    return names(text) if words and text != "all-linear" else text
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as Python reads it, else a string."""
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, {"true": True, "false": False, "none": None}.get(value.lower(), value)
