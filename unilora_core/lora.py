@@ -1,17 +1,20 @@
 """The factors of plain LoRA, and what its folder holds, whichever framework computed A and B.
 
-Format: ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21 reads and writes them; also read by vLLM,
-SGLang and llama.cpp's converter when no module is saved in full.
+Format: ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21 reads and writes them. Every layer has
+the same rank and alpha equals it, because few servers read PEFT's ``rank_pattern`` (see docs/serving.md).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from unilora_core.errors import SpecError
 from unilora_core.layout import Layout
 
-__all__ = ["join_blocks", "lora_config", "lora_layout", "lora_names"]
+__all__ = ["join_blocks", "lora_config", "lora_layout", "lora_names", "lora_state"]
+
+Block = tuple[np.ndarray, np.ndarray, int]
+"""A (r, in), B (out, r), and where its outputs start in the layer's."""
 
 
 def lora_layout(layers: Iterable[tuple[str, int, int] | tuple[str, int, int, int]], rank: int) -> Layout:
@@ -34,11 +37,10 @@ def lora_layout(layers: Iterable[tuple[str, int, int] | tuple[str, int, int, int
     )
 
 
-def join_blocks(blocks: Iterable[tuple[np.ndarray, np.ndarray, int]], height: int) -> tuple[np.ndarray, np.ndarray]:
+def join_blocks(blocks: Iterable[Block], height: int) -> tuple[np.ndarray, np.ndarray]:
     """One LoRA for the blocks of one layer (q and v of a fused qkv): the rank is the sum of theirs.
 
     Args:
-        blocks: (A, B, first row) of each: A (r, in), B (out, r), and where its outputs start in the layer's.
         height: the layer's outputs.
 
     Returns:
@@ -53,31 +55,60 @@ def join_blocks(blocks: Iterable[tuple[np.ndarray, np.ndarray, int]], height: in
     return A, B
 
 
+def lora_state(
+    blocks: Mapping[str, Sequence[Block]], heights: Mapping[str, int], rank: int | None = None
+) -> tuple[dict[str, np.ndarray], int]:
+    """The tensors of ``adapter_model.safetensors``, and the rank that all have.
+
+    Rows of zeros below A and columns of zeros beside B fill a smaller rank up; B·A stays the same.
+
+    Args:
+        blocks: module → its blocks.
+        heights: module → its outputs.
+        rank: of every layer; by default the largest that one needs.
+
+    Raises:
+        SpecError: a layer needs more than ``rank``.
+    """
+    pairs = {module: join_blocks(parts, heights[module]) for module, parts in blocks.items()}
+    needed = {module: A.shape[0] for module, (A, _) in pairs.items()}
+    widest = max(needed, key=needed.__getitem__)
+    rank = needed[widest] if rank is None else rank
+    if rank < needed[widest]:
+        raise SpecError(f"{widest}: expected rank ≥ {needed[widest]}, which its blocks add up to, got {rank}.")
+    state: dict[str, np.ndarray] = {}
+    for module, (A, B) in pairs.items():
+        fill = (0, rank - needed[module])
+        padded = np.pad(A, (fill, (0, 0))), np.pad(B, ((0, 0), fill))
+        state |= dict(zip(lora_names(module), map(np.ascontiguousarray, padded), strict=True))
+    return state, rank
+
+
 def lora_names(module: str) -> tuple[str, str]:
     """The names of A and B in ``adapter_model.safetensors``."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
 def lora_config(
-    ranks: Mapping[str, int],
+    modules: Iterable[str],
+    rank: int,
     *,
     base_model: str | None,
     fan_in_fan_out: bool = False,
     modules_to_save: Iterable[str] = (),
 ) -> dict:
-    """``adapter_config.json``. alpha equals r in every layer, so the scaling is 1.
+    """``adapter_config.json``. alpha equals r, so the scaling is 1.
 
     Args:
-        ranks: module → r.
+        modules: whole names of the layers; no ending selects others by accident.
+        rank: of every layer.
         base_model: name or path of the base model.
         fan_in_fan_out: weights are stored (in, out), as in transformers' Conv1D.
         modules_to_save: modules stored in full.
     """
-    rank = max(ranks.values())
-    other = {module: r for module, r in ranks.items() if r != rank}
     return {
-        "alpha_pattern": other,
-        "base_model_name_or_path": base_model,
+        "alpha_pattern": {},
+        "base_model_name_or_path": base_model or None,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
@@ -86,7 +117,7 @@ def lora_config(
         "modules_to_save": list(modules_to_save) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": other,
-        "target_modules": list(ranks),
+        "rank_pattern": {},
+        "target_modules": list(modules),
         "task_type": None,
     }

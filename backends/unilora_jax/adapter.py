@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from unilora_core import MismatchError, ProjectionSpec, TargetError, ValuesError, rates, save_adapter
-from unilora_core.lora import join_blocks, lora_config, lora_names
+from unilora_core.lora import lora_config, lora_state
 from unilora_core.targets import write_targets
 from unilora_jax.factors import Factors
 from unilora_jax.lowrank import LowRank, evaluate
@@ -201,16 +201,11 @@ class Adapter:
                 block = factors[f"{name}.A"], factors[f"{name}.B"], target.first_row
                 blocks.setdefault(rename(module), []).append(block)
                 heights[rename(module)] = self._outputs(target)
-        state: dict[str, np.ndarray] = {}
-        ranks: dict[str, int] = {}
-        for module, parts in blocks.items():
-            pair = join_blocks(parts, heights[module])
-            state |= dict(zip(lora_names(module), map(np.ascontiguousarray, pair), strict=True))
-            ranks[module] = pair[0].shape[0]
+        state, rank = lora_state(blocks, heights)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(lora_config(ranks, base_model=base_model), indent=2, sort_keys=True)
+        config = json.dumps(lora_config(blocks, rank, base_model=base_model), indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
 
     # ---- internals ----

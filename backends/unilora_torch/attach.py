@@ -20,7 +20,8 @@ from unilora_core.rates import planned_spec
 from unilora_core.targets import read_targets
 from unilora_torch.adapter import NAME, Adapter, check_name
 from unilora_torch.checks import check_parameter, check_targets
-from unilora_torch.targets import Target, features, find_targets, nearest, target_of
+from unilora_torch.heads import check_heads, head_state, submodule
+from unilora_torch.targets import Target, features, find_targets, target_of
 
 __all__ = ["attach", "layout_of", "load", "swap"]
 
@@ -89,7 +90,9 @@ def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME) -> Adap
     targets, modules_to_save = _contents(path, file)
     for target in targets:
         _check_fits(path, model, target)
-    heads = {module: _head_state(path, model, module, file) for module in modules_to_save}
+    stored = _tensors(file)
+    heads = {module: head_state(path, model, module, stored) for module in modules_to_save}
+    check_heads(model, modules_to_save)
     check_targets(model, targets)
     adapter = _install(model, file.spec, targets, modules_to_save, name)
     _fill(adapter, file, heads)
@@ -125,7 +128,8 @@ def swap(adapter: Adapter, path: str | os.PathLike) -> None:
                 f"{path}: swap expects the same {what} as the attached adapter's ({ours}), the file has {theirs}; "
                 "detach the adapter and load the file instead."
             )
-    heads = {module: _head_state(path, adapter._root[0], module, file) for module in modules_to_save}
+    stored = _tensors(file)
+    heads = {module: head_state(path, adapter._root[0], module, stored) for module in modules_to_save}
     adapter.reseed(file.spec)
     _fill(adapter, file, heads)
 
@@ -147,7 +151,8 @@ def _resolve(
     modules_to_save: tuple[str, ...],
 ) -> tuple[Target, ...]:
     for name in modules_to_save:
-        _submodule(model, name, "modules_to_save", TargetError)
+        submodule(model, name, "modules_to_save", TargetError)
+    check_heads(model, modules_to_save)
     chosen = find_targets(model, targets, exclude=exclude)
     inside = tuple(f"{name}." for name in modules_to_save)
     kept = tuple(target for target in chosen if not f"{target.module}.".startswith(inside or ("\0",)))
@@ -169,8 +174,8 @@ def _install(
 ) -> Adapter:
     adapter = Adapter(model, spec, targets, modules_to_save)
     model.requires_grad_(False)
-    for name in modules_to_save:
-        model.get_submodule(name).requires_grad_(True)
+    for module in modules_to_save:
+        model.get_submodule(module).requires_grad_(True)
     model.add_module(name, adapter)
     return adapter
 
@@ -181,8 +186,12 @@ def _contents(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Target,
     return tuple(target_of(row) for row in rows), modules_to_save
 
 
+def _tensors(file: AdapterFile) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in file.tensors.items()}
+
+
 def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
-    module = _submodule(model, target.module, str(path))
+    module = submodule(model, target.module, str(path))
     if target.parameter is not None:
         try:
             check_parameter(module, target)
@@ -198,28 +207,3 @@ def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> No
             f"{target.first_row + target.out_features} outputs, the model has {width} and {height}; "
             "the adapter was trained on another model."
         )
-
-
-def _submodule(model: nn.Module, name: str, where: str, error: type[Exception] = MismatchError) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise error(f"{where}: the model has no module {name!r}; the nearest are {nearest(model, name)}.") from None
-
-
-def _head_state(path: str | os.PathLike, model: nn.Module, name: str, file: AdapterFile) -> dict[str, torch.Tensor]:
-    """The saved state of one module, checked against the model's."""
-    expected = _submodule(model, name, str(path)).state_dict()
-    state = {
-        key.removeprefix(f"{name}."): torch.from_numpy(value)
-        for key, value in file.tensors.items()
-        if key.startswith(f"{name}.")
-    }
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    wanted = {key: tuple(value.shape) for key, value in expected.items()}
-    if shapes != wanted:
-        raise MismatchError(
-            f"{path}: {name}: the file holds {shapes}, the model expects {wanted}; "
-            "build the model with the number of classes that the adapter was trained for."
-        )
-    return state

@@ -8,48 +8,63 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unilora_core.lora import join_blocks, lora_config, lora_names
+from unilora_core.engines import Lora, refuse, served_rank
+from unilora_core.lora import Block, lora_config, lora_state
 from unilora_torch.adapter import Adapter
-from unilora_torch.targets import Target
+from unilora_torch.targets import features
 
 __all__ = ["export_lora"]
 
 
-def export_lora(adapter: Adapter, folder: str | os.PathLike, base_model: str | None = None) -> None:
+def export_lora(
+    adapter: Adapter,
+    folder: str | os.PathLike,
+    base_model: str | None = None,
+    rank: int | None = None,
+    engine: str | None = None,
+) -> None:
     """Write ``adapter`` as a PEFT LoRA folder.
 
     Targets that adapt blocks of one layer (q and v of a fused qkv) become one LoRA of the summed rank, whose B has a
-    block for each. alpha equals r in every layer, so the scaling is 1.
+    block for each. Every layer gets the same rank, filled up by zeros, and alpha equals it, so the scaling is 1.
 
     Args:
         base_model: the name or path of the base model for ``base_model_name_or_path``; by default the model's own
             ``name_or_path``, where it has one.
+        rank: of every layer; by default the largest that one needs, and for vLLM the next that it can be started with.
+        engine: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``: write only what it would serve
+            (`unilora_core.engines`).
+
+    Raises:
+        AdapterFileError: ``engine`` would not serve the export; the message has every reason.
+        SpecError: a layer needs more than ``rank``, or an unknown engine. In each case nothing is written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     model = adapter._root[0]
     factors = {name: factor.detach().cpu().numpy() for name, factor in adapter.factors().items()}
-    state: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for module in dict.fromkeys(target.module for target in adapter.targets):
-        parts = [target for target in adapter.targets if target.module == module]
-        blocks = [(factors[f"{part.name}.A"], factors[f"{part.name}.B"], part.first_row) for part in parts]
-        pair = join_blocks(blocks, height=_out_features(model, parts[0]))
-        state |= {name: torch.from_numpy(factor) for name, factor in zip(lora_names(module), pair, strict=True)}
-        ranks[module] = pair[0].shape[0]
+    blocks: dict[str, list[Block]] = {}
+    for target in adapter.targets:
+        block = factors[f"{target.name}.A"], factors[f"{target.name}.B"], target.first_row
+        blocks.setdefault(target.module, []).append(block)
+    heights = {
+        target.module: features(model.get_submodule(target.module), target.transposed)[1] for target in adapter.targets
+    }
+    if engine is not None and rank is None:
+        rank = served_rank(engine, max(sum(len(A) for A, _, _ in parts) for parts in blocks.values()))
+    arrays, rank = lora_state(blocks, heights, rank)
+    state: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     for module in adapter.modules_to_save:
         for name, tensor in model.get_submodule(module).state_dict().items():
             state[f"base_model.model.{module}.{name}"] = tensor.detach().cpu().clone().contiguous()
     config = lora_config(
-        ranks,
+        blocks,
+        rank,
         base_model=base_model or getattr(model, "name_or_path", None),
         fan_in_fan_out=any(target.transposed for target in adapter.targets),
         modules_to_save=adapter.modules_to_save,
     )
+    if engine is not None:
+        refuse(Lora(config, {name: tuple(tensor.shape) for name, tensor in state.items()}), engine)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _out_features(model: torch.nn.Module, target: Target) -> int:
-    module = model.get_submodule(target.module)
-    return module.out_features if isinstance(module, torch.nn.Linear) else module.weight.shape[target.transposed]
