@@ -1,4 +1,4 @@
-"""attach, load: `unilora_torch`'s, with targets, a trained head and a check by default."""
+"""attach, load, from_pretrained: `unilora_torch`'s, with targets, a trained head and a check by default."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 import unilora_torch
 from unilora_core import TargetError
 from unilora_torch import Adapter, Target
+from unilora_torch.adapter import NAME
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import InputGradients
+from unilora_transformers.quantised_training import TrainableQuantised
+from unilora_transformers.saving import Checkpoints, PretrainedMethods, build_base, find_files
 from unilora_transformers.targets import select_targets, task_heads
 
-__all__ = ["attach", "finish", "load", "require_model"]
+__all__ = ["attach", "finish", "from_pretrained", "load", "require_model"]
 
 
 def attach(
@@ -50,28 +53,62 @@ def attach(
     require_model(model)
     found = select_targets(model, targets, exclude)
     heads = task_heads(model) if modules_to_save is None else modules_to_save
-    adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
+    adapter = finish(model, unilora_torch.attach(model, found, modules_to_save=heads, **options))
     try:
         check(model, adapter, example)
     except BaseException:
         adapter.detach()
         raise
-    return finish(model, adapter)
+    return adapter
 
 
-def load(model: PreTrainedModel, path: str | os.PathLike) -> Adapter:
-    """Read an adapter file and attach it to its base model; see `unilora_torch.load` for what it refuses.
+def load(model: PreTrainedModel, path: str | os.PathLike, *, name: str = NAME) -> Adapter:
+    """Read an adapter file and attach it to its base model under ``name``.
 
-    That every target is reached is checked by the first forward pass.
+    `unilora_torch.load` says what it refuses. That every target is reached is checked by the first forward pass.
     """
     require_model(model)
-    return finish(model, unilora_torch.load(model, path))
+    return finish(model, unilora_torch.load(model, path, name=name))
+
+
+def from_pretrained(
+    name: str | os.PathLike,
+    model: PreTrainedModel | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A base model with the adapters that `save_pretrained` or a trainer wrote.
+
+    Args:
+        name: a local folder, such as a trainer's checkpoint, or a repository on the hub.
+        model: the base model, changed in place; by default the one that the adapter file names is loaded.
+        revision, token: of the adapter's repository.
+        **options: for the base model's own `from_pretrained`: dtype, device_map, quantization_config, …
+
+    Returns:
+        The model; its adapter is ``model.unilora``.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        AdapterFileError, MismatchError, TargetError: as `load`; or the file does not name its base model.
+    """
+    files = find_files(name, revision, token)
+    if model is not None and options:
+        raise TypeError(f"from_pretrained: {sorted(options)} are for loading the base model, but a model is given.")
+    if model is None:
+        model = build_base(next(iter(files.values())), options)
+    for adapter, path in files.items():
+        load(model, path, name=adapter)
+    return model
 
 
 def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
-    """What a transformers model needs once an adapter is on it."""
+    """What a transformers model and its trainers need once an adapter is on it."""
     gradients = InputGradients(model)
     adapter._handles += [gradients, model.register_forward_pre_hook(gradients)]
+    adapter._handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter)]
     return adapter
 
 

@@ -1,0 +1,274 @@
+"""save_pretrained, push_to_hub, from_pretrained: adapters in a folder or on the hub, without their base model.
+
+`attach` gives a model these two methods in place of its own, so that a trainer's checkpoint holds what is trained and
+nothing else. They are attributes of that one model; no class is changed.
+"""
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, snapshot_download
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, __version__, read_adapter
+from unilora_torch.adapter import NAME, adapters
+
+__all__ = ["Checkpoints", "PretrainedMethods", "base_metadata", "build_base", "find_files", "save_pretrained"]
+
+SPEC = "spec"
+"""Beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    is_main_process: bool | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """Write a model's adapters and a model card; a model's `save_pretrained` once an adapter is attached.
+
+    ``adapter.safetensors`` is what `load` and `from_pretrained` read (``adapter-NAME.safetensors`` for an adapter of
+    another name). A ``README.md`` that is there is kept.
+
+    Args:
+        is_main_process: trainers say here which process writes. They resume from ``model.safetensors``, so it is
+            written as well then, with the trained tensors only.
+        state_dict: where the tensors are read, for a model whose own parameters are sharded over processes.
+        push_to_hub: also upload, to ``repo_id`` or else the folder's name; ``options`` go to `push_to_hub`.
+
+    Raises:
+        ValuesError: θ_d holds NaN or infinity; an old file is kept.
+    """
+    live = trained(model)
+    state = {name: _whole((live if state_dict is None else state_dict)[name]) for name in live}
+    if is_main_process is False:
+        return
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, adapter in adapters(model).items():
+        adapter.save(folder / _file_of(name), base_metadata(model), state)
+    if is_main_process is not None:
+        texts = {name: json.dumps(_identity(adapter.spec)) for name, adapter in adapters(model).items()}
+        specs = {f"{name}.{SPEC}": torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()}
+        save_file(state | specs, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(model_card(model), encoding="utf-8")
+    if push_to_hub:
+        model.push_to_hub(options.pop("repo_id", folder.name), **options)
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
+    create_pr: bool = False,
+    **_: Any,
+) -> str:
+    """Upload what `save_pretrained` writes to a repository on the hub, made if need be; the address of the commit."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+
+def find_files(
+    name: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, Path]:
+    """The adapter files of a local folder (a trainer's checkpoint, too) or of a repository on the hub, by adapter name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        patterns = [_file_of(NAME), _file_of("*")]
+        folder = Path(snapshot_download(os.fspath(name), revision=revision, token=token, allow_patterns=patterns))
+    found = {path.stem.removeprefix("adapter-"): path for path in sorted(folder.glob(_file_of("*")))}
+    if (first := folder / _file_of(NAME)).is_file():
+        found = {NAME: first} | found
+    if not found:
+        raise FileNotFoundError(f"{name}: no {_file_of(NAME)} in it; give the folder that save_pretrained wrote.")
+    return found
+
+
+def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The base model that an adapter file names.
+
+    Args:
+        options: for transformers' `from_pretrained`: dtype, device_map, quantization_config, …
+
+    Raises:
+        AdapterFileError: the file does not say what its base model is.
+    """
+    metadata = read_adapter(path).metadata
+    name, kind = metadata.get("base_model"), metadata.get("base_class", "")
+    cls = getattr(transformers, kind, None)
+    if not name or cls is None:
+        raise AdapterFileError(
+            f"{path}: it does not say which transformers model it was made for (base_model = {name!r}, "
+            f"base_class = {kind!r}); build the base model and give it: from_pretrained(…, model=model)."
+        )
+    labels = json.loads(metadata.get("labels", "[]"))
+    if labels:
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        options = {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names | dict(options)
+    return cls.from_pretrained(name, **options)
+
+
+def base_metadata(model: PreTrainedModel) -> dict[str, str]:
+    """What an adapter file says of its base model: its name, its class, and the names of the classes it tells apart."""
+    kind = type(model).__name__.removeprefix("FSDP")  # fully_shard changes the class, and its name so
+    metadata = {"base_class": kind, "written_by": f"unilora {__version__}"}
+    if model.name_or_path:
+        metadata["base_model"] = model.name_or_path
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        metadata["task"] = "lm"
+    if kind.endswith("ForSequenceClassification"):
+        metadata["task"] = "text"
+    if "Classification" in kind:
+        metadata["labels"] = json.dumps([model.config.id2label[i] for i in range(model.config.num_labels)])
+    return metadata
+
+
+def model_card(model: PreTrainedModel) -> str:
+    """A README for the hub: what the adapter is, what it needs, how it is used."""
+    base = model.name_or_path
+    rows = [
+        f"| {name} | {a.spec.d:,} | {a.spec.D:,} | {len(a.targets)} | {a.spec.seed} | {a.spec.grouping} |"
+        for name, a in adapters(model).items()
+    ]
+    header = ["---", "library_name: unilora", "tags:", "- unilora", "- lora", "- adapter"]
+    if base and not Path(base).exists():
+        header += [f"base_model: {base}", "base_model_relation: adapter"]
+    return "\n".join(
+        [
+            *header,
+            "---",
+            "",
+            f"# Uni-LoRA adapter of {base or type(model).__name__}",
+            "",
+            "All LoRA factors of the model are θ_D = P θ_d ([arXiv 2506.00799](https://arxiv.org/abs/2506.00799)); the",
+            "files hold θ_d, the seed of P, and the modules trained in full.",
+            "",
+            "| adapter | d | D | targets | seed | grouping |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "```python",
+            "import unilora_transformers",
+            "",
+            'model = unilora_transformers.from_pretrained("this repository, or a local copy of it")',
+            "```",
+            "",
+        ]
+    )
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors under their names in the model's `state_dict`."""
+    found: dict[str, Tensor] = {}
+    for name, adapter in adapters(model).items():
+        found |= {f"{name}.theta_d": adapter.theta_d} | adapter._heads()
+    return found
+
+
+class PretrainedMethods:
+    """The attributes `save_pretrained` and `push_to_hub` of a model; `remove` gives it back those of its class."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        for method in (save_pretrained, push_to_hub):
+            vars(model)[method.__name__] = functools.partial(method, model)
+
+    def remove(self) -> None:
+        """Called as the last adapter is detached, too."""
+        if len(adapters(self.model)) == 1:
+            for method in (save_pretrained, push_to_hub):
+                vars(self.model).pop(method.__name__, None)
+
+
+class Checkpoints:
+    """The hooks of a model's `load_state_dict` for a trainer's checkpoint, which holds the trained tensors only.
+
+    Its θ_d means nothing under another P, so the spec in it must be the adapter's. The frozen weights are not missed.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.partial = False
+        self.handles = [
+            model.register_load_state_dict_pre_hook(self.before),
+            model.register_load_state_dict_post_hook(self.after),
+        ]
+
+    def before(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Compare the specs.
+
+        Raises:
+            MismatchError: the checkpoint is of another adapter; nothing has been loaded.
+        """
+        saved = {key: state_dict.pop(key) for key in list(state_dict) if key.endswith(f".{SPEC}")}
+        self.partial = bool(saved)
+        there = adapters(model)
+        for key, value in saved.items():
+            name = key.removeprefix(prefix).removesuffix(f".{SPEC}")
+            if name not in there:
+                raise MismatchError(
+                    f"the checkpoint holds an adapter {name!r}, the model has {list(there)}; attach it under that name."
+                )
+            found, mine = json.loads(bytes(value.tolist())), _identity(there[name].spec)
+            if other := [field for field in mine if found.get(field) != mine[field]]:
+                theirs, ours = ({field: fields.get(field) for field in other} for fields in (found, mine))
+                raise MismatchError(
+                    f"the checkpoint's adapter {name!r} was trained with {theirs}, the model's has {ours}; "
+                    "attach as for the first part of the training (targets, rank, d, seed, …) to go on from it."
+                )
+
+    def after(self, model: nn.Module, keys: Any) -> None:
+        """Report only what is missing of the trained tensors."""
+        if self.partial:
+            expected = trained(model)
+            keys.missing_keys[:] = [key for key in keys.missing_keys if key in expected]
+
+    def remove(self) -> None:
+        """As the handle of a hook."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _file_of(name: str) -> str:
+    return "adapter.safetensors" if name == NAME else f"adapter-{name}.safetensors"
+
+
+def _identity(spec: ProjectionSpec) -> dict[str, Any]:
+    """Everything that fixes P, in short."""
+    return spec.to_json() | {"layout": spec.layout.fingerprint[:16]}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gathered where it is a DTensor, in memory of its own."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.to("cpu", copy=True).contiguous()
