@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
 from unilora_core.targets import write_targets
-from unilora_torch.checks import plain_weight
+from unilora_torch.checks import plain_weight, without_idle_experts
 from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
 from unilora_torch.tables import Tables
@@ -192,7 +192,8 @@ class Adapter(nn.Module):
             for module in was_training:
                 module.training = True
         alive = {name for name, grad in zip(seen, grads, strict=True) if grad is not None and grad.any()}
-        dead = [target.name for target in self.targets if not {f"{target.name}.A", f"{target.name}.B"} & alive]
+        names = {target.name: bool({f"{target.name}.A", f"{target.name}.B"} & alive) for target in self.targets}
+        dead = without_idle_experts(names)
         if dead:
             raise TargetError(f"{dead[0]}: no gradient reaches θ_d through this target ({len(dead)} such); exclude it.")
 

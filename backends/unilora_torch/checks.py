@@ -1,7 +1,8 @@
 """What cannot be adapted rightly, refused before anything changes."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from unilora_core import TargetError
 from unilora_torch.paths import forward_with
 from unilora_torch.targets import Target, features, nearest, parameter_target, weight_name
 
-__all__ = ["check_parameter", "check_targets", "plain_weight"]
+__all__ = ["check_parameter", "check_targets", "plain_weight", "without_idle_experts"]
 
 
 def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
@@ -41,7 +42,10 @@ def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
                 "Exclude it, or untie the weights first (for a transformers model: load it with "
                 "tie_word_embeddings=False, and save that copy as the base)."
             )
-        if any(tensor.is_meta for tensor in ([weight] if weight is not None else module.parameters())):
+        offloaded = hasattr(module, "_hf_hook")  # accelerate fetches its weights for each pass
+        if not offloaded and any(
+            tensor.is_meta for tensor in ([weight] if weight is not None else module.parameters())
+        ):
             raise TargetError(
                 f"{target.module}: its weight is on the meta device and has no values; "
                 "load the model's weights before attaching."
@@ -97,6 +101,16 @@ def plain_weight(model: nn.Module, target: Target) -> Tensor:
             "the base model: save the adapter, load the base in float32 or bfloat16, whole, and load the adapter there."
         )
     return weight
+
+
+def without_idle_experts(alive: Mapping[str, bool]) -> list[str]:
+    """The targets that are dead: not alive, and no expert in a list of modules of which another expert is alive.
+
+    A router sends a batch to some experts only; the others are not called, and are no less adapted for it.
+    """
+    groups = {name: re.sub(r"(experts?[._])\d+", r"\1*", name) for name in alive}
+    living = {group for name, group in groups.items() if alive[name] and "*" in group}
+    return [name for name, group in groups.items() if not alive[name] and group not in living]
 
 
 def _weight(module: nn.Module, target: Target) -> Tensor | None:
