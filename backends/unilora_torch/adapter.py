@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
 from unilora_core.targets import write_targets
+from unilora_torch.base import identity
 from unilora_torch.checks import plain_weight, without_idle_experts
 from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
@@ -35,6 +36,7 @@ class Adapter(nn.Module):
         spec: what fixes P.
         targets: what is adapted, in layout order.
         modules_to_save: names of modules that train in full and are saved with θ_d, such as a classifier.
+        base: what tells the base model apart, for files; see `unilora_torch.base.identity`.
         merged: whether the base weights hold B·A at the moment.
         enabled: whether it acts; see `switch` and `disabled`.
         weight: what its B·A is multiplied by where several adapters act together; see `switch`.
@@ -60,6 +62,7 @@ class Adapter(nn.Module):
         self._originals: dict[str, Tensor] = {}
         # read here once: torch.compile cannot trace the cached properties' lock
         self._slices, self._shapes = spec.layout.slices, spec.layout.shapes
+        self.base = identity(model, (*modules_to_save, *adapters(model)))
         self._root = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
         self._was_trainable = _trainable(model)
         self._handles = [model.register_forward_pre_hook(self._open)]
@@ -330,7 +333,7 @@ class Adapter(nn.Module):
         tensors = {name: _storable(tensor if state is None else state[name]) for name, tensor in self._heads().items()}
         written = write_targets(map(row_of, self.targets), self.modules_to_save)
         theta_d = _storable(self.theta_d if state is None else state[f"{self.name}.theta_d"])
-        save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written | dict(metadata or {}))
+        save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written | self.base | dict(metadata or {}))
 
     def export_lora(
         self,

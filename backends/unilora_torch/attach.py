@@ -18,7 +18,8 @@ from unilora_core import (
 from unilora_core.lora import lora_layout
 from unilora_core.rates import planned_spec
 from unilora_core.targets import read_targets
-from unilora_torch.adapter import NAME, Adapter, check_name
+from unilora_torch import base
+from unilora_torch.adapter import NAME, Adapter, adapters, check_name
 from unilora_torch.checks import check_parameter, check_targets
 from unilora_torch.heads import check_heads, head_state, submodule
 from unilora_torch.targets import Target, features, find_targets, target_of
@@ -75,10 +76,14 @@ def attach(
     return _install(model, spec, found, modules_to_save, name)
 
 
-def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME) -> Adapter:
+def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_base: bool = True) -> Adapter:
     """Read an adapter file and attach it to its base model, under ``name``.
 
     The file names its targets, so the order in which the model registers its layers does not matter.
+
+    Args:
+        check_base: refuse a base with other values than the one that the file was made for (any dtype and any
+            quantisation of it will do); files of other backends do not say.
 
     Raises:
         AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`).
@@ -94,6 +99,8 @@ def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME) -> Adap
     heads = {module: head_state(path, model, module, stored) for module in modules_to_save}
     check_heads(model, modules_to_save)
     check_targets(model, targets)
+    if check_base:
+        base.check_base(str(path), file.metadata, base.identity(model, (*modules_to_save, *adapters(model))))
     adapter = _install(model, file.spec, targets, modules_to_save, name)
     _fill(adapter, file, heads)
     return adapter
@@ -128,6 +135,7 @@ def swap(adapter: Adapter, path: str | os.PathLike) -> None:
                 f"{path}: swap expects the same {what} as the attached adapter's ({ours}), the file has {theirs}; "
                 "detach the adapter and load the file instead."
             )
+    base.check_base(str(path), file.metadata, adapter.base)
     stored = _tensors(file)
     heads = {module: head_state(path, adapter._root[0], module, stored) for module in modules_to_save}
     adapter.reseed(file.spec)
