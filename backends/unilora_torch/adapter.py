@@ -20,7 +20,7 @@ from unilora_torch.checks import plain_weight, without_idle_experts
 from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
 from unilora_torch.tables import Tables
-from unilora_torch.targets import Target, row_of, weight_name
+from unilora_torch.targets import Target, block_of, row_of, weight_name
 
 __all__ = ["NAME", "Adapter", "adapters", "check_name", "switch"]
 
@@ -39,7 +39,7 @@ class Adapter(nn.Module):
         base: what tells the base model apart, for files; see `unilora_torch.base.identity`.
         merged: whether the base weights hold B·A at the moment.
         enabled: whether it acts; see `switch` and `disabled`.
-        weight: what its B·A is multiplied by where several adapters act together; see `switch`.
+        strength: what its B·A is multiplied by where several adapters act together; see `switch`.
     """
 
     theta_d: nn.Parameter
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()))
         self._tables = Tables.of(spec)
         self.to(_device_of(model, targets))
-        self.merged, self.enabled, self.weight = False, True, 1.0
+        self.merged, self.enabled, self.strength = False, True, 1.0
         self._current: dict[str, Tensor] | None = None
         self._unreached = {target.module for target in targets}
         self._originals: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ class Adapter(nn.Module):
         return self()
 
     def factors_of(self, target: Target) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), times `weight`, of one target.
+        """A (r, in) and B (out, r), times `strength`, of one target.
 
         Inside the model's forward pass they are views of one θ_D, projected once for all targets. Elsewhere (a
         submodule called alone, or recomputed by gradient checkpointing) they are projected alone. Autograd saves the
@@ -107,7 +107,7 @@ class Adapter(nn.Module):
         """
         factors = self(target) if self._current is None else self._current
         A, B = factors[f"{target.name}.A"], factors[f"{target.name}.B"]
-        return A, B if self.weight == 1 else B * self.weight
+        return A, B if self.strength == 1 else B * self.strength
 
     def _factors(self, names: tuple[str, str] | None) -> dict[str, Tensor]:
         if self.theta_d.dtype != torch.float32:
@@ -116,9 +116,10 @@ class Adapter(nn.Module):
                 "forward pass. With FSDP's mixed precision make the adapter a unit of its own, before the layers: "
                 "fully_shard(model.unilora)."
             )
-        if self._tables.groups.device != self.theta_d.device:
-            self._tables = self._tables.to(self.theta_d.device)
-        groups, scale, origin = self._tables
+        device = self.theta_d.device
+        if self._tables.groups.device != device and device.type != "meta":  # where their values would be lost
+            self._tables = self._tables.to(device)
+        groups, scale, origin = self._tables.to(device)
         if names is None:
             return _split(project(self.theta_d, groups, scale, origin), self._shapes)
         A, B = (self._slices[name] for name in names)
@@ -250,8 +251,8 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for target in self.targets:
                 name = weight_name(target)
-                block = _block(weights[name], target)
-                block.copy_(_block(originals[name], target).float() + self.delta_weight(target))
+                block = block_of(weights[name], target)
+                block.copy_(block_of(originals[name], target).float() + self.delta_weight(target))
         self._originals, self.merged = originals, True
 
     def unmerge(self) -> None:
@@ -432,7 +433,7 @@ def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> N
     for name, adapter in there.items():
         if adapter.merged:
             adapter.unmerge()
-        adapter.enabled, adapter.weight = name in weights, weights.get(name, 1.0)
+        adapter.enabled, adapter.strength = name in weights, weights.get(name, 1.0)
         adapter.theta_d.requires_grad_(adapter.enabled)
         for parameter in adapter._saved_parameters().values():
             parameter.requires_grad_(adapter.enabled)
@@ -479,11 +480,6 @@ def _split(theta_D: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     """As `Layout.split`, by one `torch.split`, whose gradient is one concatenation (that of a slice fills D zeros)."""
     parts = theta_D.split([torch.Size(shape).numel() for shape in shapes.values()])
     return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
-
-
-def _block(weight: Tensor, target: Target) -> Tensor:
-    rows = slice(target.first_row, target.first_row + target.out_features)
-    return weight[..., rows] if target.transposed else weight[..., rows, :]
 
 
 def _storable(tensor: Tensor) -> Any:

@@ -176,7 +176,7 @@ def test_isometry_and_float32_survive_a_cast_of_the_model(dtype):
     model, adapter = adapted("paper", d=37)
     model.to(dtype)
     assert model.head.weight.dtype == dtype
-    assert {b.dtype for b in adapter.buffers()} == {torch.int32, torch.float32}
+    assert list(adapter.buffers()) == []  # nothing that DDP would broadcast, or a cast would reach
     assert adapter.theta_d.dtype == torch.float32
     P = torch.stack([torch.cat([f.flatten() for f in _factors_at(adapter, e).values()]) for e in torch.eye(37)], 1)
     assert (P.T.double() @ P.double() - torch.eye(37)).abs().max() <= 1e-6
@@ -245,7 +245,7 @@ def test_detach_while_merged_restores_the_weights():
 def test_second_attach_is_refused_and_fine_after_detach():
     model, adapter = adapted()
     before = snapshot(model)
-    with pytest.raises(TargetError, match=r"already has a submodule 'unilora'.*detach"):
+    with pytest.raises(TargetError, match=r"already has an adapter 'unilora'.*detach"):
         unilora_torch.attach(model)
     assert_unchanged(model, before)
     adapter.detach()

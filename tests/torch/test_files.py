@@ -213,7 +213,7 @@ def test_a_tied_layer(path):
 
 
 def test_a_model_that_has_an_adapter(path):
-    assert_refused(path, saved(path), TargetError, "already has a submodule 'unilora'")
+    assert_refused(path, saved(path), TargetError, "already has an adapter 'unilora'")
 
 
 def rewrite(path, change):

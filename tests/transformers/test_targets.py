@@ -197,5 +197,5 @@ def test_meta_weights_are_refused(tiny):
 def test_attached_twice(tiny):
     model = tiny("LlamaForCausalLM")
     unilora_transformers.attach(model)
-    with pytest.raises(TargetError, match="already has a submodule"):
+    with pytest.raises(TargetError, match="already has an adapter"):
         unilora_transformers.attach(model)
