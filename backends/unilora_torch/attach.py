@@ -24,7 +24,7 @@ from unilora_torch.checks import check_parameter, check_targets
 from unilora_torch.heads import check_heads, head_state, submodule
 from unilora_torch.targets import Target, features, find_targets, target_of
 
-__all__ = ["attach", "layout_of", "load", "swap"]
+__all__ = ["attach", "check_fits", "contents", "layout_of", "load", "swap"]
 
 
 def attach(
@@ -92,9 +92,9 @@ def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_b
     """
     check_name(model, name)
     file = read_adapter(path)
-    targets, modules_to_save = _contents(path, file)
+    targets, modules_to_save = contents(path, file, model)
     for target in targets:
-        _check_fits(path, model, target)
+        check_fits(path, model, target)
     stored = _tensors(file)
     heads = {module: head_state(path, model, module, stored) for module in modules_to_save}
     check_heads(model, modules_to_save)
@@ -121,7 +121,7 @@ def swap(adapter: Adapter, path: str | os.PathLike) -> None:
     if adapter.merged:
         raise TargetError("swap: the adapter is merged; unmerge it first.")
     file, mine = read_adapter(path), adapter.spec
-    targets, modules_to_save = _contents(path, file)
+    targets, modules_to_save = contents(path, file, adapter._root[0])
     kept = {
         "targets": (targets == adapter.targets, len(targets), len(adapter.targets)),
         "layout": (file.spec.layout == mine.layout, file.spec.D, mine.D),
@@ -188,17 +188,24 @@ def _install(
     return adapter
 
 
-def _contents(path: str | os.PathLike, file: AdapterFile) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """The targets and the modules to save that a file names."""
+def contents(
+    path: str | os.PathLike, file: AdapterFile, model: nn.Module
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """The targets and the modules to save that a file names, as this model stores its weights."""
     rows, modules_to_save = read_targets(path, file)
-    return tuple(target_of(row) for row in rows), modules_to_save
+    return tuple(target_of(row, submodule(model, row.module, str(path))) for row in rows), modules_to_save
 
 
 def _tensors(file: AdapterFile) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in file.tensors.items()}
 
 
-def _check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
+def check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
+    """Refuse a model without the layer that a file names, or with one of other widths.
+
+    Raises:
+        MismatchError: expected and found, by name.
+    """
     module = submodule(model, target.module, str(path))
     if target.parameter is not None:
         try:

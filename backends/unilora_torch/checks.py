@@ -11,7 +11,7 @@ from unilora_core import TargetError
 from unilora_torch.paths import forward_with
 from unilora_torch.targets import Target, features, nearest, parameter_target, weight_name
 
-__all__ = ["check_parameter", "check_targets", "plain_weight", "without_idle_experts"]
+__all__ = ["check_parameter", "check_targets", "is_plain", "plain_weight", "without_idle_experts"]
 
 
 def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
@@ -72,7 +72,7 @@ def check_parameter(module: nn.Module, target: Target) -> None:
         there = sorted(name for name, parameter in module.named_parameters() if parameter.dim() in (2, 3))
         near = difflib.get_close_matches(target.parameter or "", there, 3) or there[:3]
         raise TargetError(f"{target.module}: no parameter {target.parameter!r}; the nearest are {near}.")
-    if not _is_plain(weight):
+    if not is_plain(weight):
         raise TargetError(
             f"{target.name}: a weight of {_kind(weight)} cannot take the update, and its module has no output that "
             "could; exclude it, or load the model unquantised."
@@ -95,12 +95,19 @@ def plain_weight(model: nn.Module, target: Target) -> Tensor:
         TargetError: the layer keeps it quantised, in integers, in float8 or sharded.
     """
     weight = _weight(model.get_submodule(target.module), target)
-    if weight is None or not _is_plain(weight):
+    if weight is None or not is_plain(weight):
         raise TargetError(
             f"{target.module}: a weight of {_kind(weight)} cannot take the update; merge into an unquantised copy of "
             "the base model: save the adapter, load the base in float32 or bfloat16, whole, and load the adapter there."
         )
     return weight
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight holds its values as they are: no subclass (torchao, bitsandbytes, a shard), no integers."""
+    return (
+        type(weight) in (Tensor, nn.Parameter, nn.Buffer) and weight.is_floating_point() and weight.element_size() > 1
+    )
 
 
 def without_idle_experts(alive: Mapping[str, bool]) -> list[str]:
@@ -118,13 +125,6 @@ def _weight(module: nn.Module, target: Target) -> Tensor | None:
     owner, _, name = ("weight" if target.parameter is None else target.parameter).rpartition(".")
     weight = getattr(module.get_submodule(owner), name, None)
     return weight if isinstance(weight, Tensor) else None
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight holds its values as they are: no subclass (torchao, bitsandbytes, a shard), no integers."""
-    return (
-        type(weight) in (Tensor, nn.Parameter, nn.Buffer) and weight.is_floating_point() and weight.element_size() > 1
-    )
 
 
 def _kind(weight: Tensor | None) -> str:
@@ -156,7 +156,7 @@ def _check_embedding(module: nn.Embedding, target: Target) -> None:
             f"{target.module}: its max_norm rescales the rows in the forward pass, so B·A beside it would not be what "
             "a merge gives; exclude it."
         )
-    if not _is_plain(module.weight):
+    if not is_plain(module.weight):
         raise TargetError(f"{target.module}: an embedding of {_kind(module.weight)} cannot be adapted; exclude it.")
     if type(module).forward is not nn.Embedding.forward and not _is_lookup(module):
         raise TargetError(

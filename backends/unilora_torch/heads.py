@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from unilora_core import MismatchError, TargetError
+from unilora_torch.checks import is_plain
 from unilora_torch.targets import nearest
 
 __all__ = ["check_heads", "head_state", "submodule"]
@@ -15,7 +16,7 @@ def check_heads(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse a module that cannot train beside a frozen base.
 
     Raises:
-        TargetError: a weight that is tied to one outside, or that has no values.
+        TargetError: a weight that is tied to one outside, that has no values, or that is quantised.
     """
     names = tuple(names)
     inside = tuple(f"{name}." for name in names)
@@ -34,6 +35,12 @@ def check_heads(model: nn.Module, names: Iterable[str]) -> None:
                 raise TargetError(
                     f"modules_to_save: {parameter_name} is on the meta device (offloaded, or not loaded) and cannot "
                     "train; keep this module in memory by the device_map."
+                )
+            if not is_plain(parameter):
+                raise TargetError(
+                    f"modules_to_save: {parameter_name} is quantised ({type(parameter).__name__}, {parameter.dtype}) "
+                    "and cannot train; leave this module out of the quantisation when the model is loaded "
+                    f"(bitsandbytes: llm_int8_skip_modules=[{name!r}]; torchao: modules_to_not_convert=[{name!r}])."
                 )
 
 

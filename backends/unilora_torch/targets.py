@@ -12,6 +12,7 @@ from unilora_core.targets import TargetRow
 
 __all__ = [
     "Target",
+    "block_of",
     "embedding_target",
     "features",
     "find_targets",
@@ -179,9 +180,19 @@ def row_of(target: Target) -> tuple:
     return row if target.parameter is None else (*row, target.parameter)
 
 
-def target_of(row: TargetRow) -> Target:
-    """The inverse of `row_of`, with the widths that the file's layout gives."""
-    sizes = (row.in_features, row.out_features, row.first_row, row.transposed)
+def target_of(row: TargetRow, module: nn.Module) -> Target:
+    """The inverse of `row_of`, with the widths that the file's layout gives.
+
+    Whether the weight is transposed is the module's to say: a Conv1D that is quantised becomes a linear layer, and an
+    adapter that was trained beside one fits the other.
+    """
+    transposed = row.transposed
+    if row.parameter is None:
+        linear = is_linear(module)
+        transposed = not linear and (
+            transposed or isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+        )
+    sizes = (row.in_features, row.out_features, row.first_row, transposed)
     return Target(row.name, row.module, *sizes, row.parameter, row.experts)
 
 
@@ -189,6 +200,12 @@ def weight_name(target: Target) -> str:
     """The qualified name of the weight that a target adapts (a quantised layer may have none of that name)."""
     parameter = "weight" if target.parameter is None else target.parameter
     return f"{target.module}.{parameter}".lstrip(".")
+
+
+def block_of(weight: Tensor, target: Target) -> Tensor:
+    """The part of a weight that a target adapts, as a view."""
+    rows = slice(target.first_row, target.first_row + target.out_features)
+    return weight[..., rows] if target.transposed else weight[..., rows, :]
 
 
 def nearest(model: nn.Module, name: str) -> list[str]:
