@@ -1,0 +1,376 @@
+"""Merge an adapter into a checkpoint, tensor by tensor: the base model is never in memory as a whole.
+
+The model is built on the meta device, without values, to learn its layers' names. What transformers renames, stacks or
+transposes between a checkpoint and the model is undone on B·A by transformers itself (`core_model_loading`), so that a
+checkpoint keeps its own form: one tensor per expert stays one tensor per expert.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from unilora_core import AdapterFile, AdapterFileError, CorruptFileError, MismatchError, TargetError, read_adapter
+from unilora_torch import Adapter
+from unilora_torch.attach import check_fits, contents
+from unilora_torch.base import check_base as check_identity
+from unilora_torch.base import identity
+from unilora_torch.heads import head_state
+from unilora_torch.targets import block_of, weight_name
+
+__all__ = ["merge_checkpoint"]
+
+COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+"""Endings of what lies beside the weights: tokenizer, chat template, generation config, code."""
+
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REMEDY = "merge into the unquantised checkpoint that it was made from, and quantise the result."
+
+
+def merge_checkpoint(
+    adapter_file: str | os.PathLike,
+    base: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    max_shard_size: int = 5 * 10**9,
+    check_base: bool = True,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> None:
+    """Write a base model's checkpoint with an adapter merged into its weights.
+
+    Each weight gets B·A in float32 and is rounded once to its own dtype, as `Adapter.merge` does; modules that were
+    trained in full replace the base's. One file of at most ``max_shard_size`` bytes is in memory at a time. The files
+    beside the weights (tokenizer, generation config, …) are copied.
+
+    Args:
+        adapter_file: a file that `Adapter.save` wrote.
+        base: the base model: a folder with safetensors files, or a name on the hub (fetched into its cache).
+        out: the folder to write; it must not exist, or be empty. It appears when it is whole.
+        max_shard_size: in bytes.
+        check_base: refuse a base with other values than the one that the file was made for.
+        progress: goes around the loop over the files that are written, such as ``tqdm``.
+
+    Raises:
+        FileExistsError: ``out`` holds something.
+        FileNotFoundError: no safetensors checkpoint in ``base``.
+        AdapterFileError: the file is damaged, or does not say which class of model it adapts.
+        MismatchError: it belongs to another base, or a weight's place in the checkpoint cannot be known; by name.
+        TargetError: the checkpoint is quantised. In each case nothing is written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not an empty folder; choose another.")
+    file, folder = read_adapter(adapter_file), _local(base)
+    checkpoint = _Checkpoint.of(folder)
+    model = _on_meta(adapter_file, file, folder)
+    names = _Names.of(model, checkpoint)
+    merged = _Merged.of(adapter_file, file, model, checkpoint, names)
+    if check_base:
+        _load_small(model, checkpoint, names)
+        check_identity(str(adapter_file), file.metadata, identity(model, merged.adapter.modules_to_save))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _whole_or_nothing(out) as new:
+        _write(new, merged, max_shard_size, progress)
+        for path in folder.iterdir():
+            if path.suffix in COPIED and path.name not in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
+                shutil.copy(path, new)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(new)
+
+
+# ---- the checkpoint -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Where each tensor of a checkpoint lies, and its shape and dtype."""
+
+    files: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Checkpoint":
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        else:
+            paths = [folder / SAFE_WEIGHTS_NAME]
+        files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for path in paths:
+            with _opened(path) as file:
+                for key in file.keys():  # noqa: SIM118
+                    part = file.get_slice(key)
+                    files[key], shapes[key] = path, tuple(part.get_shape())
+                    empty = part[tuple(slice(0, 0) for _ in shapes[key])] if shapes[key] else file.get_tensor(key)
+                    dtypes[key] = empty.dtype
+        return cls(files, shapes, dtypes)
+
+    def read(self, key: str) -> Tensor:
+        with _opened(self.files[key]) as file:
+            return file.get_tensor(key)
+
+    def size(self, key: str) -> int:
+        return torch.Size(self.shapes[key]).numel() * self.dtypes[key].itemsize
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; merging reads safetensors checkpoints. Load the model and save it again with "
+            "save_pretrained, which writes one."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
+
+
+def _local(base: str | os.PathLike) -> Path:
+    if Path(base).is_dir():
+        return Path(base)
+    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *(f"*{end}" for end in sorted(COPIED))]
+    return Path(snapshot_download(os.fspath(base), allow_patterns=patterns))
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Which tensors of the checkpoint become which of the model's.
+
+    Attributes:
+        plain: the model's name → the checkpoint's, where loading only renames.
+        converted: the model's name → the checkpoint's, where several become one, or one is transposed.
+    """
+
+    plain: dict[str, str]
+    converted: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, checkpoint: _Checkpoint) -> "_Names":
+        """As `from_pretrained` finds them."""
+        transforms, known = get_model_conversion_mapping(model), model.state_dict()
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        plain: dict[str, str] = {}
+        converted: dict[str, list[str]] = {}
+        for key in checkpoint.files:
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            if pattern is None:
+                plain[name] = key
+            else:
+                converted.setdefault(name, []).append(key)
+        return cls({name: key for name, key in plain.items() if name in known}, converted)
+
+
+def _on_meta(path: str | os.PathLike, file: AdapterFile, folder: Path) -> PreTrainedModel:
+    """The model that the file adapts, of the checkpoint's config and without values."""
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
+    if labels := json.loads(file.metadata.get("labels", "[]")):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    with torch.device("meta"):
+        return _class_of(path, file, config)._from_config(config)
+
+
+def _class_of(path: str | os.PathLike, file: AdapterFile, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    identity_of_base = json.loads(file.metadata.get("base", "{}"))
+    architectures = [*(config.architectures or ()), None]
+    kind = file.metadata.get("base_class") or identity_of_base.get("class") or architectures[0]
+    cls = getattr(transformers, str(kind), None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise AdapterFileError(
+            f"{path}: it adapts a {kind}, which is no model of transformers; load the base model and the adapter, and "
+            "merge there: adapter.detach(merge=True)."
+        )
+    return cls
+
+
+def _load_small(model: PreTrainedModel, checkpoint: _Checkpoint, names: _Names) -> None:
+    """Values for the vectors and embeddings, which tell one base from another."""
+    small = [name for name, value in model.named_parameters() if value.dim() == 1]
+    small += [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    state = {name: checkpoint.read(names.plain[name]) for name in small if name in names.plain}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+
+
+# ---- the merged checkpoint ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """The tensors of the checkpoint with the adapter in them, computed one at a time.
+
+    Attributes:
+        adapter: it computes B·A beside the model without values, and is never run.
+        heads: the checkpoint's name → the value of a tensor that was trained in full.
+        adapted: the checkpoint's name → the model's, of a weight that gets B·A.
+        keys: the names of all tensors, in the order of the base's files.
+        pieces: the checkpoint's name → its part of an update that was split up already.
+    """
+
+    model: PreTrainedModel
+    checkpoint: _Checkpoint
+    names: _Names
+    adapter: Adapter
+    heads: dict[str, Tensor]
+    adapted: dict[str, str]
+    keys: list[str]
+    pieces: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        path: str | os.PathLike,
+        file: AdapterFile,
+        model: PreTrainedModel,
+        checkpoint: _Checkpoint,
+        names: _Names,
+    ) -> "_Merged":
+        """Check that everything in the file has a place in the checkpoint."""
+        targets, modules_to_save = contents(path, file, model)
+        for target in targets:
+            check_fits(path, model, target)
+        stored = {name: torch.from_numpy(array) for name, array in file.tensors.items()}
+        saved = [(module, head_state(path, model, module, stored)) for module in modules_to_save]
+        trained = {f"{module}.{key}": value for module, state in saved for key, value in state.items()}
+        tied = getattr(model, "all_tied_weights_keys", {})
+        weights = dict.fromkeys(weight_name(target) for target in targets)
+        for name in (*trained, *weights):
+            if name in tied:
+                raise MismatchError(f"{path}: {name} was trained alone, but this base ties it to {tied[name]}.")
+        found = {name: [names.plain[name]] if name in names.plain else names.converted.get(name) for name in weights}
+        if lost := next((name for name in weights if not found[name]), None):
+            raise MismatchError(
+                f"{path}: no tensor of the checkpoint is known to become {lost}; load the base model and the adapter, "
+                "and merge there: adapter.detach(merge=True)."
+            )
+        for key in (key for keys in found.values() for key in keys or ()):
+            if checkpoint.dtypes[key] not in PLAIN:
+                raise TargetError(f"{key}: a weight of {checkpoint.dtypes[key]} cannot take the update; {REMEDY}")
+        there = names.plain.keys() | names.converted.keys() | trained.keys() | tied.keys()
+        if absent := [name for name, _ in model.named_parameters() if name not in there]:
+            raise MismatchError(
+                f"{path}: neither the checkpoint nor the file has values for {absent[0]} ({len(absent)} such); the "
+                "base model that was trained had random ones."
+            )
+        adapter = Adapter(model, file.spec, targets, modules_to_save)
+        with torch.no_grad():
+            adapter.theta_d.copy_(torch.from_numpy(file.theta_d))
+        dtype = checkpoint.dtypes[next(iter(found.values()))[0]]
+        heads = {}
+        for name, value in trained.items():
+            key = names.plain.get(name, name)
+            heads[key] = value.to(checkpoint.dtypes.get(key, dtype)) if value.is_floating_point() else value
+        kept = set(names.plain.values()) | {key for keys in names.converted.values() for key in keys}
+        same_class = type(model).__name__ in (model.config.architectures or ())
+        keys = [key for key in checkpoint.files if key in kept or same_class]
+        keys += [key for key in heads if key not in checkpoint.files]
+        return cls(model, checkpoint, names, adapter, heads, {k: n for n, ks in found.items() for k in ks}, keys)
+
+    def size(self, key: str) -> int:
+        """In bytes."""
+        return self.heads[key].nbytes if key in self.heads else self.checkpoint.size(key)
+
+    def tensor(self, key: str) -> Tensor:
+        """Its merged value."""
+        if key in self.heads:
+            return self.heads[key]
+        weight = self.checkpoint.read(key)
+        if key not in self.adapted:
+            return weight
+        name = self.adapted[key]
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise TargetError(
+                f"{key}: a weight of {weight.dtype} cannot take the update; merge into an unquantised one."
+            )
+        if name in self.names.plain:
+            for target in (target for target in self.adapter.targets if weight_name(target) == name):
+                block = block_of(weight, target)
+                block.copy_(block.float() + self.adapter.delta_weight(target))
+            return weight
+        if key not in self.pieces:
+            self.pieces.update(self._split_up(name))
+        return (weight.float() + self.pieces.pop(key)).to(weight.dtype)
+
+    def _split_up(self, name: str) -> dict[str, Tensor]:
+        """B·A of a weight that loading puts together, in the form of the checkpoint."""
+        full = torch.zeros(self.model.get_parameter(name).shape)
+        for target in (target for target in self.adapter.targets if weight_name(target) == name):
+            block_of(full, target).copy_(self.adapter.delta_weight(target))
+        parts = revert_weight_conversion(self.model, {name: full})
+        wanted = {key: self.checkpoint.shapes[key] for key in self.names.converted[name]}
+        if {key: tuple(part.shape) for key, part in parts.items()} != wanted:
+            raise MismatchError(
+                f"{name}: transformers puts it together from {len(wanted)} tensors of the checkpoint, but cannot take "
+                "it apart again; load the base model and the adapter, and merge there: adapter.detach(merge=True)."
+            )
+        return parts
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, merged: _Merged, limit: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
+    """Files of at most ``limit`` bytes, and their index where there are several."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key in merged.keys:
+        if shards[-1] and filled + merged.size(key) > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += merged.size(key)
+    count = len(shards)
+    named = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SAFE_WEIGHTS_NAME]
+    weight_map: dict[str, str] = {}
+    for name, keys in progress(list(zip(named, shards, strict=True))):
+        save_file({key: merged.tensor(key).contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(keys, name)
+    if count > 1:
+        index = {"metadata": {"total_size": sum(map(merged.size, merged.keys))}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, which takes its place at the end, and goes away on an error."""
+    new = folder.parent / f".{folder.name}.{os.getpid()}"
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            folder.rmdir()
+        new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
