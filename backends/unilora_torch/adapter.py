@@ -17,8 +17,10 @@ from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_a
 from unilora_core.targets import write_targets
 from unilora_torch.base import identity
 from unilora_torch.checks import plain_weight, without_idle_experts
+from unilora_torch.heads import check_apart
 from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
+from unilora_torch.reach import add_checks
 from unilora_torch.tables import Tables
 from unilora_torch.targets import Target, block_of, row_of, weight_name
 
@@ -59,6 +61,7 @@ class Adapter(nn.Module):
         self.merged, self.enabled, self.strength = False, True, 1.0
         self._current: dict[str, Tensor] | None = None
         self._unreached = {target.module for target in targets}
+        self._kept_heads: dict[str, Tensor] | None = None
         self._originals: dict[str, Tensor] = {}
         # read here once: torch.compile cannot trace the cached properties' lock
         self._slices, self._shapes = spec.layout.slices, spec.layout.shapes
@@ -66,12 +69,8 @@ class Adapter(nn.Module):
         self._root = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
         self._was_trainable = _trainable(model)
         self._handles = [model.register_forward_pre_hook(self._open)]
-        inside: dict[str, list[str]] = {}
         self._handles += add_paths(self, model, targets)
-        for module in dict.fromkeys(target.module for target in targets):
-            inside.setdefault(_caller(model, module), []).append(module)
-        for caller, modules in inside.items():
-            self._handles.append(model.get_submodule(caller).register_forward_hook(_Reach(self, tuple(modules))))
+        self._handles += add_checks(self, model, targets)
         self._handles.append(model.register_forward_hook(self._close, always_call=True))
 
     def __repr__(self) -> str:
@@ -349,6 +348,27 @@ class Adapter(nn.Module):
         self._check_finite("export_lora")
         export_lora(self, folder, base_model, rank, engine)
 
+    # ---- switched ------------------------------------------------------------------------------------------------
+
+    def _switch_off(self) -> None:
+        self.unmerge()
+        if self._kept_heads is None:
+            self._kept_heads = {name: tensor.detach().clone() for name, tensor in self._heads().items()}
+        self.enabled = False
+        self.theta_d.requires_grad_(False)
+        for parameter in self._saved_parameters().values():
+            parameter.requires_grad_(False)
+
+    def _switch_on(self, strength: float) -> None:
+        self.unmerge()
+        if self._kept_heads is not None:
+            self._root[0].load_state_dict(self._kept_heads, strict=False)
+            self._kept_heads = None
+        self.enabled, self.strength = True, strength
+        self.theta_d.requires_grad_(True)
+        for parameter in self._saved_parameters().values():
+            parameter.requires_grad_(True)
+
     # ---- internals ----------------------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
@@ -362,6 +382,8 @@ class Adapter(nn.Module):
 
     def _heads(self) -> dict[str, Tensor]:
         """The state of the modules to save, under its names in the model's `state_dict`."""
+        if self._kept_heads is not None:
+            return self._kept_heads
         return {
             f"{module}.{name}": tensor
             for module in self.modules_to_save
@@ -383,33 +405,6 @@ class Adapter(nn.Module):
             )
 
 
-class _Reach:
-    """The forward hook of a module that calls targets: it ran, so they must have run.
-
-    A layer that a model skips now and then (a dropped layer, an expert without a token) is skipped with the module that
-    calls it, and is no error.
-    """
-
-    def __init__(self, adapter: Adapter, modules: tuple[str, ...]):
-        self.adapter, self.modules = adapter, modules
-
-    def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Check until each target has run once."""
-        if self.adapter.active:
-            self._check()
-
-    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def _check(self) -> None:
-        missed = [module for module in self.modules if module in self.adapter._unreached]
-        self.adapter._unreached.difference_update(missed)
-        if missed:
-            raise TargetError(
-                f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such targets), so its "
-                "update would do nothing; some models use a layer's weight directly. Exclude it, or choose other "
-                "targets."
-            )
-
-
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters of a model by name, in the order in which they were attached."""
     return {name: child for name, child in model.named_children() if isinstance(child, Adapter)}
@@ -418,25 +413,26 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> None:
     """Choose which adapters of a model act, and train; the others are off and frozen.
 
+    Each adapter has modules to save of its own: those of one that is switched off are kept with it, and put back when
+    it is switched on.
+
     Args:
         to: a name; several names, whose updates add up; names with the weights of their updates; or ``()`` for the
             base model alone.
 
     Raises:
-        TargetError: there is no adapter of that name; nothing has changed then.
+        TargetError: there is no adapter of that name, or two of them save one module. Nothing has changed then.
     """
     weights = {to: 1.0} if isinstance(to, str) else dict(to) if isinstance(to, Mapping) else dict.fromkeys(to, 1.0)
     there = adapters(model)
     for name in weights:
         if name not in there:
             raise TargetError(f"switch: the model has no adapter {name!r}; it has {list(there) or 'none'}.")
-    for name, adapter in there.items():
-        if adapter.merged:
-            adapter.unmerge()
-        adapter.enabled, adapter.strength = name in weights, weights.get(name, 1.0)
-        adapter.theta_d.requires_grad_(adapter.enabled)
-        for parameter in adapter._saved_parameters().values():
-            parameter.requires_grad_(adapter.enabled)
+    check_apart({name: there[name].modules_to_save for name in weights})
+    for name in there.keys() - weights.keys():
+        there[name]._switch_off()
+    for name, strength in weights.items():
+        there[name]._switch_on(strength)
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -459,14 +455,6 @@ def _trainable(model: nn.Module) -> set[str]:
     if first is not None:
         return first._was_trainable
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _caller(model: nn.Module, name: str) -> str:
-    """The module that calls this one: the nearest above it that is no mere list."""
-    above = name.rpartition(".")[0]
-    while above and isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
-        above = above.rpartition(".")[0]
-    return above
 
 
 def _device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:

@@ -21,7 +21,7 @@ from unilora_core.targets import read_targets
 from unilora_torch import base
 from unilora_torch.adapter import NAME, Adapter, adapters, check_name
 from unilora_torch.checks import check_parameter, check_targets
-from unilora_torch.heads import check_heads, head_state, submodule
+from unilora_torch.heads import check_apart, check_heads, head_state, submodule
 from unilora_torch.targets import Target, features, find_targets, target_of
 
 __all__ = ["attach", "check_fits", "contents", "layout_of", "load", "swap"]
@@ -180,6 +180,8 @@ def _fill(adapter: Adapter, file: AdapterFile, heads: Mapping[str, Mapping[str, 
 def _install(
     model: nn.Module, spec: ProjectionSpec, targets: tuple[Target, ...], modules_to_save: tuple[str, ...], name: str
 ) -> Adapter:
+    acting = {other: adapter.modules_to_save for other, adapter in adapters(model).items() if adapter.enabled}
+    check_apart(acting | {name: modules_to_save})
     adapter = Adapter(model, spec, targets, modules_to_save)
     model.requires_grad_(False)
     for module in modules_to_save:

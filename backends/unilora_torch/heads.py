@@ -9,7 +9,7 @@ from unilora_core import MismatchError, TargetError
 from unilora_torch.checks import is_plain
 from unilora_torch.targets import nearest
 
-__all__ = ["check_heads", "head_state", "submodule"]
+__all__ = ["check_apart", "check_heads", "head_state", "submodule"]
 
 
 def check_heads(model: nn.Module, names: Iterable[str]) -> None:
@@ -42,6 +42,26 @@ def check_heads(model: nn.Module, names: Iterable[str]) -> None:
                     "and cannot train; leave this module out of the quantisation when the model is loaded "
                     f"(bitsandbytes: llm_int8_skip_modules=[{name!r}]; torchao: modules_to_not_convert=[{name!r}])."
                 )
+
+
+def check_apart(heads: Mapping[str, Iterable[str]]) -> None:
+    """Refuse adapters that would act together and save one module.
+
+    Args:
+        heads: name of the adapter → its modules to save.
+
+    Raises:
+        TargetError: with the remedy.
+    """
+    owners: dict[str, str] = {}
+    for name, modules in heads.items():
+        for module in modules:
+            if module in owners:
+                raise TargetError(
+                    f"the adapters {owners[module]!r} and {name!r} both save {module!r}, which the model has once; let "
+                    "one of them act at a time: unilora_torch.switch(model, ()) switches off those that are there."
+                )
+            owners[module] = name
 
 
 def head_state(

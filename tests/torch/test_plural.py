@@ -121,16 +121,37 @@ def test_detached_one_after_the_other(order):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_head_that_two_adapters_save_trains_until_the_last_is_gone():
+def test_each_adapter_keeps_a_head_of_its_own(tmp_path):
+    model, outputs = mlp(), {}
+    for value, name in enumerate(("one", "two")):
+        unilora_torch.switch(model, ())
+        adapter = unilora_torch.attach(model, name=name, d=5, seed=value, modules_to_save=["head"])
+        with torch.no_grad():
+            model.head.weight.fill_(value + 1)
+            adapter.theta_d.mul_(-2)
+        outputs[name] = model(X)
+    for name in ("one", "two", "one"):
+        unilora_torch.switch(model, name)
+        assert torch.equal(model(X), outputs[name])
+        assert model.head.weight.requires_grad
+    model.two.save(tmp_path / "two")  # it is off, and its head is not the model's
+    fresh = mlp()
+    unilora_torch.load(fresh, tmp_path / "two")
+    assert torch.equal(fresh(X), outputs["two"])
+
+
+def test_two_adapters_with_one_head_do_not_act_together():
     model = mlp()
-    one = unilora_torch.attach(model, name="one", d=5, modules_to_save=["head"])
-    two = unilora_torch.attach(model, name="two", d=5, modules_to_save=["head"])
-    two.detach()
-    assert model.head.weight.requires_grad
+    unilora_torch.attach(model, name="one", d=5, modules_to_save=["head"])
+    with pytest.raises(TargetError, match=r"'one' and 'two' both save 'head'.*switch\(model, \(\)\)"):
+        unilora_torch.attach(model, name="two", d=5, modules_to_save=["head"])
+    assert list(unilora_torch.adapters(model)) == ["one"]
     unilora_torch.switch(model, ())
-    assert not model.head.weight.requires_grad
-    one.detach()
-    assert model.head.weight.requires_grad
+    unilora_torch.attach(model, name="two", d=5, modules_to_save=["head"])
+    with pytest.raises(TargetError, match="'one' and 'two' both save 'head'"):
+        unilora_torch.switch(model, ["one", "two"])
+    assert model.two.enabled
+    assert not model.one.enabled
 
 
 def test_rename():

@@ -1,0 +1,61 @@
+"""Never silently dead: a target that the forward pass bypasses is found out in the first pass."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from unilora_core import TargetError
+from unilora_torch.targets import Target
+
+if TYPE_CHECKING:
+    from unilora_torch.adapter import Adapter
+
+__all__ = ["add_checks"]
+
+
+def add_checks(adapter: "Adapter", model: nn.Module, targets: tuple[Target, ...]) -> list[RemovableHandle]:
+    """A hook on each module that calls targets; it raises where a target was left out."""
+    inside: dict[str, list[str]] = {}
+    for module in dict.fromkeys(target.module for target in targets):
+        inside.setdefault(_caller(model, module), []).append(module)
+    return [
+        model.get_submodule(caller).register_forward_hook(_Reach(adapter, tuple(modules)))
+        for caller, modules in inside.items()
+    ]
+
+
+class _Reach:
+    """The forward hook of a module that calls targets: it ran, so they must have run.
+
+    A layer that a model skips now and then (a dropped layer, an expert without a token) is skipped with the module that
+    calls it, and is no error.
+    """
+
+    def __init__(self, adapter: "Adapter", modules: tuple[str, ...]):
+        self.adapter, self.modules = adapter, modules
+
+    def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Check until each target has run once."""
+        if self.adapter.active:
+            self._check()
+
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def _check(self) -> None:
+        missed = [module for module in self.modules if module in self.adapter._unreached]
+        self.adapter._unreached.difference_update(missed)
+        if missed:
+            raise TargetError(
+                f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such targets), so its "
+                "update would do nothing; some models use a layer's weight directly. Exclude it, or choose other "
+                "targets."
+            )
+
+
+def _caller(model: nn.Module, name: str) -> str:
+    """The module that calls this one: the nearest above it that is no mere list."""
+    above = name.rpartition(".")[0]
+    while above and isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
+        above = above.rpartition(".")[0]
+    return above
