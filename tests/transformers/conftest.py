@@ -1,8 +1,13 @@
 """Tiny models with random weights, made from configs: no network, no download."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))  # for reload_worker
 
 SMALL = {
     "vocab_size": 64,
@@ -16,6 +21,7 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IMAGE = SMALL | {"image_size": 16, "patch_size": 8}
 D_MODEL = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64}
 D_MODEL |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 CONFIGS = {
     "BartConfig": D_MODEL,
     "BertConfig": SMALL,
@@ -24,16 +30,21 @@ CONFIGS = {
     "DebertaV2Config": SMALL,
     "DistilBertConfig": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
     "GPT2Config": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | SPECIAL,
+    "GemmaConfig": SMALL | {"num_key_value_heads": 2, "head_dim": 16},
+    "Gemma3TextConfig": SMALL | {"num_key_value_heads": 2, "head_dim": 16},
     "GPTNeoXConfig": SMALL | SPECIAL,
     "LlamaConfig": SMALL | {"num_key_value_heads": 2},
     "MambaConfig": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "GptOssConfig": SMALL | {"num_key_value_heads": 2},
     "MistralConfig": SMALL | {"num_key_value_heads": 2},
     "MixtralConfig": SMALL | {"num_key_value_heads": 2, "num_local_experts": 4},
     "OPTConfig": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "Phi3Config": SMALL | SPECIAL,
     "Qwen2Config": SMALL | {"num_key_value_heads": 2},
+    "Qwen3MoeConfig": SMALL | {"num_key_value_heads": 2},
     "RobertaConfig": SMALL,
-    "T5Config": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+    "SwitchTransformersConfig": T5,
+    "T5Config": T5,
     "ViTConfig": IMAGE,
     "WhisperConfig": D_MODEL | SPECIAL | {"num_mel_bins": 8, "max_source_positions": 10, "decoder_start_token_id": 3},
 }
