@@ -132,6 +132,7 @@ def test_progress_sees_each_file(saved, tmp_path):
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux's /proc")
 def test_memory_is_bounded_by_a_file_and_not_by_the_model(tmp_path):
     """90 MB of weights in files of 8 MB: the peak must stay far below the model's size."""
     config = transformers.LlamaConfig(
@@ -144,11 +145,11 @@ def test_memory_is_bounded_by_a_file_and_not_by_the_model(tmp_path):
     unilora_torch.attach(model, ["q_proj", "v_proj"]).save(tmp_path / FILE)
     del model
     code = """
-import resource, sys, torch, transformers
+import re, sys, torch, transformers
 from unilora_transformers.merging import merge_checkpoint
 import transformers.models.llama.modeling_llama
 torch.ones(64, 64) @ torch.ones(64, 64)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 merge_checkpoint(*sys.argv[1:4], max_shard_size=8_000_000)
 print(peak() - before)
@@ -157,7 +158,8 @@ print(peak() - before)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 45e6, f"{int(done.stdout):,} bytes more than before, the model has {size:,}"
+    print("PEAK", done.stdout)
+    assert 8e6 < int(done.stdout) < 45e6, f"{int(done.stdout):,} bytes more than before, the model has {size:,}"
 
 
 # ---- refused, and nothing written -----------------------------------------------------------------------------------
