@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 __all__ = ["adapter_options", "fit_length", "loader"]
@@ -32,9 +31,9 @@ def loader(
     )
 
 
-def fit_length(model: nn.Module, wanted: int) -> int:
+def fit_length(config: Any, wanted: int) -> int:
     """Tokens per example: as wanted, but no more than the model has positions for (RoBERTa's first are reserved)."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or wanted
     reserved = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl") else 0
     return max(1, min(wanted, positions - reserved))

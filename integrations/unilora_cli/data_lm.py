@@ -1,15 +1,17 @@
-"""Texts for a causal language model: one stream cut into blocks, or prompts with responses."""
+"""Texts for a causal language model as tokens: one stream cut into blocks, or prompts with responses."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from unilora_cli.chat import chat_tokens
 from unilora_cli.console import CommandError
-from unilora_cli.data_records import draw, load_tables, opened, split_off, suffix
+from unilora_cli.data_corpus import Corpus
+from unilora_cli.data_records import draw, split_off
+from unilora_cli.packing import pack
 
-__all__ = ["IGNORED", "Language", "load_language"]
+__all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -17,118 +19,74 @@ IGNORED = -100
 PIECE = 2**20
 """Characters that are tokenised at once, up to the end of a line."""
 
-DIALOGUES = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-"""Columns that hold a prompt and its response; ``input`` may stand beside ``instruction``."""
-
-ALPACA = "### Instruction:\n{instruction}\n\n{context}### Response:\n"
-
 Example = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt, and the response that the data have for it."""
+
+    tokens: list[int]
+    response: str
+
+
+@dataclass(frozen=True)
 class Language:
-    """Examples: ``input_ids``, ``attention_mask`` and ``labels``, lists of equal length.
+    """Examples: ``input_ids``, ``attention_mask`` (or ``position_ids``, where packed) and ``labels``, of equal length.
 
     Attributes:
+        prompts: those of the held-out examples; none for whole texts.
+        unpacked: the training examples before they were packed.
         notes: lines about the data for the printed plan.
     """
 
     train: list[Example]
     held_out: list[Example]
+    prompts: list[Prompt] = field(default_factory=list)
+    unpacked: list[Example] = field(default_factory=list)
     notes: list[tuple[str, Any]] = field(default_factory=list)
 
 
-def load_language(arguments: argparse.Namespace, tokenizer: Any, length: int) -> Language:
-    """Read and tokenise what ``--data`` and ``--eval-data`` name.
+def encode_corpora(
+    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int
+) -> Language:
+    """Tokenise, split off what is held out, and pack.
 
     Args:
         length: tokens of a block, or of a prompt and its response at the most.
 
     Raises:
-        CommandError: no such data, or no known columns; a text too short for two blocks; no response left.
+        CommandError: a text too short for two blocks; no response left; a tokenizer without a chat template.
     """
-    train, held_out = _corpora(arguments)
-    if arguments.response_only and not train.pairs:
-        raise CommandError(f"{arguments.data}: it holds whole texts, so there is no --response-only.")
-    examples, notes = train.examples(tokenizer, length, arguments.response_only)
+    for corpus in (train, held_out):
+        if corpus and bool(corpus.texts) != bool(train.texts):
+            raise CommandError(f"{corpus.where}: expected whole texts or none, as in {arguments.data}.")
+    if train.texts:
+        return _texts(train, held_out, arguments, tokenizer, length)
+    notes: list[tuple[str, Any]] = []
+    learnt = _dialogues(train, tokenizer, length, arguments, notes)
     if held_out is not None:
-        apart, more = held_out.examples(tokenizer, length, arguments.response_only)
-        notes += more
-    elif train.pairs:
-        kept, others = split_off(len(examples), arguments.holdout, arguments.seed)
-        examples, apart = [examples[i] for i in kept], [examples[i] for i in others]
+        apart = _dialogues(held_out, tokenizer, length, arguments, notes)
     else:
-        examples, apart = _cut(examples, arguments, length)
-    return Language([examples[i] for i in draw(len(examples), arguments.limit, arguments.seed)], apart, notes)
+        kept, others = split_off(len(learnt), arguments.holdout, arguments.seed)
+        learnt, apart = [learnt[i] for i in kept], [learnt[i] for i in others]
+    examples = [learnt[i][0] for i in draw(len(learnt), arguments.limit, arguments.seed)]
+    tested, prompts = [example for example, _ in apart], [prompt for _, prompt in apart]
+    if not arguments.packing:
+        return Language(examples, tested, prompts, notes=notes)
+    packed = pack(examples, length, IGNORED)
+    notes.append(("packed", f"{len(examples):,} examples in {len(packed):,} blocks of at most {length} tokens"))
+    return Language(packed, pack(tested, length, IGNORED), prompts, examples, notes)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Whole texts, or pairs of a prompt and a response, from one source."""
-
-    where: str
-    texts: Sequence[str] = ()
-    pairs: Sequence[tuple[str, str]] = ()
-
-    def examples(self, tokenizer: Any, length: int, response_only: bool) -> tuple[list[Example], list[tuple[str, Any]]]:
-        """The examples, and notes on what was left out."""
-        if not self.pairs:
-            return _blocks(self, tokenizer, length), []
-        kept = _dialogues(self, tokenizer, length, response_only)
-        if lost := len(self.pairs) - len(kept):
-            return kept, [("left out", f"{lost:,} of {self.where}: the prompt alone fills {length} tokens (--length)")]
-        return kept, []
-
-
-def _corpora(arguments: argparse.Namespace) -> tuple[Corpus, Corpus | None]:
-    if suffix(Path(arguments.data)) == ".txt":
-        if arguments.eval_data and suffix(Path(arguments.eval_data)) != ".txt":
-            raise CommandError(f"{arguments.eval_data}: expected a .txt file, as {arguments.data} is one.")
-        held_out = _read(arguments.eval_data) if arguments.eval_data else None
-        return _read(arguments.data), held_out
-    tables = load_tables(arguments)
-    columns = _columns(tables.train[0], arguments)
-    apart = tables.held_out
-    train = _corpus(tables.train, columns, arguments.data)
-    return train, None if apart is None else _corpus(apart, columns, arguments.eval_data or arguments.data)
-
-
-def _columns(row: Mapping[str, Any], arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The columns that count, from those that there are."""
-    known = ((arguments.text_column,),) if arguments.text_column else (*DIALOGUES, ("text",))
-    for columns in known:
-        if set(columns) <= row.keys():
-            return columns
-    wanted = " or ".join("+".join(columns) for columns in known)
-    raise CommandError(f"{arguments.data}: expected the columns {wanted}; it has {', '.join(map(repr, row))}.")
-
-
-def _corpus(rows: Sequence[Mapping[str, Any]], columns: tuple[str, ...], where: str) -> Corpus:
-    values = []
-    for i, row in enumerate(rows):
-        parts = [part for name in columns if isinstance(part := row.get(name), str)]
-        if len(parts) < len(columns):
-            raise CommandError(f"{where}, record {i + 1}: expected a text in {' and '.join(map(repr, columns))}.")
-        if columns[0] == "instruction":
-            context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
-            parts[0] = ALPACA.format(instruction=parts[0], context=context)
-        values.append(parts)
-    if len(columns) == 1:
-        return Corpus(where, texts=[text for (text,) in values])
-    return Corpus(where, pairs=[(_closed(prompt, response), response) for prompt, response in values])
-
-
-def _closed(prompt: str, response: str) -> str:
-    """The prompt, with a line break where nothing else would part it from the response."""
-    return prompt if prompt[-1:].isspace() or response[:1].isspace() or not prompt else f"{prompt}\n"
-
-
-def _read(source: str) -> Corpus:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise CommandError(f"{source}: no such file.")
-    with opened(path) as file:
-        return Corpus(source, texts=[file.read()])
+def _texts(
+    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int
+) -> Language:
+    blocks = _blocks(train, tokenizer, length)
+    blocks, apart = (
+        _cut(blocks, arguments, length) if held_out is None else (blocks, _blocks(held_out, tokenizer, length))
+    )
+    return Language([blocks[i] for i in draw(len(blocks), arguments.limit, arguments.seed)], apart)
 
 
 def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
@@ -165,22 +123,37 @@ def _pieces(text: str) -> Iterable[str]:
         start = end
 
 
-def _dialogues(corpus: Corpus, tokenizer: Any, length: int, response_only: bool) -> list[Example]:
-    """Prompt, response and the end-of-text token; without the pairs whose prompt leaves no room for a response."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    examples = []
-    for prompt, response in corpus.pairs:
-        before = tokenizer(prompt)["input_ids"]
-        if end and before[-1:] == end:
-            before = before[:-1]
-        after = tokenizer(response, add_special_tokens=False)["input_ids"] + end
-        if len(before) < length and after:
-            examples.append(_example((before + after)[:length], len(before) if response_only else 0))
-    if not examples:
+def _dialogues(
+    corpus: Corpus, tokenizer: Any, length: int, arguments: argparse.Namespace, notes: list[tuple[str, Any]]
+) -> list[tuple[Example, Prompt]]:
+    """Prompts with their responses, without those that leave no room for a response."""
+    tokenise = _pair if corpus.pairs else chat_tokens
+    found = []
+    for source in corpus.pairs or corpus.chats:
+        tokens, silent, prompt, response = tokenise(source, tokenizer, corpus.where, arguments.response_only)
+        labels = [IGNORED if skip else token for token, skip in zip(tokens, silent, strict=True)][:length]
+        if len(prompt) < length and any(label != IGNORED for label in labels[1:]):
+            example = {"input_ids": tokens[:length], "attention_mask": [1] * len(labels), "labels": labels}
+            found.append((example, Prompt(prompt, response)))
+    if not found:
         raise CommandError(f"{corpus.where}: every prompt fills the {length} tokens of --length; use a greater one.")
-    return examples
+    if lost := len(corpus.pairs or corpus.chats) - len(found):
+        notes.append(("left out", f"{lost:,} of {corpus.where}: the prompt alone fills {length} tokens (--length)"))
+    return found
 
 
-def _example(tokens: list[int], silent: int = 0) -> Example:
-    labels = [IGNORED] * silent + tokens[silent:]
-    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+def _pair(
+    source: tuple[str, str], tokenizer: Any, _where: str, response_only: bool
+) -> tuple[list[int], list[bool], list[int], str]:
+    """Prompt, response and the end-of-text token; which tokens are silent; the prompt's tokens; the response."""
+    prompt, response = source
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before = tokenizer(prompt)["input_ids"]
+    if end and before[-1:] == end:
+        before = before[:-1]
+    after = tokenizer(response, add_special_tokens=False)["input_ids"] + end
+    return before + after, [bool(response_only)] * len(before) + [False] * len(after), before, response
+
+
+def _example(tokens: list[int]) -> Example:
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}

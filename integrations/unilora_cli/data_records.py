@@ -20,6 +20,9 @@ __all__ = ["Tables", "column", "draw", "is_local", "load_tables", "opened", "spl
 HELD_OUT = ("validation", "valid", "val", "dev", "validation_matched", "test")
 """The held-out split of a data set that has several: the first of these."""
 
+LONE = ""
+"""The name of the only table of a source without splits."""
+
 
 @dataclass
 class Tables:
@@ -41,13 +44,21 @@ def load_tables(arguments: argparse.Namespace) -> Tables:
     Raises:
         CommandError: no such data, or data that cannot be read; the message names the file and the line.
     """
-    tables = _load(arguments.data, arguments)
+    splits = _load(arguments.data, arguments.subset)
+    train = _split(arguments.data, splits, arguments.train_split)
     if arguments.eval_data:
-        other = _load(arguments.eval_data, arguments)
-        tables.held_out = other.train
-        for name, classes in tables.names.items():
-            if other.names.get(name, classes) != classes:
-                raise CommandError(f"{arguments.eval_data}: the classes of {name!r} are not those of {arguments.data}.")
+        others = _load(arguments.eval_data, arguments.eval_subset)
+        name = arguments.eval_split or _held_out(others) or arguments.train_split
+        held_out = _split(arguments.eval_data, others, name)
+        classes = _named_classes(held_out)
+    else:
+        name = None if LONE in splits else arguments.eval_split or _held_out(splits)
+        held_out = None if name in (None, arguments.train_split) else _split(arguments.data, splits, name)
+        classes = {}
+    tables = Tables(train, held_out, _named_classes(train))
+    for name in tables.names:
+        if classes.get(name, tables.names[name]) != tables.names[name]:
+            raise CommandError(f"{arguments.eval_data}: the classes of {name!r} are not those of {arguments.data}.")
     for source, rows in ((arguments.data, tables.train), (arguments.eval_data or arguments.data, tables.held_out)):
         if rows is not None and len(rows) == 0:
             raise CommandError(f"{source}: there are no records in it.")
@@ -97,40 +108,53 @@ def draw(n: int, size: int | None, seed: int) -> list[int]:
 # ---- sources ----------------------------------------------------------------------------------------------------
 
 
-def _load(source: str, arguments: argparse.Namespace) -> Tables:
+def _load(source: str, subset: str | None) -> dict[str, Any]:
+    """Split → records; a file has one lone table."""
     path = Path(source).expanduser()
     if is_local(source) and not path.exists():
         raise CommandError(f"{source}: no such file or folder.")
     if reader := READERS.get(suffix(path)) if path.is_file() else None:
-        return Tables(reader(path))
+        return {LONE: reader(path)}
     if path.is_file() and suffix(path) not in BUILDERS:
         known = ", ".join([*READERS, *BUILDERS])
         raise CommandError(f"{source}: files of this kind are not read; known: {known}, also with .gz.")
-    return _load_with_datasets(source, path, arguments)
+    return _load_with_datasets(source, path, subset)
 
 
-def _load_with_datasets(source: str, path: Path, arguments: argparse.Namespace) -> Tables:
+def _load_with_datasets(source: str, path: Path, subset: str | None) -> dict[str, Any]:
     import datasets
 
     with readable_errors(f"cannot load the data set {source!r}"):
         if path.is_file():
-            found: Any = datasets.load_dataset(BUILDERS[suffix(path)], data_files=str(path))
+            found: Any = datasets.load_dataset(BUILDERS[suffix(path)], data_files=str(path), split="train")
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(str(path) if path.is_dir() else source, arguments.subset)
-    splits = dict(found) if isinstance(found, datasets.DatasetDict) else {arguments.train_split: found}
-    train = _split(source, splits, arguments.train_split)
-    name = arguments.eval_split or next((name for name in HELD_OUT if name in splits), None)
-    held_out = None if name in (None, arguments.train_split) else _split(source, splits, name)
-    classes = {key: tuple(kind.names) for key, kind in train.features.items() if isinstance(kind, datasets.ClassLabel)}
-    return Tables(train, held_out, classes)
+            found = datasets.load_dataset(str(path) if path.is_dir() else source, subset)
+    return dict(found) if isinstance(found, datasets.DatasetDict) else {LONE: found}
 
 
 def _split(source: str, splits: Mapping[str, Any], name: str) -> Any:
-    if name not in splits:
+    """The records of a split; ``train[:1000]`` are the first thousand of it."""
+    if LONE in splits:
+        return splits[LONE]
+    whole, _, end = name.partition("[:")
+    if whole not in splits or (end and not end.rstrip("]").isdigit()):
         raise CommandError(f"{source}: there is no split {name!r}; it has {', '.join(map(repr, splits))}.")
-    return splits[name]
+    rows = splits[whole]
+    return rows.select(range(min(int(end.rstrip("]")), len(rows)))) if end else rows
+
+
+def _held_out(splits: Mapping[str, Any]) -> str | None:
+    return next((name for name in HELD_OUT if name in splits), None)
+
+
+def _named_classes(rows: Any) -> dict[str, tuple[str, ...]]:
+    if not (kinds := getattr(rows, "features", {})):
+        return {}
+    import datasets
+
+    return {key: tuple(kind.names) for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
 
 
 def _read_tsv(path: Path) -> list[dict[str, Any]]:

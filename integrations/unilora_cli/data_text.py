@@ -1,6 +1,7 @@
 """Labelled texts as lists of token numbers, and their batches."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,15 @@ __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
 
 TEXT = ("sentence", "text")
 Example = dict[str, Any]
+Labelled = tuple[tuple[str, ...], int | float]
 
 
 class LabelledTexts:
     """What ``--data`` and ``--eval-data`` hold, before a tokenizer has seen it.
 
     Attributes:
-        classes: the names of the classes.
-        train, held_out: pairs of the texts (one, or two for a task on pairs) and the class.
+        classes: the names of the classes; empty for ``--regression``.
+        train, held_out: pairs of the texts (one, or two for a task on pairs) and the class, or the number.
     """
 
     def __init__(self, arguments: argparse.Namespace, tables: Tables):
@@ -29,9 +31,13 @@ class LabelledTexts:
         second = [column(tables.train, arguments.pair_column, (), where)] if arguments.pair_column else []
         self.columns = [text, *second]
         self.label = column(tables.train, arguments.label_column, (), where)
-        values = [_plain(row[self.label], where, i) for i, row in enumerate(tables.train)]
-        self.classes = tables.names.get(self.label) or _classes(values, where, self.label)
-        self._named = self.label in tables.names
+        self.classes: tuple[str, ...] = ()
+        self._target: Callable[[Any, str, int], int | float] = _label_number
+        if not arguments.regression:
+            values = [_plain(row[self.label], where, i) for i, row in enumerate(tables.train)]
+            self.classes = tables.names.get(self.label) or _classes(values, where, self.label)
+            self._named = self.label in tables.names
+            self._target = self._class
         train = self._pairs(tables.train, where)
         if tables.held_out is None:
             kept, apart = split_off(len(train), arguments.holdout, arguments.seed)
@@ -41,16 +47,16 @@ class LabelledTexts:
             self.held_out = self._pairs(tables.held_out, arguments.eval_data or where)
         self.train = [self.train[i] for i in draw(len(self.train), arguments.limit, arguments.seed)]
 
-    def _pairs(self, rows: Sequence[Mapping[str, Any]], where: str) -> list[tuple[tuple[str, ...], int]]:
+    def _pairs(self, rows: Sequence[Mapping[str, Any]], where: str) -> list[Labelled]:
         for name in (*self.columns, self.label):
             column(rows, name, (), where)
         return [
-            (tuple(_words(row[name], name, where, i) for name in self.columns), self._class(row, where, i))
+            (tuple(_words(row[name], name, where, i) for name in self.columns), self._target(row[self.label], where, i))
             for i, row in enumerate(rows)
         ]
 
-    def _class(self, row: Mapping[str, Any], where: str, index: int) -> int:
-        value = _plain(row[self.label], where, index)
+    def _class(self, given: Any, where: str, index: int) -> int:
+        value = _plain(given, where, index)
         if self._named and value.isdigit() and int(value) < len(self.classes):
             return int(value)
         if value not in self.classes:
@@ -65,13 +71,14 @@ def load_texts(arguments: argparse.Namespace) -> LabelledTexts:
     """Read labelled texts.
 
     Raises:
-        CommandError: no such data, no such column, a record without text or label, fewer than two classes.
+        CommandError: no such data, no such column, a record without text or label, fewer than two classes, a label
+            that is no number where numbers are wanted.
     """
     return LabelledTexts(arguments, load_tables(arguments))
 
 
-def encode(pairs: Sequence[tuple[tuple[str, ...], int]], tokenizer: Any, length: int) -> list[Example]:
-    """Token numbers of each text, cut to ``length``, with its class."""
+def encode(pairs: Sequence[Labelled], tokenizer: Any, length: int) -> list[Example]:
+    """Token numbers of each text, cut to ``length``, with its class or number."""
     texts = [list(column) for column in zip(*(texts for texts, _ in pairs), strict=True)]
     tokens = tokenizer(*texts, truncation=True, max_length=length)
     return [
@@ -98,7 +105,7 @@ class _Pad:
         return {name: self._stack(name, [example[name] for example in examples]) for name in examples[0]}
 
     def _stack(self, name: str, values: list[Any]) -> torch.Tensor:
-        if isinstance(values[0], int):
+        if isinstance(values[0], (int, float)):
             return torch.tensor(values)
         width, fill = max(map(len, values)), self.filling.get(name, 0)
         return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values])
@@ -124,6 +131,16 @@ def _plain(value: Any, where: str, index: int) -> str:
     if not text:
         raise CommandError(f"{where}, record {index + 1}: the label is missing.")
     return text
+
+
+def _label_number(value: Any, where: str, index: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise CommandError(f"{where}, record {index + 1}: expected a number as the label, got {value!r}.")
+    return number
 
 
 def _words(value: Any, name: str, where: str, index: int) -> str:

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import inspect
 import random
 from pathlib import Path
 from typing import Any
 
-from unilora_cli.console import CommandError, number, one_line, say, table
+from unilora_cli.console import CommandError, one_line, say, table
+from unilora_cli.loading import device_of, prepare
 from unilora_core import __version__
 
 __all__ = ["run"]
@@ -18,15 +18,25 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from unilora_cli import loop
+    from unilora_cli import checkpoint, loop
+    from unilora_cli.plan import plan_of, rows_of
     from unilora_cli.report import Recorder
 
-    folder = _output_folder(arguments)
-    device = _device(arguments.device)
+    folder, about = _output_folder(arguments), _about(arguments)
+    resumed = None
+    if arguments.resume:
+        resumed = checkpoint.read(folder)
+        checkpoint.check_settings(resumed, about["settings"], folder)
+    device = device_of(arguments.device)
     random.seed(arguments.seed)
     np.random.seed(arguments.seed % 2**32)
     task = importlib.import_module(f"unilora_cli.{arguments.kind}").task(arguments)
+    if resumed:
+        checkpoint.check_spec(resumed, task.adapter.spec, folder)
     torch.manual_seed(arguments.seed)
+    if not getattr(task.model, "is_quantized", False):  # a quantised model was loaded to its device
+        task.model.to(device)
+    half = prepare(task.model, task.adapter)
     settings = loop.Settings(
         lora_rate=arguments.lora_rate,
         head_rate=arguments.head_rate,
@@ -34,20 +44,26 @@ def run(arguments: argparse.Namespace) -> None:
         warmup=arguments.warmup,
         schedule=arguments.schedule,
         device=device,
-        bf16=arguments.bf16,
+        bf16=bool(arguments.bf16) or half,
         max_steps=arguments.max_steps,
+        theta_rate=arguments.theta_rate,
+        weight_decay=arguments.weight_decay,
+        accumulate=arguments.accumulate,
+        max_grad_norm=arguments.max_grad_norm,
     )
-    task.model.to(device)
-    plan = _plan(task, settings, loop.steps_of(task, settings))
-    say("plan\n" + table(_plan_rows(task, plan, settings)) + "\n\ntraining")
-    with Recorder(folder, task, {**_about(arguments), "plan": plan}) as recorder:
+    plan = plan_of(task, settings)
+    say("plan\n" + table(rows_of(task, plan, settings)) + "\n\ntraining")
+    with Recorder(folder, task, {**about, "plan": plan}, arguments.keep, resumed) as recorder:
         try:
-            if task.measure == "perplexity":
+            if task.before and not resumed:
                 recorder.epoch(0, 0, loop.evaluate(task, settings))
-            loop.fit(task, settings, recorder)
+            loop.fit(task, settings, recorder, resumed)
         except torch.OutOfMemoryError as error:
             recorder.failed("out of memory")
-            raise CommandError(f"out of memory ({one_line(error, 120)}); use a smaller --batch-size.") from error
+            raise CommandError(
+                f"out of memory ({one_line(error, 120)}); use a smaller --batch-size (with --accumulate), or "
+                "--gradient-checkpointing."
+            ) from error
         except KeyboardInterrupt:
             recorder.failed("interrupted")
             raise
@@ -58,10 +74,12 @@ def _output_folder(arguments: argparse.Namespace) -> Path:
     """The folder to write to; no adapter is overwritten unless asked.
 
     Raises:
-        CommandError: there is an adapter in it, or its name is a file's.
+        CommandError: there is an adapter in it, or its name is a file's; ``--resume`` without ``--out``.
     """
     from unilora_cli.report import ADAPTER
 
+    if arguments.resume and arguments.out is None:
+        raise CommandError("--resume wants the folder of the interrupted run: --out FOLDER.")
     if arguments.out is None:
         names = (Path(arguments.model).name, Path(arguments.data).stem)
         stem = "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in name) for name in names)
@@ -73,81 +91,11 @@ def _output_folder(arguments: argparse.Namespace) -> Path:
     folder = Path(arguments.out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{arguments.out}: this is a file; --out wants a folder.")
-    if (folder / ADAPTER).exists() and not arguments.overwrite:
+    if (folder / ADAPTER).exists() and not (arguments.overwrite or arguments.resume):
         raise CommandError(
             f"{arguments.out}: there is an adapter in it already; add --overwrite, or choose another --out."
         )
     return folder
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(f"--device {name}: there is no such device here ({one_line(error, 120)}).") from error
-    return device
-
-
-def _plan(task: Any, settings: Any, steps: int) -> dict[str, Any]:
-    """The numbers of a run, for the printed plan and for metrics.json."""
-    adapter, spec = task.adapter, task.adapter.spec
-    groups = adapter.parameter_groups(settings.lora_rate, settings.head_rate)
-    return {
-        "targets": len(adapter.targets),
-        "D": spec.D,
-        "d": spec.d,
-        "D/d": spec.D / spec.d,
-        "seed": spec.seed,
-        "grouping": spec.grouping,
-        "start": spec.start,
-        "bound": spec.bound,
-        "modules_to_save": list(adapter.modules_to_save),
-        "theta_rate": groups[0]["lr"],
-        "head_rate": groups[1]["lr"] if len(groups) > 1 else None,
-        "trained": sum(p.numel() for group in groups for p in group["params"]),
-        "total": sum(p.numel() for p in task.model.parameters()),
-        "train_examples": len(task.train.dataset),
-        "held_out_examples": len(task.held_out.dataset),
-        "steps": steps,
-        "device": str(settings.device),
-    }
-
-
-def _plan_rows(task: Any, plan: dict[str, Any], settings: Any) -> list[tuple[str, str]]:
-    lora = settings.lora_rate
-    factor = plan["theta_rate"] / lora
-    heads = ", ".join(plan["modules_to_save"])
-    rows = [
-        ("model", f"{task.base.name} ({task.base.kind})"),
-        ("data", f"{plan['train_examples']:,} examples to train on, {plan['held_out_examples']:,} held out"),
-        *((name, number(value)) for name, value in task.notes),
-        ("adapter", task.adapter.summary()),
-        ("D/d", f"{plan['D']:,} / {plan['d']:,} = {plan['D/d']:.4g}"),
-        ("projection", f"seed {plan['seed']}, grouping {plan['grouping']}, start {plan['start']}"),
-        (
-            "rate of θ_d",
-            f"{plan['theta_rate']:.4g} = {factor:.4g} × {lora:g}, the rate that trains as LoRA would at {lora:g}",
-        ),
-        ("", f"because {_reason()}"),
-        ("steps", f"{plan['steps']:,} on {plan['device']}" + (", bfloat16 autocast" if settings.bf16 else "")),
-    ]
-    if heads:
-        rows.insert(-1, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
-    return rows
-
-
-def _reason() -> str:
-    """Why θ_d's rate is what it is, in the words of the library that decides it."""
-    from unilora_core import rates
-
-    return (inspect.getdoc(rates.theta_rate) or "unilora_core.rates says so").splitlines()[0].rstrip(".")
 
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,34 +1,48 @@
 """The task of `unilora finetune lm`: a causal language model of transformers."""
 
 import argparse
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 import unilora_transformers
 from unilora_cli.adapting import adapter_options, fit_length, loader
+from unilora_cli.chat import check_template
 from unilora_cli.console import CommandError
-from unilora_cli.data_lm import IGNORED, load_language
+from unilora_cli.data_corpus import read_corpora
+from unilora_cli.data_lm import IGNORED, Language, encode_corpora
 from unilora_cli.data_text import pad
-from unilora_cli.models import Base, build, tokenizer
+from unilora_cli.generation import exact_match
+from unilora_cli.loading import check_available, loaded
+from unilora_cli.metrics import PERPLEXITY, Metric, chosen
+from unilora_cli.models import Base, config_of, tokenizer
+from unilora_cli.packing import check_packing
 from unilora_cli.task import Batch, Scores, Task
 
 __all__ = ["score", "task"]
 
 
 def task(arguments: argparse.Namespace) -> Task:
-    """Texts, model and adapter, as the arguments say."""
+    """Texts, model and adapter, as the arguments say; what is wrong with the data is said before the model loads."""
+    check_available(arguments)
+    wanted = chosen(arguments.metric, ("perplexity", "exact-match"), ("perplexity",))
+    train, held_out = read_corpora(arguments)
     base = Base("lm", arguments.model, arguments=dict(arguments.model_arg), seed=arguments.seed)
     tokens = tokenizer(base)
-    model, fresh = build(base)
+    if train.chats or (held_out and held_out.chats):
+        check_template(tokens, arguments.model)
+    length = fit_length(config_of(base), arguments.length)
+    data = encode_corpora(train, held_out, arguments, tokens, length)
+    metrics = tuple(PERPLEXITY if name == "perplexity" else _exact_match(data, arguments, tokens) for name in wanted)
+    model, fresh = loaded(base, arguments)
     if fresh:
         raise CommandError(f"{arguments.model}: the checkpoint has no weights for {', '.join(fresh[:4])}.")
-    length = fit_length(model, arguments.length)
-    data = load_language(arguments, tokens, length)
     model.config.use_cache = False
+    if arguments.packing:
+        check_packing(model, data.unpacked, arguments.model)
     collate = pad({"input_ids": tokens.pad_token_id or 0, "labels": IGNORED})
-    example = collate(data.train[:2])
-    del example["labels"]
+    example = {name: values.to(model.device) for name, values in collate(data.train[:2]).items() if name != "labels"}
     return Task(
         base=base,
         model=model,
@@ -36,15 +50,20 @@ def task(arguments: argparse.Namespace) -> Task:
         train=loader(data.train, arguments, collate, shuffle=True),
         held_out=loader(data.held_out, arguments, collate),
         score=score,
-        measure="perplexity",
+        metrics=metrics,
+        before=True,
         notes=[("tokens per example", f"at most {length}"), *data.notes],
     )
 
 
 def score(model: nn.Module, batch: Batch) -> Scores:
     """Cross-entropy of the next token, over the tokens that have a label."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORED
     logits, labels = logits[:, :-1][counted].float(), labels[counted]
-    return Scores(F.cross_entropy(logits, labels), len(labels), int((logits.argmax(-1) == labels).sum()))
+    return Scores(F.cross_entropy(logits, labels), len(labels))
+
+
+def _exact_match(data: Language, arguments: argparse.Namespace, tokens: Any) -> Metric:
+    return exact_match(data.prompts, tokens, arguments.eval_prompts, arguments.batch_size, arguments.max_new_tokens)

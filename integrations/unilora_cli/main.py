@@ -7,13 +7,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from unilora_cli import options, options_finetune
+from unilora_cli import options, options_finetune, recipes
 from unilora_cli.console import one_line
 from unilora_core import UniLoraError, __version__
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_parser", "main", "parse"]
 
-EXTRAS = ("torch", "timm", "transformers", "datasets", "matplotlib", "PIL", "tqdm", "peft")
+EXTRAS = ("torch", "timm", "transformers", "datasets", "matplotlib", "PIL", "tqdm", "sklearn", "scipy", "tomli", "peft")
 """What a subcommand may miss; the extra ``unilora[cli]`` has all but peft, which converting needs at times."""
 
 
@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # and not a replaced one, as in tests and notebooks
             stream.reconfigure(errors="replace")  # a terminal without θ must not end a training run
-    arguments = build_parser().parse_args(argv)
-    module, function = arguments.run.split(":")
+    debug = "--debug" in (sys.argv if argv is None else argv)
     try:
+        arguments = parse(argv)
+        module, function = arguments.run.split(":")
         getattr(importlib.import_module(module), function)(arguments)
     except KeyboardInterrupt:
         sys.stderr.write("unilora: interrupted\n")
@@ -36,11 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UniLoraError, OSError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in EXTRAS:
             raise
-        if arguments.debug:
+        if debug:
             traceback.print_exc()
         sys.stderr.write(f"unilora: error: {_message(error)}\n")
         return 1
     return 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line, with those of its recipe where it names one.
+
+    Raises:
+        CommandError: a recipe that cannot be used.
+    """
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if getattr(arguments, "recipe", None):
+        recipes.fill_in(arguments)
+        arguments = parser.parse_args(argv)
+    options_finetune.complete(arguments)
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,8 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     options_finetune.add_finetune(commands)
+    options_finetune.add_recipes(commands)
     options.add_inspect(commands)
     options.add_convert(commands)
+    options.add_check(commands)
     options.add_merge(commands)
     return parser
 

@@ -11,7 +11,7 @@ from typing import Any
 from unilora_cli.console import CommandError, one_line
 from unilora_core import UniLoraError, __version__
 
-__all__ = ["Base", "build", "load_adapter", "pad_with", "readable_errors", "remembered", "tokenizer"]
+__all__ = ["Base", "build", "config_of", "load_adapter", "pad_with", "readable_errors", "remembered", "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Base:
     pretrained: bool = True
     checkpoint: str | None = None
     seed: int = 0
+
+    @property
+    def regression(self) -> bool:
+        """Whether the model gives one number."""
+        return self.arguments.get("problem_type") == "regression"
 
     def metadata(self) -> dict[str, str]:
         """The strings that an adapter file keeps; `remembered` reads them."""
@@ -68,8 +73,12 @@ def remembered(metadata: dict[str, str], arguments: argparse.Namespace, where: s
     return replace(base, arguments=given, checkpoint=arguments.checkpoint or base.checkpoint)
 
 
-def build(base: Base) -> tuple[Any, list[str]]:
-    """The base model on the CPU, and the names of its parameters that no checkpoint gave values.
+def build(base: Base, **loading: Any) -> tuple[Any, list[str]]:
+    """The base model, and the names of its parameters that no checkpoint gave values.
+
+    Args:
+        **loading: for transformers: how it is loaded (``dtype``, ``quantization_config``, ``device_map``); without
+            them on the CPU.
 
     Raises:
         CommandError: there is no such model, or it cannot be built so.
@@ -78,7 +87,7 @@ def build(base: Base) -> tuple[Any, list[str]]:
 
     torch.manual_seed(base.seed)
     with readable_errors(f"cannot build the model {base.name!r}"):
-        return _build_timm(base) if base.kind == "vit" else _build_transformers(base)
+        return _build_timm(base) if base.kind == "vit" else _build_transformers(base, loading)
 
 
 def load_adapter(base: Base, model: Any, path: str | Path) -> Any:
@@ -100,6 +109,18 @@ def tokenizer(base: Base) -> Any:
 
     with readable_errors(f"cannot load the tokenizer of {base.name!r}"):
         return AutoTokenizer.from_pretrained(base.name)
+
+
+def config_of(base: Base) -> Any:
+    """The base model's config, without the model.
+
+    Raises:
+        CommandError: there is none.
+    """
+    from transformers import AutoConfig
+
+    with readable_errors(f"cannot build the model {base.name!r}"):
+        return AutoConfig.from_pretrained(base.name)
 
 
 def pad_with(model: Any, tokens: Any) -> int:
@@ -136,22 +157,23 @@ def _build_timm(base: Base) -> tuple[Any, list[str]]:
     return timm.create_model(name, pretrained=base.pretrained, **options), []
 
 
-def _build_transformers(base: Base) -> tuple[Any, list[str]]:
+def _build_transformers(base: Base, loading: dict[str, Any]) -> tuple[Any, list[str]]:
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options = dict(base.arguments)
+    options = loading | base.arguments
     if base.kind == "lm":
         auto = transformers.AutoModelForCausalLM
     else:
         auto = transformers.AutoModelForSequenceClassification
+        if base.labels or base.regression:
+            options["ignore_mismatched_sizes"] = True  # the checkpoint's head may be another task's
         if base.labels:
             options |= {
                 "num_labels": len(base.labels),
                 "id2label": dict(enumerate(base.labels)),
                 "label2id": {label: i for i, label in enumerate(base.labels)},
-                "ignore_mismatched_sizes": True,
             }
     model, report = auto.from_pretrained(base.name, output_loading_info=True, **options)
     fresh = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", ()))]

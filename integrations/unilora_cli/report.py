@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unilora_cli import checkpoint
 from unilora_cli.console import number, say, table
 from unilora_cli.task import Task
 
@@ -20,20 +21,27 @@ class Recorder:
 
     Attributes:
         folder: the output folder.
+        keep: the adapter of which epoch stays in the file: ``"last"``, or ``"best"`` by the task's first metric.
         epochs: a record per evaluation: epoch, step, mean training loss, the scores, seconds.
     """
 
-    def __init__(self, folder: Path, task: Task, about: Mapping[str, Any]):
-        self.folder, self.task, self.about = folder, task, dict(about)
-        self.epochs: list[dict[str, Any]] = []
-        self.losses: list[tuple[int, float, float]] = []
-        self.began = time.perf_counter()
-        self._since = 0
+    def __init__(
+        self, folder: Path, task: Task, about: Mapping[str, Any], keep: str, resumed: Mapping[str, Any] | None = None
+    ):
+        self.folder, self.task, self.about, self.keep = folder, task, dict(about), keep
+        self.epochs: list[dict[str, Any]] = list(resumed["epochs"]) if resumed else []
+        self.losses: list[tuple[int, float, float]] = list(resumed["losses"]) if resumed else []
+        self.began = time.perf_counter() - (resumed["seconds"] if resumed else 0)
+        self._since = len(self.losses)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ADAPTER).unlink(missing_ok=True)  # --overwrite: an old adapter must not pass for this run's
+        if not resumed:  # --overwrite: an old adapter must not pass for this run's
+            for name in (ADAPTER, checkpoint.FILE):
+                (folder / name).unlink(missing_ok=True)
         self._file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8", buffering=1)
         self._rows = csv.writer(self._file)
         self._rows.writerow(["step", "loss", "rate"])
+        for row in self.losses:
+            self._write_step(*row)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -44,21 +52,41 @@ class Recorder:
     def step(self, step: int, loss: float, rate: float) -> None:
         """One step: its loss, and the rate of θ_d that it used."""
         self.losses.append((step, loss, rate))
-        self._rows.writerow([step, f"{loss:.6g}", f"{rate:.6g}"])
+        self._write_step(step, loss, rate)
 
     def epoch(self, epoch: int, step: int, scores: Mapping[str, float]) -> None:
-        """Save the adapter and what is known so far, and print a line."""
+        """Save the adapter, if it is to be kept, and what is known so far, and print a line."""
         recent = [loss for _, loss, _ in self.losses[self._since :]]
         self._since = len(self.losses)
         row: dict[str, Any] = {"epoch": epoch, "step": step}
         if recent:
             row["train_loss"] = sum(recent) / len(recent)
+        self.epochs.append(row | dict(scores) | {"seconds": self._seconds()})
+        if epoch and self.kept() is self.epochs[-1]:
             self.save()
-        self.epochs.append(row | dict(scores) | {"seconds": round(time.perf_counter() - self.began, 3)})
         self.write("running")
         name = f"epoch {epoch}" if epoch else "before"
         before = f"training loss {number(row['train_loss'])}, " if recent else ""
         say(f"  {name}: {before}held out: " + ", ".join(f"{key} {number(value)}" for key, value in scores.items()))
+
+    @property
+    def keeps(self) -> str:
+        """In words, the epoch whose adapter is in the file."""
+        return {"last": "last whole", "best": "best"}[self.keep]
+
+    def kept(self) -> dict[str, Any]:
+        """The record of the epoch whose adapter is in the file; of the last evaluation before there is one."""
+        trained = [row for row in self.epochs if row["epoch"]]
+        if self.keep == "last" or not trained:
+            return self.epochs[-1] if self.epochs else {}
+        metric = self.task.metrics[0]
+        return (max if metric.higher else min)(trained, key=lambda row: row[metric.name])
+
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Write down what ``--resume`` needs after this epoch."""
+        known = {"epochs": self.epochs, "losses": self.losses, "seconds": self._seconds()}
+        made_for = checkpoint.made_for(self.about["settings"], self.task.adapter.spec)
+        checkpoint.write(self.folder, {**state, **known, **made_for})
 
     def save(self) -> None:
         """Write the adapter file."""
@@ -71,21 +99,28 @@ class Recorder:
     def finish(self) -> None:
         """Write the last outputs, and print the table."""
         self.write("finished")
+        (self.folder / checkpoint.FILE).unlink(missing_ok=True)
         self._plot()
         say("\nresult\n" + table(self._summary()))
 
     def write(self, status: str) -> None:
         """Write metrics.json, and what metrics.csv still lacks."""
         self._file.flush()
-        final = {key: value for key, value in (self.epochs[-1] if self.epochs else {}).items() if key != "seconds"}
+        final = {key: value for key, value in self.kept().items() if key != "seconds"}
         contents = self.about | {
             "status": status,
             "final": final,
             "epochs": self.epochs,
             "bytes": self._bytes(),
-            "seconds": round(time.perf_counter() - self.began, 3),
+            "seconds": self._seconds(),
         }
         (self.folder / "metrics.json").write_text(json.dumps(contents, indent=2, default=str) + "\n", encoding="utf-8")
+
+    def _write_step(self, step: int, loss: float, rate: float) -> None:
+        self._rows.writerow([step, f"{loss:.6g}", f"{rate:.6g}"])
+
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self.began, 3)
 
     def _bytes(self) -> dict[str, int]:
         file, spec = self.folder / ADAPTER, self.task.adapter.spec
@@ -93,15 +128,18 @@ class Recorder:
         return {"adapter": size, "adapter_as_lora": size + 4 * (spec.D - spec.d) if size else 0}
 
     def _summary(self) -> list[tuple[str, str]]:
-        last, sizes = self.epochs[-1], self._bytes()
-        scores = [(f"held-out {name}", number(last[name])) for name in ("loss", self.task.measure)]
+        kept, sizes = self.kept(), self._bytes()
+        names = ("loss", *(metric.name for metric in self.task.metrics))
+        scores = [(f"held-out {name}", number(kept[name])) for name in names]
         if not self.epochs[0]["epoch"]:
             scores = [(name, f"{value} (before: {number(self.epochs[0][name[9:]])})") for name, value in scores]
+        if self.keep == "best":
+            scores.append(("epoch", f"{kept['epoch']}, the best of {self.epochs[-1]['epoch']}"))
         return [
             *scores,
             ("trained numbers", f"{self.about['plan']['trained']:,}"),
             ("adapter", f"{self.folder / ADAPTER}, {sizes['adapter']:,} bytes (as LoRA: {sizes['adapter_as_lora']:,})"),
-            ("time", f"{time.perf_counter() - self.began:.1f} s"),
+            ("time", f"{self._seconds():.1f} s"),
             ("also written", f"metrics.csv, metrics.json, loss.png in {self.folder}"),
         ]
 
@@ -123,7 +161,7 @@ class Recorder:
             label="held out",
         )
         right = axes.twinx()
-        measure = self.task.measure
+        measure = self.task.metrics[0].name
         right.plot(
             [e["step"] for e in self.epochs], [e[measure] for e in self.epochs], "s--", color="tab:green", label=measure
         )

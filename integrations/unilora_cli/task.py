@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from unilora_cli.metrics import Metric
 from unilora_cli.models import Base
 from unilora_torch import Adapter
 
@@ -23,12 +24,12 @@ class Scores:
     Attributes:
         loss: (), the mean over ``count``, differentiable.
         count: examples, or tokens of a language model.
-        correct: how many of them were right.
+        predicted: (examples,), what the model makes of each: a class or a number; None for a language model.
     """
 
     loss: Tensor
     count: int
-    correct: int
+    predicted: Tensor | None = None
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Task:
     Attributes:
         train, held_out: batches; the latter in a fixed order.
         score: model and batch → `Scores`.
-        measure: ``"accuracy"`` or ``"perplexity"``, what is reported beside the loss.
+        metrics: what is reported beside the loss; ``--keep best`` goes by the first.
+        before: whether to evaluate before training too.
         notes: lines about the data for the printed plan.
     """
 
@@ -48,5 +50,6 @@ class Task:
     train: DataLoader
     held_out: DataLoader
     score: Callable[[nn.Module, Batch], Scores]
-    measure: str = "accuracy"
+    metrics: tuple[Metric, ...]
+    before: bool = False
     notes: list[tuple[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The task of `unilora finetune text`: a text classifier of transformers."""
+"""The task of `unilora finetune text`: a text classifier of transformers, or a model that gives a number."""
 
 import argparse
 
@@ -8,7 +8,9 @@ from torch import nn
 import unilora_transformers
 from unilora_cli.adapting import adapter_options, fit_length, loader
 from unilora_cli.data_text import encode, load_texts, pad
-from unilora_cli.models import Base, build, pad_with, tokenizer
+from unilora_cli.loading import check_available, loaded
+from unilora_cli.metrics import CLASSES, NUMBERS, chosen
+from unilora_cli.models import Base, pad_with, tokenizer
 from unilora_cli.task import Batch, Scores, Task
 from unilora_torch import Adapter
 
@@ -17,29 +19,33 @@ __all__ = ["score", "task"]
 
 def task(arguments: argparse.Namespace) -> Task:
     """Texts, model and adapter, as the arguments say."""
+    check_available(arguments)
+    known, usual = (NUMBERS, ("pearson", "spearman")) if arguments.regression else (CLASSES, ("accuracy",))
+    metrics = tuple(known[name] for name in chosen(arguments.metric, known, usual))
     texts = load_texts(arguments)
+    number = {"num_labels": 1, "problem_type": "regression"} if arguments.regression else {}
     base = Base(
         "text",
         arguments.model,
         labels=texts.classes,
-        arguments=dict(arguments.model_arg),
+        arguments=number | dict(arguments.model_arg),
         seed=arguments.seed,
     )
     tokens = tokenizer(base)
-    model, fresh = build(base)
+    model, fresh = loaded(base, arguments)
     fill = pad_with(model, tokens)
-    length = fit_length(model, arguments.length)
+    length = fit_length(model.config, arguments.length)
     train, held_out = (encode(pairs, tokens, length) for pairs in (texts.train, texts.held_out))
     collate = pad({"input_ids": fill})
     options = adapter_options(arguments)
-    example = collate(train[:2])
-    del example["labels"]
+    example = {name: values.to(model.device) for name, values in collate(train[:2]).items() if name != "labels"}
     adapter = unilora_transformers.attach(model, example=example, **options)
     if extra := _uncovered(fresh, adapter):
         adapter.detach()
         options["modules_to_save"] = (*adapter.modules_to_save, *extra)
         adapter = unilora_transformers.attach(model, example=example, **options)
-    notes = [("classes", ", ".join(texts.classes[:8]) + (" …" if len(texts.classes) > 8 else ""))]
+    classes = ", ".join(texts.classes[:8]) + (" …" if len(texts.classes) > 8 else "")
+    notes = [("classes", classes) if texts.classes else ("labels", "numbers")]
     if extra:
         notes.append(("trained as well", f"{', '.join(extra)}: not in the checkpoint"))
     return Task(
@@ -49,16 +55,18 @@ def task(arguments: argparse.Namespace) -> Task:
         train=loader(train, arguments, collate, shuffle=True),
         held_out=loader(held_out, arguments, collate),
         score=score,
+        metrics=metrics,
         notes=notes,
     )
 
 
 def score(model: nn.Module, batch: Batch) -> Scores:
-    """Cross-entropy over a batch of texts."""
+    """Cross-entropy over a batch of texts, or the squared error where the labels are numbers."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs).logits.float()
-    correct = logits.argmax(-1) == batch["labels"]
-    return Scores(F.cross_entropy(logits, batch["labels"]), len(correct), int(correct.sum()))
+    labels, logits = batch["labels"], model(**inputs).logits.float()
+    if labels.is_floating_point():
+        return Scores(F.mse_loss(logits[:, 0], labels), len(labels), logits[:, 0].detach())
+    return Scores(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1))
 
 
 def _uncovered(fresh: list[str], adapter: Adapter) -> tuple[str, ...]:

@@ -5,7 +5,19 @@ import ast
 import re
 from typing import Any
 
-__all__ = ["assignment", "auto_or_positive", "fraction", "names", "natural", "part", "positive", "rate", "selection"]
+__all__ = [
+    "assignment",
+    "auto_or_positive",
+    "flag",
+    "fraction",
+    "names",
+    "natural",
+    "not_negative",
+    "part",
+    "positive",
+    "rate",
+    "selection",
+]
 
 
 def _number(text: str, kind: type, check: Any, wanted: str) -> Any:
@@ -33,6 +45,11 @@ def rate(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
+def not_negative(text: str) -> float:
+    """A number from 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number from 0")
+
+
 def part(text: str) -> float:
     """A number from 0 to 1."""
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -57,6 +74,11 @@ def selection(text: str) -> str | tuple[str, ...]:
     """Words become a tuple of names or endings; ``all-linear`` and everything else stays one string, a pattern."""
     words = re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*,?", text)
     return names(text) if words and text != "all-linear" else text
+
+
+def flag(group: Any, name: str, purpose: str) -> None:
+    """Add a flag that ``--no-…`` takes back, as one may wish to where a recipe sets it."""
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=purpose)
 
 
 def assignment(text: str) -> tuple[str, Any]:

@@ -12,6 +12,7 @@ import unilora_timm
 from unilora_cli.adapting import adapter_options, loader
 from unilora_cli.data_images import ImageSet, load_images
 from unilora_cli.data_records import draw, split_off
+from unilora_cli.metrics import CLASSES
 from unilora_cli.models import Base, build
 from unilora_cli.task import Batch, Scores, Task
 
@@ -48,6 +49,7 @@ def task(arguments: argparse.Namespace) -> Task:
         train=loader(trained, arguments, shuffle=True),
         held_out=loader(tested, arguments),
         score=score,
+        metrics=(CLASSES["accuracy"],),
         notes=[("classes", len(train.classes)), ("image size", "x".join(map(str, example.shape[1:])))],
     )
 
@@ -55,8 +57,7 @@ def task(arguments: argparse.Namespace) -> Task:
 def score(model: nn.Module, batch: Batch) -> Scores:
     """Cross-entropy over a batch of images."""
     logits = model(batch["x"]).float()
-    correct = logits.argmax(-1) == batch["labels"]
-    return Scores(F.cross_entropy(logits, batch["labels"]), len(correct), int(correct.sum()))
+    return Scores(F.cross_entropy(logits, batch["labels"]), len(logits), logits.argmax(-1))
 
 
 def _transforms(model: nn.Module, arguments: argparse.Namespace) -> tuple[Any, Any, str]:

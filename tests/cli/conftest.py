@@ -61,9 +61,9 @@ def unilora(capsys, monkeypatch, tmp_path):
 @pytest.fixture
 def parsed():
     """parsed(*words): the arguments of a command line."""
-    from unilora_cli.main import build_parser
+    from unilora_cli.main import parse
 
-    return lambda *words: build_parser().parse_args([str(word) for word in words])
+    return lambda *words: parse([str(word) for word in words])
 
 
 @pytest.fixture(scope="session")

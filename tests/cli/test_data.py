@@ -234,32 +234,37 @@ def test_texts_of_records_are_joined(lm, sentences, tmp_path):
 
 
 def test_prompt_and_response(tokenizer, parsed, tmp_path):
-    from unilora_cli.data_lm import load_language
+    from unilora_cli.data_corpus import read_corpora
+    from unilora_cli.data_lm import encode_corpora
 
     rows = [{"prompt": "the film was", "response": " very good"}, {"prompt": "the plot " * 20, "response": "bad"}] * 3
     path = write(tmp_path / "a.jsonl", rows)
     line = ("finetune", "lm", "--model", "m", "--data", path)
-    whole = load_language(parsed(*line), tokenizer, 16)
+
+    def encoded(arguments):
+        return encode_corpora(*read_corpora(arguments), arguments, tokenizer, 16)
+
+    whole = encoded(parsed(*line))
     assert (len(whole.train), len(whole.held_out)) == (2, 1)
     assert whole.notes == [("left out", f"3 of {path}: the prompt alone fills 16 tokens (--length)")]
     tokens = whole.train[0]["input_ids"]
     assert tokenizer.decode(tokens) == "the film was very good [EOS]"
     assert whole.train[0]["labels"] == tokens
-    half = load_language(parsed(*line, "--response-only"), tokenizer, 16)
+    half = encoded(parsed(*line, "--response-only"))
     assert half.train[0]["labels"] == [-100] * 3 + tokens[3:]
 
 
 def test_prompts_are_parted_from_responses(tmp_path, parsed):
-    from unilora_cli.data_lm import _corpora
+    from unilora_cli.data_corpus import read_corpora
 
     rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}, {"instruction": "Go.", "input": "", "output": "!"}]
-    train, _ = _corpora(parsed("finetune", "lm", "--model", "m", "--data", write(tmp_path / "a.jsonl", rows)))
+    train, _ = read_corpora(parsed("finetune", "lm", "--model", "m", "--data", write(tmp_path / "a.jsonl", rows)))
     assert train.pairs == [
         ("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n", "3"),
         ("### Instruction:\nGo.\n\n### Response:\n", "!"),
     ]
     rows = [{"question": "1+2?", "answer": "3"}, {"question": "1+2?", "answer": " 3"}]
-    train, _ = _corpora(parsed("finetune", "lm", "--model", "m", "--data", write(tmp_path / "b.jsonl", rows)))
+    train, _ = read_corpora(parsed("finetune", "lm", "--model", "m", "--data", write(tmp_path / "b.jsonl", rows)))
     assert train.pairs == [("1+2?\n", "3"), ("1+2?", " 3")]
 
 
@@ -271,7 +276,7 @@ def test_language_that_cannot_be_used(lm, tmp_path, tsv):
     refused(lm("--data", tmp_path / "a.txt"), "it fills one block of 16 tokens only")
     refused(lm("--data", tmp_path / "a.txt", "--response-only"), "it holds whole texts")
     refused(lm("--data", tmp_path / "a.txt", "--eval-data", tsv), "train.tsv: expected a .txt file")
-    refused(lm("--data", tsv), "expected the columns prompt+response", "it has 'sentence', 'label'")
+    refused(lm("--data", tsv), "expected the columns messages or prompt+response", "it has 'sentence', 'label'")
     path = write(tmp_path / "a.jsonl", [{"prompt": "the plot " * 20, "response": "bad"}] * 3)
     refused(lm("--data", path), "every prompt fills the 16 tokens of --length")
 

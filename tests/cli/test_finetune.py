@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(unilora
     def breaks(model, batch):
         scores = scored(model, batch)
         calls.append(model.unilora.theta_d.detach().clone())
-        return scores if len(calls) < 4 else text.Scores(scores.loss * float("nan"), scores.count, 0)
+        return scores if len(calls) < 4 else text.Scores(scores.loss * float("nan"), scores.count)
 
     monkeypatch.setattr(text, "score", breaks)
     words = ("--batch-size", 4, "--out", "run", "--device", "cpu")
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(unilora
     assert result.code == 1
     assert result.err == (
         "unilora: error: the loss became nan at step 4; the adapter of the step before is kept in run. "
-        "Lower --lora-rate or --head-rate, or lengthen --warmup.\n"
+        "Lower --lora-rate (or --theta-rate) or --head-rate, or lengthen --warmup.\n"
     )
     assert torch.equal(torch.from_numpy(read_adapter("run/adapter.safetensors").theta_d), calls[2])
     assert json.loads(Path("run/metrics.json").read_text())["status"] == "stopped: the loss became nan at step 4"

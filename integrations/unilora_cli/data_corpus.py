@@ -1,0 +1,156 @@
+"""What a causal language model is trained on, before a tokenizer has seen it: whole texts, pairs, or chats."""
+
+import argparse
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unilora_cli.console import CommandError
+from unilora_cli.data_records import load_tables, opened, suffix
+
+__all__ = ["Chat", "Corpus", "read_corpora"]
+
+DIALOGUES = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("query", "response"),
+)
+"""Columns that hold a prompt and its response; ``input`` may stand beside ``instruction``."""
+
+ALPACA = "### Instruction:\n{instruction}\n\n{context}### Response:\n"
+ROLES = ("system", "user", "assistant", "tool")
+
+Chat = list[dict[str, str]]
+"""Turns: ``{"role": ..., "content": ...}``."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Whole texts, pairs of a prompt and a response, or chats, from one source."""
+
+    where: str
+    texts: Sequence[str] = ()
+    pairs: Sequence[tuple[str, str]] = ()
+    chats: Sequence[Chat] = ()
+
+
+def read_corpora(arguments: argparse.Namespace) -> tuple[Corpus, Corpus | None]:
+    """What ``--data`` and ``--eval-data`` hold.
+
+    Raises:
+        CommandError: no such data, or no known columns; a record without text; a chat with an unknown role; whole texts
+            where pairs or chats are wanted.
+    """
+    if suffix(Path(arguments.data)) == ".txt":
+        if arguments.eval_data and suffix(Path(arguments.eval_data)) != ".txt":
+            raise CommandError(f"{arguments.eval_data}: expected a .txt file, as {arguments.data} is one.")
+        corpora = _read(arguments.data), _read(arguments.eval_data) if arguments.eval_data else None
+    else:
+        tables, elsewhere = load_tables(arguments), arguments.eval_data or arguments.data
+        apart = tables.held_out
+        corpora = (
+            _corpus(tables.train, arguments, arguments.data),
+            None if apart is None else _corpus(apart, arguments, elsewhere),
+        )
+    for corpus in corpora:
+        if corpus and corpus.texts and (what := _wants_dialogues(arguments)):
+            raise CommandError(f"{corpus.where}: it holds whole texts, so there is no {what}.")
+    return corpora
+
+
+def _wants_dialogues(arguments: argparse.Namespace) -> str | None:
+    """The argument that makes no sense for whole texts."""
+    if "exact-match" in (arguments.metric or ()):
+        return "--metric exact-match"
+    if arguments.packing:
+        return "--packing"
+    return "--response-only" if arguments.response_only else None
+
+
+def _corpus(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -> Corpus:
+    if arguments.prompt:
+        return Corpus(where, pairs=_filled_in(rows, arguments, where))
+    columns = _columns(rows[0], arguments, where)
+    if columns == ("messages",):
+        return Corpus(where, chats=[_chat(row["messages"], f"{where}, record {i + 1}") for i, row in enumerate(rows)])
+    values = []
+    for i, row in enumerate(rows):
+        parts = _words(row, columns, f"{where}, record {i + 1}")
+        if columns[0] == "instruction":
+            context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
+            parts[0] = ALPACA.format(instruction=parts[0], context=context)
+        values.append(parts)
+    if len(columns) == 1:
+        return Corpus(where, texts=[text for (text,) in values])
+    return Corpus(where, pairs=[(_closed(prompt, response), response) for prompt, response in values])
+
+
+def _columns(row: Row, arguments: argparse.Namespace, where: str) -> tuple[str, ...]:
+    """The columns that count, from those that there are."""
+    known = ((arguments.text_column,),) if arguments.text_column else (("messages",), *DIALOGUES, ("text",))
+    for columns in known:
+        if set(columns) <= row.keys():
+            return columns
+    wanted = " or ".join("+".join(columns) for columns in known)
+    raise CommandError(f"{where}: expected the columns {wanted}; it has {', '.join(map(repr, row))}.")
+
+
+def _words(row: Row, columns: Sequence[str], where: str) -> list[str]:
+    parts = [part for name in columns if isinstance(part := row[name], str)]
+    if len(parts) < len(columns):
+        raise CommandError(f"{where}: expected a text in {' and '.join(map(repr, columns))}.")
+    return parts
+
+
+def _filled_in(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -> list[tuple[str, str]]:
+    """Pairs of ``--prompt``, filled in from the columns that it names in braces, and the response.
+
+    ``{prompt}`` and the response are found by name where the data call them otherwise.
+    """
+    try:
+        names = [name for _, name, *_ in string.Formatter().parse(arguments.prompt) if name is not None]
+    except ValueError as error:
+        raise CommandError(f"--prompt: {error}; write {{column}}, and {{{{ for a plain brace.") from error
+    usual = next((pair for pair in DIALOGUES if set(pair) <= rows[0].keys()), DIALOGUES[0])
+    columns = [usual[0] if name == "prompt" else name for name in names]
+    columns.append(arguments.response_column or usual[1])
+    if missing := [name for name in columns if name not in rows[0]]:
+        raise CommandError(
+            f"{where}: there is no column {missing[0]!r} for --prompt or --response-column; it has "
+            f"{', '.join(map(repr, rows[0]))}."
+        )
+    values = [_words(row, columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
+    return [(arguments.prompt.format(**dict(zip(names, parts[:-1], strict=True))), parts[-1]) for parts in values]
+
+
+def _closed(prompt: str, response: str) -> str:
+    """The prompt, with a line break where nothing else would part it from the response."""
+    return prompt if prompt[-1:].isspace() or response[:1].isspace() or not prompt else f"{prompt}\n"
+
+
+def _chat(turns: Any, where: str) -> Chat:
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise CommandError(f"{where}: expected a list of turns in 'messages', got {turns!r:.80}.")
+    for i, turn in enumerate(turns):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+        if role not in ROLES:
+            raise CommandError(f"{where}, turn {i + 1}: the role {role!r} is none of {', '.join(ROLES)}.")
+        if not isinstance(content, str):
+            raise CommandError(f"{where}, turn {i + 1}: expected a text as the content, got {content!r:.80}.")
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise CommandError(f"{where}: there is no turn of the assistant, so there is nothing to learn.")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def _read(source: str) -> Corpus:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CommandError(f"{source}: no such file.")
+    with opened(path) as file:
+        return Corpus(source, texts=[file.read()])

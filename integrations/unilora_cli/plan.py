@@ -1,0 +1,71 @@
+"""The plan of a run: its numbers, and how they are explained before training begins."""
+
+import inspect
+from typing import Any
+
+from unilora_cli.console import number
+from unilora_cli.loop import Settings, parameter_groups, steps_of
+from unilora_cli.task import Task
+from unilora_core import rates
+
+__all__ = ["plan_of", "rows_of"]
+
+
+def plan_of(task: Task, settings: Settings) -> dict[str, Any]:
+    """The numbers of a run, for the printed plan and for metrics.json."""
+    adapter, spec = task.adapter, task.adapter.spec
+    groups = parameter_groups(task, settings)
+    return {
+        "targets": len(adapter.targets),
+        "D": spec.D,
+        "d": spec.d,
+        "D/d": spec.D / spec.d,
+        "seed": spec.seed,
+        "grouping": spec.grouping,
+        "start": spec.start,
+        "bound": spec.bound,
+        "modules_to_save": list(adapter.modules_to_save),
+        "theta_rate": groups[0]["lr"],
+        "head_rate": groups[1]["lr"] if len(groups) > 1 else None,
+        "trained": sum(p.numel() for group in groups for p in group["params"]),
+        "total": sum(p.numel() for p in task.model.parameters()),
+        "train_examples": len(task.train.dataset),
+        "held_out_examples": len(task.held_out.dataset),
+        "steps": steps_of(task, settings),
+        "device": str(settings.device),
+    }
+
+
+def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[str, str]]:
+    """The lines of the printed plan."""
+    heads = ", ".join(plan["modules_to_save"])
+    rows = [
+        ("model", f"{task.base.name} ({task.base.kind})"),
+        ("data", f"{plan['train_examples']:,} examples to train on, {plan['held_out_examples']:,} held out"),
+        *((name, number(value)) for name, value in task.notes),
+        ("adapter", task.adapter.summary()),
+        ("D/d", f"{plan['D']:,} / {plan['d']:,} = {plan['D/d']:.4g}"),
+        ("projection", f"seed {plan['seed']}, grouping {plan['grouping']}, start {plan['start']}"),
+        *_rate_rows(plan["theta_rate"], settings),
+        ("steps", _steps(plan, settings)),
+    ]
+    if heads:
+        rows.insert(-1, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
+    return rows
+
+
+def _rate_rows(theta_rate: float, settings: Settings) -> list[tuple[str, str]]:
+    """θ_d's rate, and why it is what it is, in the words of the library that decides it."""
+    if settings.theta_rate is not None:
+        return [("rate of θ_d", f"{theta_rate:.4g}, as given")]
+    lora = settings.lora_rate
+    says = f"{theta_rate:.4g} = {theta_rate / lora:.4g} × {lora:g}, the rate that trains as LoRA would at {lora:g}"
+    reason = (inspect.getdoc(rates.theta_rate) or "unilora_core.rates says so").splitlines()[0].rstrip(".")
+    return [("rate of θ_d", says), ("", f"because {reason}")]
+
+
+def _steps(plan: dict[str, Any], settings: Settings) -> str:
+    parts = [f"{plan['steps']:,} on {plan['device']}"]
+    parts += [f"{settings.accumulate} batches each"] if settings.accumulate > 1 else []
+    parts += ["bfloat16 autocast"] if settings.bf16 else []
+    return ", ".join(parts)

@@ -1,0 +1,174 @@
+"""Recipes: every shipped one runs on a tiny model of its architecture and a few rows in its columns; and bad ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unilora_cli import recipes
+
+pytest.importorskip("datasets")
+pytest.importorskip("sklearn")
+
+PAIRS = ("sentence1", "sentence2")
+COLUMNS = {"cola": ("sentence",), "sst2": ("sentence",), "mrpc": PAIRS, "rte": PAIRS, "stsb": PAIRS}
+COLUMNS |= {"qnli": ("question", "sentence")}
+MODELS = {"mistral-7b": "mistral", "gemma-7b": "gemma", "llama-2-7b": "llama", "llama-2-13b": "llama"}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+QUICK = ("--max-steps", 2, "--length", 48, "--device", "cpu", "--out", "run")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer, llama):
+    """tiny(name): the folder of a model of that architecture with random weights."""
+    import torch
+    import transformers
+
+    made = {"llama": llama}
+    decoder = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "num_key_value_heads": 2, "head_dim": 8}
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    classes = {
+        "roberta": ("RobertaForMaskedLM", "RobertaConfig", {"vocab_size": len(tokenizer), "type_vocab_size": 1}),
+        "mistral": ("MistralForCausalLM", "MistralConfig", decoder),
+        "gemma": ("GemmaForCausalLM", "GemmaConfig", decoder),
+    }
+
+    def build(name):
+        if name not in made:
+            torch.manual_seed(0)
+            model, config, sizes = classes[name]
+            made[name] = tmp_path_factory.mktemp("models") / name
+            config = getattr(transformers, config)(**SIZES, **sizes, **special, tie_word_embeddings=True)
+            getattr(transformers, model)(config).save_pretrained(made[name])
+            tokenizer.save_pretrained(made[name])
+        return made[name]
+
+    return build
+
+
+def rows(name, sentences):
+    """A few records in the columns of the recipe's data set."""
+    family, task = name.split("/")[0], name.split("/")[-1]
+    if family == "math":
+        return [
+            {"query": "the plot", "response": f"{text} The answer is: {i}"} for i, (text, _) in enumerate(sentences)
+        ]
+    if family == "instruct":
+        return [{"instruction": "the film", "input": "", "output": text} for text, _ in sentences]
+    label = {"bad": 0, "good": 1}
+    return [
+        dict.fromkeys(COLUMNS[task], text) | {"label": label[kind] + (0.5 if task == "stsb" else 0)}
+        for text, kind in sentences
+    ]
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_a_shipped_recipe_runs(unilora, tiny, sentences, tmp_path, name):
+    family, last = name.split("/")[0], name.split("/")[-1]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(name, sentences)))
+    words = ["--recipe", name, "--data", "data.jsonl", "--eval-data", "data.jsonl", *QUICK]
+    words += ["--model", tiny("roberta" if family == "glue" else MODELS[last]), "--d", 40, "--batch-size", 2]
+    if family == "math":
+        gsm = [{"question": "the film", "answer": "very good #### 7"}] * 3
+        (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gsm))
+        words += ["--eval-data", "gsm.jsonl", "--max-new-tokens", 3, "--accumulate", 2]
+    if family == "instruct":
+        words += ["--no-load-in-4bit", "--accumulate", 2]
+    kind = "text" if family == "glue" else "lm"
+    result = unilora("finetune", kind, *words)
+    assert result.code == 0, result.err
+    metrics, recipe = json.loads(Path("run/metrics.json").read_text()), recipes._read(name)
+    assert metrics["plan"]["theta_rate"] == recipe["theta-rate"]
+    assert (metrics["plan"]["grouping"], metrics["plan"]["start"], metrics["plan"]["d"]) == ("iid", "paper", 40)
+    assert metrics["plan"]["steps"] == 2
+    assert set(recipe.get("metric", ["perplexity"])) < metrics["final"].keys()
+    targets = {"glue": 4}.get(family, 14)
+    assert metrics["plan"]["targets"] == targets
+
+
+def test_there_is_a_recipe_for_each_language_experiment_of_the_paper(unilora):
+    tasks = ("cola", "mrpc", "qnli", "rte", "sst2", "stsb")
+    names = [f"glue/roberta-{size}/{task}" for size in ("base", "large") for task in tasks]
+    names += ["instruct/llama-2-13b", "instruct/llama-2-7b", "math/gemma-7b", "math/mistral-7b"]
+    assert recipes.shipped() == names
+    result = unilora("recipes")
+    assert [line.split()[0] for line in result.out.splitlines()] == names
+    assert unilora("recipes", names[0]).out == (recipes.FOLDER / f"{names[0]}.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "D"),
+    [
+        ("glue/roberta-base/cola", {"hidden": 768, "layers": 12}, 147_456),
+        ("glue/roberta-large/cola", {"hidden": 1024, "layers": 24}, 393_216),
+    ],
+)
+def test_the_comment_on_D_is_right(name, model, D):
+    assert 2 * model["layers"] * 4 * 2 * model["hidden"] == D
+    assert f"# D = {D:,}" in (recipes.FOLDER / f"{name}.toml").read_text()
+
+
+def parse(parsed, tmp_path, text, *words):
+    (tmp_path / "my.toml").write_text(text)
+    return parsed("finetune", "text", "--recipe", tmp_path / "my.toml", *words)
+
+
+def test_options_win_over_a_recipe(parsed, tmp_path):
+    text = 'task = "text"\nmodel = "m"\ndata = "d"\nrank = 8\nbf16 = true\ntheta-rate = 5e-3\ntargets = ["a", "b"]\n'
+    settings = parse(parsed, tmp_path, text)
+    assert (settings.rank, settings.bf16, settings.theta_rate, settings.targets) == (8, True, 5e-3, ("a", "b"))
+    assert (settings.model, settings.lora_rate) == ("m", 5e-3)
+    settings = parse(parsed, tmp_path, text, "--rank", 4, "--no-bf16", "--model", "n", "--targets", "all-linear")
+    assert (settings.rank, settings.bf16, settings.model, settings.targets) == (4, False, "n", "all-linear")
+
+
+def test_a_rate_of_the_command_line_takes_the_place_of_the_other_kind(parsed, tmp_path):
+    text = 'task = "text"\nmodel = "m"\ndata = "d"\n'
+    settings = parse(parsed, tmp_path, text + "theta-rate = 5e-3\n", "--lora-rate", "5e-3")
+    assert (settings.lora_rate, settings.theta_rate) == (5e-3, None)
+    settings = parse(parsed, tmp_path, text + "lora-rate = 1e-3\n", "--theta-rate", "0.1")
+    assert (settings.lora_rate, settings.theta_rate) == (5e-3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'task = "text"\nranks = 4\n',
+            "my.toml: there is no setting 'ranks'; a recipe may have task, about, model, data,",
+        ),
+        ('task = "text"\nrank = "4"\n', "my.toml: rank: expected a number, got '4'."),
+        ('task = "text"\nrank = 4.5\n', "my.toml: rank: expected a whole number above 0, got '4.5'."),
+        ('task = "text"\nbf16 = "yes"\n', "my.toml: bf16: expected true or false, got 'yes'."),
+        ('task = "text"\nlength = true\n', "my.toml: length: expected a whole number above 0, got 'True'."),
+        ('task = "text"\nschedule = "step"\n', "my.toml: schedule: expected 'linear' or 'cosine', got 'step'."),
+        ('task = "text"\nmodel = ["a", "b"]\n', "my.toml: model: expected a text, got ['a', 'b']."),
+        ('task = "text"\nsubset = 3\n', "my.toml: subset: expected a text, got 3."),
+        ('task = "text"\nout = "x"\n', "my.toml: there is no setting 'out'"),
+        ('task = "text"\nlora-rate = 1.0\ntheta-rate = 1.0\n', "theta-rate takes the place of lora-rate; leave one"),
+        ('task = "lm"\n', "my.toml: this recipe is for `unilora finetune lm`."),
+        ('task = "vit"\n', 'my.toml: expected task = "text" or "lm", got \'vit\'.'),
+        ("rank = \n", "my.toml: not TOML (Invalid value (at line 1, column 8))."),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_its_key(unilora, tmp_path, text, message):
+    (tmp_path / "my.toml").write_text(text)
+    result = unilora("finetune", "text", "--recipe", "my.toml", "--out", "run")
+    assert result.code == 1
+    assert message in result.err
+    assert not Path("run").exists()
+
+
+def test_an_unknown_recipe_is_refused(unilora):
+    result = unilora("finetune", "text", "--recipe", "glue/cola")
+    assert result.err == (
+        "unilora: error: glue/cola: there is no recipe of this name; `unilora recipes` lists those that there are.\n"
+    )
+    assert "no.toml: there is no such file" in unilora("recipes", "no.toml").err
+
+
+def test_a_recipe_may_leave_the_data_to_the_command_line(unilora, tmp_path):
+    (tmp_path / "my.toml").write_text('task = "text"\nmodel = "m"\n')
+    result = unilora("finetune", "text", "--recipe", "my.toml")
+    assert result.code == 2
+    assert "the following arguments are required: --data" in result.err
