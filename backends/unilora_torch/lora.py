@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from unilora_core import AdapterFileError
 from unilora_core.engines import Lora, refuse, served_rank
-from unilora_core.lora import Block, lora_config, lora_state
+from unilora_core.lora import Block, lora_config, lora_names, lora_state
 from unilora_torch.adapter import Adapter
+from unilora_torch.lora_parameters import parameter_state, parameters_of, rank_of
 from unilora_torch.targets import features
 
 __all__ = ["export_lora"]
@@ -27,6 +29,7 @@ def export_lora(
 
     Targets that adapt blocks of one layer (q and v of a fused qkv) become one LoRA of the summed rank, whose B has a
     block for each. Every layer gets the same rank, filled up by zeros, and alpha equals it, so the scaling is 1.
+    Parameters (the experts of a mixture) become PEFT's ``target_parameters``, which no engine is known to read.
 
     Args:
         base_model: the name or path of the base model for ``base_model_name_or_path``; by default the model's own
@@ -37,20 +40,34 @@ def export_lora(
 
     Raises:
         AdapterFileError: ``engine`` would not serve the export; the message has every reason.
-        SpecError: a layer needs more than ``rank``, or an unknown engine. In each case nothing is written.
+        SpecError: a layer needs more than ``rank``, or an unknown engine.
+        TargetError: a parameter that PEFT cannot adapt. In each case nothing is written.
     """
     model = adapter._root[0]
     factors = {name: factor.detach().cpu().numpy() for name, factor in adapter.factors().items()}
     blocks: dict[str, list[Block]] = {}
-    for target in adapter.targets:
+    layers = [target for target in adapter.targets if target.parameter is None]
+    parameters = parameters_of(adapter.targets)
+    if engine is not None and parameters:
+        raise AdapterFileError(
+            f"{engine}: {next(iter(parameters))} is adapted as a parameter, and no engine is known to read PEFT's "
+            "target_parameters; merge the adapter into the base model and serve that."
+        )
+    for target in layers:
         block = factors[f"{target.name}.A"], factors[f"{target.name}.B"], target.first_row
         blocks.setdefault(target.module, []).append(block)
-    heights = {
-        target.module: features(model.get_submodule(target.module), target.transposed)[1] for target in adapter.targets
-    }
+    heights = {target.module: features(model.get_submodule(target.module), target.transposed)[1] for target in layers}
     if engine is not None and rank is None:
         rank = served_rank(engine, max(sum(len(A) for A, _, _ in parts) for parts in blocks.values()))
-    arrays, rank = lora_state(blocks, heights, rank)
+    if parameters and rank is None:
+        widths = [sum(len(A) for A, _, _ in parts) for parts in blocks.values()]
+        rank = max(widths + [rank_of(parts, factors) for parts in parameters.values()])
+    arrays, rank = lora_state(blocks, heights, rank) if blocks else ({}, rank or 0)
+    arrays |= parameter_state(model, parameters, factors, rank)
+    for module in blocks:
+        if isinstance(model.get_submodule(module), nn.Embedding):
+            for name, letter in zip(lora_names(module), "AB", strict=True):
+                arrays[f"base_model.model.{module}.lora_embedding_{letter}"] = arrays.pop(name)
     state: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     for module in adapter.modules_to_save:
         for name, tensor in model.get_submodule(module).state_dict().items():
@@ -59,9 +76,13 @@ def export_lora(
         blocks,
         rank,
         base_model=base_model or getattr(model, "name_or_path", None),
-        fan_in_fan_out=any(target.transposed for target in adapter.targets),
+        fan_in_fan_out=any(
+            t.transposed and not isinstance(model.get_submodule(t.module), nn.Embedding) for t in layers
+        ),
         modules_to_save=adapter.modules_to_save,
     )
+    if parameters:
+        config["target_parameters"] = list(parameters)
     if engine is not None:
         refuse(Lora(config, {name: tuple(tensor.shape) for name, tensor in state.items()}), engine)
     folder = Path(folder)

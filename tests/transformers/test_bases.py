@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, RobertaForSequenceClassification
 
 import unilora_transformers
-from unilora_core import MismatchError, TargetError
+from unilora_core import AdapterFileError, MismatchError, SpecError, TargetError
 from unilora_torch import Target
 
 WORKER = Path(__file__).with_name("reload_worker.py")
@@ -338,3 +338,46 @@ def test_tied_embeddings_are_refused_with_a_remedy(tiny):
     for targets in (["embed_tokens"], ["embed_tokens", "lm_head"]):
         with pytest.raises(TargetError, match=message):
             unilora_transformers.attach(tiny("LlamaForCausalLM", tie_word_embeddings=True), targets)
+
+
+# ---- as a plain LoRA ------------------------------------------------------------------------------------------------
+
+BLOCKS = [
+    Target("up", "model.layers.0.mlp.experts", 32, 48, 48, False, "gate_up_proj", 4),
+    Target("gate", "model.layers.0.mlp.experts", 32, 48, 0, False, "gate_up_proj", 4),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize(
+    ("cls", "targets"),
+    [
+        ("MixtralForCausalLM", [*EXPERTS, "gate.weight"]),
+        ("MixtralForCausalLM", ["experts.down_proj"]),
+        ("MixtralForCausalLM", BLOCKS),
+        ("GptOssForCausalLM", EXPERTS),
+        ("LlamaForCausalLM", ["embed_tokens", "lm_head", "q_proj"]),
+        ("Gemma3ForCausalLM", ["embed_tokens"]),
+        ("GPT2LMHeadModel", ["wte", "c_attn"]),
+    ],
+)
+def test_peft_gives_the_same_logits_of_an_export(tiny, ids, train, tmp_path, cls, targets):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = MIXTURES.get(cls, {"tie_word_embeddings": False})
+    model = tiny(cls, **config)
+    adapter = unilora_transformers.attach(model, targets, rank=3)
+    train(adapter)
+    expected = model(ids).logits
+    adapter.export_lora(tmp_path)
+    other = peft.PeftModel.from_pretrained(tiny(cls, **config), tmp_path).eval()
+    torch.testing.assert_close(other(ids).logits, expected, rtol=0, atol=2e-5)
+    assert (tiny(cls, **config)(ids).logits - expected).abs().max() > 1e-2
+
+
+def test_no_engine_takes_parameters(tiny, tmp_path):
+    adapter = unilora_transformers.attach(mixture(tiny, "MixtralForCausalLM"), EXPERTS)
+    with pytest.raises(AdapterFileError, match=r"vllm: .*gate_up_proj is adapted as a parameter.*merge the adapter"):
+        adapter.export_lora(tmp_path / "new", engine="vllm")
+    with pytest.raises(SpecError, match=r"expected rank ≥ 4, .* got 2"):
+        adapter.export_lora(tmp_path / "new", rank=2)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,80 @@
+"""The LoRA of parameters, such as the experts of a mixture, in PEFT's format (``target_parameters``).
+
+PEFT wraps a module once for each of its parameters that is adapted, the last one outermost; the names in the file say
+how deep. A holds the experts' rows one after the other, (experts·r, in); B their columns, (out, r·experts) with the
+expert running fastest. Source: `peft.tuners.lora.layer.ParamWrapper` of PEFT 0.21.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from torch import nn
+
+from unilora_core import SpecError, TargetError
+from unilora_torch.targets import Target
+
+__all__ = ["parameter_state", "parameters_of", "rank_of"]
+
+
+def parameters_of(targets: Iterable[Target]) -> dict[str, list[Target]]:
+    """Qualified name of each adapted parameter → the targets that adapt blocks of it."""
+    found: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.parameter is not None:
+            found.setdefault(f"{target.module}.{target.parameter}".lstrip("."), []).append(target)
+    return found
+
+
+def rank_of(parts: Iterable[Target], factors: Mapping[str, np.ndarray]) -> int:
+    """The rank that the blocks of one parameter add up to."""
+    return sum(factors[f"{part.name}.A"].shape[-2] for part in parts)
+
+
+def parameter_state(
+    model: nn.Module, parameters: Mapping[str, list[Target]], factors: Mapping[str, np.ndarray], rank: int
+) -> dict[str, np.ndarray]:
+    """The tensors of ``adapter_model.safetensors`` for parameters, all of one rank.
+
+    Raises:
+        TargetError: PEFT would add the update in another place, or in another orientation.
+        SpecError: a parameter needs more than ``rank``.
+    """
+    state: dict[str, np.ndarray] = {}
+    for name, parts in parameters.items():
+        owner = model.get_submodule(parts[0].module)
+        weight = model.get_parameter(name)
+        stored = bool(getattr(owner, "is_transposed", False)) and weight.dim() == 3
+        if "." in (parts[0].parameter or "") or parts[0].transposed != stored:
+            raise TargetError(
+                f"export_lora: {name}: PEFT has no LoRA for a parameter that another module uses, nor for one stored "
+                "(in, out) by a module that does not say so in is_transposed; merge the adapter instead."
+            )
+        if rank < (needed := rank_of(parts, factors)):
+            raise SpecError(f"{name}: expected rank ≥ {needed}, which its blocks add up to, got {rank}.")
+        A, B = _joined(parts, factors, rank, weight.shape[-1 if stored else -2])
+        inner = sum(f"{parts[0].module}.{other}" in parameters for other in _after(owner, parts[0].parameter))
+        prefix = f"base_model.model.{parts[0].module}" + ".base_layer" * inner
+        state[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(A.reshape(-1, A.shape[-1]))
+        state[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(B.transpose(1, 2, 0).reshape(B.shape[1], -1))
+    return state
+
+
+def _joined(
+    parts: list[Target], factors: Mapping[str, np.ndarray], rank: int, height: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A (experts, rank, in) and B (experts, height, rank): the blocks side by side, filled up by zeros."""
+    experts = parts[0].experts or 1
+    A = np.zeros((experts, rank, parts[0].in_features), np.float32)
+    B, row = np.zeros((experts, height, rank), np.float32), 0
+    for part in parts:
+        a, b = factors[f"{part.name}.A"], factors[f"{part.name}.B"]
+        ranks, rows = slice(row, row + a.shape[-2]), slice(part.first_row, part.first_row + part.out_features)
+        A[:, ranks], B[:, rows, ranks] = a, b
+        row += a.shape[-2]
+    return A, B
+
+
+def _after(module: nn.Module, parameter: str | None) -> list[str]:
+    """The module's parameters behind this one."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return names[names.index(parameter or "") + 1 :]
