@@ -2,7 +2,19 @@
 
 from unilora_torch.adapter import Adapter, adapters, switch
 from unilora_torch.attach import attach, load
+from unilora_torch.bank import Bank
 from unilora_torch.projection import project, project_transpose
 from unilora_torch.targets import Target, find_targets
 
-__all__ = ["Adapter", "Target", "adapters", "attach", "find_targets", "load", "project", "project_transpose", "switch"]
+__all__ = [
+    "Adapter",
+    "Bank",
+    "Target",
+    "adapters",
+    "attach",
+    "find_targets",
+    "load",
+    "project",
+    "project_transpose",
+    "switch",
+]

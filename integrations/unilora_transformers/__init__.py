@@ -1,8 +1,8 @@
 """Uni-LoRA for Hugging Face transformers: targets and heads by default, PEFT's UniLora adapters both ways."""
 
-from unilora_torch import Adapter, Target
+from unilora_torch import Adapter, Bank, Target
 from unilora_transformers.attach import attach, from_pretrained, load
 from unilora_transformers.peft import load_peft, save_peft
 from unilora_transformers.reference import Reference
 
-__all__ = ["Adapter", "Reference", "Target", "attach", "from_pretrained", "load", "load_peft", "save_peft"]
+__all__ = ["Adapter", "Bank", "Reference", "Target", "attach", "from_pretrained", "load", "load_peft", "save_peft"]

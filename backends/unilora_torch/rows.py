@@ -1,0 +1,191 @@
+"""Rows: how each row of a batch gets the update of its own adapters. The hooks of `unilora_torch.bank`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from unilora_core import TargetError, ValuesError
+from unilora_torch.targets import Target
+
+__all__ = ["Batch", "CallerHook", "HeadHook", "LayerHook", "Part", "Rows", "Share"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One target in its layer: where its factors lie in the table of its shelf."""
+
+    shelf: int
+    target: Target
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one shelf does in a batch: m pairs of a row and an adapter, over u different adapters.
+
+    Attributes:
+        table: (u, d) or (u, 2d) float32, see `bank.Shelf.table`.
+        which: (m,) the adapter of each pair; None: the m-th.
+        rows: (m,) the row of each pair; None: all rows in order.
+        weights: (m, 1, 1) float32.
+    """
+
+    table: Tensor
+    which: Tensor | None
+    rows: Tensor | None
+    weights: Tensor
+
+    def factor(self, groups: Tensor, like: Tensor) -> Tensor:
+        """A (m, r, in) or B (m, out, r), projected in float32, in the dtype and on the device of ``like``."""
+        factor = self.table.index_select(1, groups.flatten().long()).view(-1, *groups.shape)
+        return (factor if self.which is None else factor.index_select(0, self.which)).to(like)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The rows of a batch, as the hooks need them.
+
+    Attributes:
+        size: the number of rows that were named.
+        copies: how often `generate` repeats each.
+        shares: number of a shelf → what it does.
+        heads: module → the state and the rows of each adapter that saves this module.
+        modules: every layer and head that must run.
+    """
+
+    size: int
+    copies: int
+    shares: Mapping[int, Share]
+    heads: Mapping[str, list[tuple[Mapping[str, Tensor], Tensor]]]
+    modules: frozenset[str]
+
+    def check(self, x: Tensor, features: int, module: str) -> None:
+        """Refuse inputs of which the rows are not those that were named. ``features``: trailing axes of one vector.
+
+        Raises:
+            ValuesError: with the shape.
+        """
+        leading = x.dim() - features
+        if (leading > 0 and x.shape[0] == self.size) or (leading > 1 and x.shape[0] == self.size * self.copies):
+            return
+        raise ValuesError(
+            f"{module}: expected inputs whose first axis is the {self.size} rows that were named"
+            + (f", or {self.size * self.copies} with the {self.copies} copies of each" if self.copies > 1 else "")
+            + f", got shape {tuple(x.shape)}. Name each row of the batch, and give copies=… where generate repeats it; "
+            "a layer whose inputs mix rows with positions cannot be adapted by row."
+        )
+
+
+@dataclass(eq=False)
+class Rows:
+    """What the hooks of a bank look at.
+
+    Attributes:
+        batch: the rows of the batch at hand; None: the model is the base.
+        reached: the layers and heads that have run since the bank was made.
+    """
+
+    batch: Batch | None = None
+    reached: set[str] = field(default_factory=set)
+
+
+class _Hook:
+    """What every hook knows: the rows, and the name of its module."""
+
+    def __init__(self, rows: Rows, module: str):
+        self.rows, self.module = rows, module
+
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def reach(self) -> None:
+        self.rows.reached.add(self.module)
+
+
+class LayerHook(_Hook):
+    """The forward hook of one layer: adds to each row the update of its adapters."""
+
+    def __init__(self, rows: Rows, module: str, parts: tuple[Part, ...]):
+        super().__init__(rows, module)
+        self.parts = parts
+
+    def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """The new output, or None where no row has an adapter here."""
+        batch = self.rows.batch
+        if batch is None:
+            return None
+        self.reach()
+        mine = [(part, batch.shares[part.shelf]) for part in self.parts if part.shelf in batch.shares]
+        if not mine:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        batch.check(x, 1, self.module)
+        x = x.reshape(batch.size, -1, x.shape[-1])  # the copies of a row lie side by side: they become its positions
+        total = output.reshape(batch.size, -1, output.shape[-1]).clone()
+        for part, share in mine:
+            A, B = share.factor(part.A, x), share.factor(part.B, x)
+            rows = None if share.rows is None else share.rows.to(x.device)
+            own = x if rows is None else x.index_select(0, rows)
+            hidden = (own @ A.mT * share.weights.to(x.device)).to(x.dtype)
+            update = (hidden @ B.mT).to(total.dtype)
+            block = total.narrow(-1, part.target.first_row, part.target.out_features)
+            block.add_(update) if rows is None else block.index_add_(0, rows, update)
+        return total.view(output.shape)
+
+
+class HeadHook(_Hook):
+    """The forward hook of a module that some adapters save in full: their rows run through their own."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """The new output, or None where no row has a head of its own."""
+        batch = self.rows.batch
+        if batch is None:
+            return None
+        self.reach()
+        for state, rows in batch.heads.get(self.module, ()):
+
+            def own(x: Any, rows: Tensor = rows) -> Any:
+                if not isinstance(x, Tensor):
+                    return x
+                batch.check(x, int(x.is_floating_point()), self.module)
+                return x.index_select(0, _repeated(rows, x.shape[0] // batch.size).to(x.device))
+
+            self.rows.batch = None  # the module is called again: no hook of the bank may act on that
+            try:
+                result = torch.func.functional_call(module, state, tree_map(own, args), tree_map(own, kwargs))
+            finally:
+                self.rows.batch = batch
+            rows = _repeated(rows, output.shape[0] // batch.size).to(output.device)
+            output = output.index_copy(0, rows, result)
+        return output
+
+
+class CallerHook:
+    """The forward hook of a module that calls adapted layers or heads: it ran, so they must have run."""
+
+    def __init__(self, rows: Rows, modules: tuple[str, ...]):
+        self.rows, self.modules = rows, modules
+
+    def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Check those that the rows of this batch need."""
+        if self.rows.batch is not None:
+            self._check()
+
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def _check(self) -> None:
+        batch = self.rows.batch
+        needed = frozenset() if batch is None else batch.modules - self.rows.reached
+        missed = [name for name in self.modules if name in needed]
+        if missed:
+            raise TargetError(
+                f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such), so the adapter "
+                "would do nothing there; some models use a layer's weight directly. It cannot be adapted by row."
+            )
+
+
+def _repeated(rows: Tensor, copies: int) -> Tensor:
+    """The places of these rows where each row of the batch is repeated, side by side."""
+    return (rows[:, None] * copies + torch.arange(copies)).flatten()
