@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from unilora_cli.console import CommandError, say
 from unilora_cli.models import Base, build, load_adapter, remembered
 from unilora_core import read_adapter
+from unilora_core.engines import check
 
 __all__ = ["run"]
 
@@ -30,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     if source.is_dir() != (arguments.to == "unilora"):
         wanted = "a PEFT folder" if arguments.to == "unilora" else "an adapter file"
         raise CommandError(f"{arguments.source}: --to {arguments.to} starts from {wanted}.")
+    if arguments.to != "lora" and (arguments.engine or arguments.rank):
+        raise CommandError(f"--engine and --rank go with --to lora, not with --to {arguments.to}.")
     (_from_peft if source.is_dir() else _from_file)(source, arguments)
 
 
@@ -40,12 +43,16 @@ def _from_file(source: Path, arguments: argparse.Namespace) -> None:
     model, _ = build(base)
     adapter = load_adapter(base, model, source)
     if arguments.to == "lora":
-        adapter.export_lora(arguments.out, base_model=base.name)
+        adapter.export_lora(arguments.out, base_model=base.name, rank=arguments.rank, engine=arguments.engine)
     else:
         from unilora_transformers import save_peft
 
         save_peft(adapter, arguments.out)
     _report(arguments, adapter, Path(arguments.out) / WEIGHTS)
+    if arguments.to == "lora":
+        found = check(arguments.out)
+        say(f"served by: {', '.join(name for name, reasons in found.items() if not reasons) or 'no engine'}")
+        say(f"`unilora check {arguments.out}` says how, and why not by others")
 
 
 def _from_peft(source: Path, arguments: argparse.Namespace) -> None:

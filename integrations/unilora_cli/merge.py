@@ -2,13 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from unilora_cli.console import CommandError, say
-from unilora_cli.models import Base, build, load_adapter, pad_with, remembered, tokenizer
+from unilora_cli.models import Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
 from unilora_core import read_adapter
+from unilora_core.targets import read_targets
 
-__all__ = ["merged", "run"]
+__all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,13 +20,10 @@ def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CommandError(f"{arguments.out}: exists and is not an empty folder; choose another --out.")
-    base = remembered(read_adapter(arguments.file).metadata, arguments, arguments.file)
-    model, _ = build(base)
-    adapter = load_adapter(base, model, arguments.file)
-    count = len(adapter.targets)
-    merged(model, adapter)
-    written = (_write_timm if base.kind == "vit" else _write_transformers)(base, model, folder)
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    file = read_adapter(arguments.file)
+    base = remembered(file.metadata, arguments, arguments.file)
+    written = (_merge_timm if base.kind == "vit" else _merge_transformers)(base, arguments.file, folder)
+    count, size = len(read_targets(arguments.file, file)[0]), sum(path.stat().st_size for path in folder.iterdir())
     say(f"merged {count} targets of {base.name} into {arguments.out}: {size:,} bytes. Load it with\n  {written}")
     if not base.pretrained and not base.checkpoint:
         say(
@@ -34,33 +31,29 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def merged(model: Any, adapter: Any) -> None:
-    """Take the adapter off and leave B·A in the weights."""
-    import torch
+def _merge_transformers(base: Base, file: str, folder: Path) -> str:
+    """Checkpoint to checkpoint, one of its files in memory at a time."""
+    from tqdm import tqdm
 
-    adapter.merge()
-    modules = dict.fromkeys(target.module for target in adapter.targets)
-    weights = {name: model.get_submodule(name).weight.detach().clone() for name in modules}
-    adapter.detach()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            model.get_submodule(name).weight.copy_(weight)
+    from unilora_transformers.merging import merge_checkpoint
 
-
-def _write_transformers(base: Base, model: Any, folder: Path) -> str:
-    tokens = tokenizer(base)
-    if base.kind == "text":
-        pad_with(model, tokens)
-    model.save_pretrained(folder)
+    config, tokens = dict(base.arguments), tokenizer(base)
+    if base.kind == "text" and getattr(config_of(base), "pad_token_id", None) is None:
+        tokens.pad_token = tokens.pad_token or tokens.eos_token
+        config["pad_token_id"] = tokens.pad_token_id  # as in training: decoders find the last token of a text by it
+    with readable_errors(f"cannot merge into {base.name!r}"):
+        merge_checkpoint(file, base.name, folder, config=config, progress=lambda files: tqdm(files, unit="file"))
     tokens.save_pretrained(folder)
     auto = "AutoModelForCausalLM" if base.kind == "lm" else "AutoModelForSequenceClassification"
     return f'transformers.{auto}.from_pretrained("{folder}")'
 
 
-def _write_timm(base: Base, model: Any, folder: Path) -> str:
+def _merge_timm(base: Base, file: str, folder: Path) -> str:
     """Weights and config as on the hub: model.safetensors and config.json."""
     from timm.models import save_for_hf
 
+    model, _ = build(base)
+    load_adapter(base, model, file).detach(merge=True)
     config = {"label_names": list(base.labels)} if base.labels else None
     save_for_hf(model, folder, model_config=config, model_args=base.arguments, safe_serialization=True)
     return f'timm.create_model("local-dir:{folder}", pretrained=True)'

@@ -3,11 +3,12 @@
 import argparse
 from typing import Any
 
-from unilora_cli.values import assignment
+from unilora_cli.values import assignment, positive
 
-__all__ = ["add_convert", "add_inspect", "add_merge", "command", "model_arguments"]
+__all__ = ["add_check", "add_convert", "add_inspect", "add_merge", "command", "model_arguments"]
 
 KINDS = ("vit", "text", "lm")
+ENGINES = ("vllm", "sglang", "lorax", "llama.cpp")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -66,13 +67,15 @@ checks it; loads no framework.
 def add_convert(commands: Any) -> None:
     """`unilora convert`."""
     details = """
-  --to lora          a PEFT LoRA folder: the factors A and B exactly; for PEFT, vLLM, llama.cpp, ...
+  --to lora          a PEFT LoRA folder: the factors A and B exactly; for PEFT, vLLM, llama.cpp, ... With --engine,
+                     only what that engine would serve is written.
   --to peft-unilora  a PEFT Uni-LoRA folder (for adapters with grouping numpy-shuffle and start paper)
   --to unilora       from a PEFT Uni-LoRA folder to an adapter file
 The base model is needed, because the file holds one vector and not the layers.
 """
     examples = """
   unilora convert adapter.safetensors --to lora lora/
+  unilora convert adapter.safetensors --to lora --engine vllm lora/
   unilora convert adapter.safetensors --model roberta-base --kind text --to peft-unilora peft/
   unilora convert peft/ --model roberta-base --kind text --to unilora adapter.safetensors
 """
@@ -81,14 +84,39 @@ The base model is needed, because the file holds one vector and not the layers.
     parser.add_argument("source", metavar="SOURCE", help="adapter file, or a PEFT folder")
     parser.add_argument("out", metavar="OUT", help="folder, or adapter file, to write")
     parser.add_argument("--to", required=True, choices=("lora", "peft-unilora", "unilora"), help="the format of OUT")
+    lora = parser.add_argument_group("with --to lora")
+    lora.add_argument("--engine", choices=ENGINES, help="the engine that will serve it")
+    lora.add_argument(
+        "--rank",
+        type=positive,
+        metavar="R",
+        help="of every layer, filled up with zeros (default: the largest needed; for vllm the next it can start with)",
+    )
     _base_arguments(parser)
+
+
+def add_check(commands: Any) -> None:
+    """`unilora check`."""
+    details = """
+Says for vLLM, SGLang, LoRAX and llama.cpp whether they take a LoRA folder: how they serve it, or which field or tensor
+stops them. Reads the config and the names of the tensors; loads no framework.
+"""
+    examples = """
+  unilora check lora/
+  unilora check lora/ --engine vllm   # exit code 1 if vLLM would not serve it
+"""
+    purpose = "say which serving engines take a LoRA folder"
+    parser = command(commands, "check", purpose, details, examples, "unilora_cli.check:run")
+    parser.add_argument("folder", metavar="FOLDER", help="a LoRA folder, as `unilora convert --to lora` writes it")
+    parser.add_argument("--engine", choices=ENGINES, help="end with an error if this one would not serve it")
 
 
 def add_merge(commands: Any) -> None:
     """`unilora merge`."""
     details = """
 The adapted model becomes a plain one, which needs no unilora: a folder that transformers' from_pretrained reads, or
-timm's create_model("local-dir:FOLDER").
+timm's create_model("local-dir:FOLDER"). The checkpoint of a transformers model is merged file by file: one of them is
+in memory at a time, and the model never is. A base that was quantised for the training is merged unquantised.
 """
     examples = """
   unilora merge runs/sst2/adapter.safetensors --out merged/

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def merge_checkpoint(
     *,
     max_shard_size: int = 5 * 10**9,
     check_base: bool = True,
+    config: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
     """Write a base model's checkpoint with an adapter merged into its weights.
@@ -68,6 +69,7 @@ def merge_checkpoint(
         out: the folder to write; it must not exist, or be empty. It appears when it is whole.
         max_shard_size: in bytes.
         check_base: refuse a base with other values than the one that the file was made for.
+        config: fields of the model's config that differ from the base's, such as ``num_labels``.
         progress: goes around the loop over the files that are written, such as ``tqdm``.
 
     Raises:
@@ -82,7 +84,7 @@ def merge_checkpoint(
         raise FileExistsError(f"{out}: exists and is not an empty folder; choose another.")
     file, folder = read_adapter(adapter_file), _local(base)
     checkpoint = _Checkpoint.of(folder)
-    model = _on_meta(adapter_file, file, folder)
+    model = _on_meta(adapter_file, file, folder, dict(config or {}))
     names = _Names.of(model, checkpoint)
     merged = _Merged.of(adapter_file, file, model, checkpoint, names)
     if check_base:
@@ -189,9 +191,9 @@ class _Names:
         return cls({name: key for name, key in plain.items() if name in known}, converted)
 
 
-def _on_meta(path: str | os.PathLike, file: AdapterFile, folder: Path) -> PreTrainedModel:
+def _on_meta(path: str | os.PathLike, file: AdapterFile, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
     """The model that the file adapts, of the checkpoint's config and without values."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **changes)
     if getattr(config, "quantization_config", None) is not None:
         raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
     if labels := json.loads(file.metadata.get("labels", "[]")):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +180,75 @@ def test_merge_refuses_what_it_cannot_do(unilora, small, trained, tmp_path, bert
     assert "what kind of model 'x' is; add --kind vit, text or lm" in result.err
 
 
+def test_merge_takes_a_checkpoint_in_several_files(unilora, trained, llama, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.numpy import load_file
+
+    file = trained("lm")[0] / ADAPTER
+    transformers.AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "base")
+    result = unilora("merge", file, "--model", tmp_path / "base", "--out", "merged")
+    assert result.code == 0, result.err
+    assert unilora("merge", file, "--out", "whole").code == 0
+    merged, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "whole"))
+    assert all(np.array_equal(merged[name], value) for name, value in whole.items())
+
+
+def test_merge_refuses_another_base(unilora, trained, llama, tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    model.save_pretrained(tmp_path / "other")
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "other")
+    result = unilora("merge", trained("lm")[0] / ADAPTER, "--model", tmp_path / "other", "--out", "new")
+    assert result.code == 1
+    assert "it was made for" in result.err
+    assert not (tmp_path / "new").exists()
+
+
+# ---- check ------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_which_engines_take_an_export(unilora, trained):
+    pytest.importorskip("transformers")
+    lm, text = trained("lm")[0] / ADAPTER, trained("text")[0] / ADAPTER
+    result = unilora("convert", lm, "--to", "lora", "--engine", "vllm", "lora")
+    assert result.code == 0, result.err
+    assert "served by: vllm, sglang, lorax, llama.cpp" in result.out
+    assert json.loads(Path("lora/adapter_config.json").read_text())["r"] == 8
+    result = unilora("check", "lora", "--engine", "vllm")
+    assert (result.code, result.err) == (0, "")
+    assert "vllm (0.33.0): yes\n  vllm serve" in result.out
+    assert "--max-lora-rank 8 --lora-modules adapter=lora" in result.out
+    assert unilora("convert", text, "--to", "lora", "--rank", 6, "text").code == 0
+    result = unilora("check", "text", "--engine", "sglang")
+    assert result.code == 1
+    assert "sglang (0.5.23): no\n  - " in result.out
+    assert "sglang 0.5.23 would not serve this export" in result.err
+
+
+def test_an_export_that_the_engine_would_refuse_is_not_written(unilora, trained, tmp_path):
+    pytest.importorskip("transformers")
+    result = unilora("convert", trained("text")[0] / ADAPTER, "--to", "lora", "--engine", "llama.cpp", "new")
+    assert result.code == 1
+    assert "classifier" in result.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_check_of_no_folder(unilora, tmp_path):
+    result = unilora("check", tmp_path)
+    assert result.code == 1
+    assert "adapter_config.json: no such file; give a LoRA folder" in result.err
+
+
+def test_the_engines_of_the_options_are_those_of_the_core():
+    from unilora_cli import options
+    from unilora_core.engines import ENGINES
+
+    assert tuple(ENGINES) == options.ENGINES
+
+
 # ---- convert ----------------------------------------------------------------------------------------------------
 
 PEFT_LIKE = ("--grouping", "numpy-shuffle", "--start", "paper")
@@ -224,6 +294,8 @@ def test_convert_refuses_what_it_cannot_do(unilora, trained, tmp_path, small):
         (tmp_path / "folder", "out", "--to", "unilora"): "there is no adapter_config.json in it",
         (text, "out", "--to", "peft-unilora"): "numpy-shuffle",
         (vit, "out", "--to", "peft-unilora"): "for a timm model use --to lora",
+        (text, "out", "--to", "peft-unilora", "--engine", "vllm"): "--engine and --rank go with --to lora",
+        (text, "out", "--to", "lora", "--rank", 2): "expected rank ≥ 4",
     }
     for words, message in cases.items():
         result = unilora("convert", *words)
