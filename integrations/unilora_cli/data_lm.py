@@ -1,7 +1,7 @@
 """Texts for a causal language model as tokens: one stream cut into blocks, or prompts with responses."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,9 +127,10 @@ def _dialogues(
     corpus: Corpus, tokenizer: Any, length: int, arguments: argparse.Namespace, notes: list[tuple[str, Any]]
 ) -> list[tuple[Example, Prompt]]:
     """Prompts with their responses, without those that leave no room for a response."""
-    tokenise = _pair if corpus.pairs else chat_tokens
+    sources: Sequence[Any] = corpus.pairs or corpus.chats
+    tokenise: Callable = _pair if corpus.pairs else chat_tokens
     found = []
-    for source in corpus.pairs or corpus.chats:
+    for source in sources:
         tokens, silent, prompt, response = tokenise(source, tokenizer, corpus.where, arguments.response_only)
         labels = [IGNORED if skip else token for token, skip in zip(tokens, silent, strict=True)][:length]
         if len(prompt) < length and any(label != IGNORED for label in labels[1:]):
@@ -137,7 +138,7 @@ def _dialogues(
             found.append((example, Prompt(prompt, response)))
     if not found:
         raise CommandError(f"{corpus.where}: every prompt fills the {length} tokens of --length; use a greater one.")
-    if lost := len(corpus.pairs or corpus.chats) - len(found):
+    if lost := len(sources) - len(found):
         notes.append(("left out", f"{lost:,} of {corpus.where}: the prompt alone fills {length} tokens (--length)"))
     return found
 

@@ -69,12 +69,14 @@ def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["lm_head", *HEADS],  # heads train in full
+            llm_int8_skip_modules=[rf"(.*\.)?{name}" for name in ("lm_head", "pooler", *HEADS)],  # some train in full
         )
     model, fresh = build(base, **options)
     if arguments.gradient_checkpointing:
         with readable_errors(f"--gradient-checkpointing of {base.name!r}"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            renamed = hasattr(model, "activation_checkpointing_enable")  # in later versions of transformers 5
+            enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     return model, fresh
 
 

@@ -66,11 +66,11 @@ def check_packing(model: nn.Module, examples: Sequence[Example], name: str) -> N
             f"--packing: {name} takes no position_ids ({one_line(error, 120)}); leave it out."
         ) from error
     model.train(was_training)
-    error = ((together - torch.cat(apart)).abs().max() / together.abs().max()).item()
-    if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
+    off = ((together - torch.cat(apart)).abs().max() / together.abs().max()).item()
+    if not off < (1e-3 if model.dtype == torch.float32 else 5e-2):
         raise CommandError(
             f"--packing: {name} gives other logits for an example in a block than for the example alone (they differ "
-            f"by {error:.1%} of the largest), so packed examples would see each other; leave --packing out."
+            f"by {off:.1%} of the largest), so packed examples would see each other; leave --packing out."
         )
 
 
