@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from unilora_core.errors import AdapterFileError, CorruptFileError, SpecError
 
-__all__ = ["ENGINES", "Engine", "Lora", "check", "read_lora", "refuse", "served_rank"]
+__all__ = ["ENGINES", "Engine", "Lora", "check", "read_lora", "refuse", "served_rank", "serving"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be: MaxLoRARanks in vllm/config/lora.py."""
@@ -63,7 +63,7 @@ class Engine:
     Attributes:
         version: of the sources that the rules come from.
         rules: each gives a sentence per reason to refuse: the field or tensor, the limit, and where the source is.
-        command: how an adapter is served, with {folder}, {base} and {rank} to be filled in.
+        command: how an adapter is served; `serving` fills it in.
     """
 
     version: str
@@ -79,6 +79,17 @@ def check(folder: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     """
     lora = read_lora(folder)
     return {name: _reasons(engine, lora) for name, engine in ENGINES.items()}
+
+
+def serving(engine: str, folder: str | os.PathLike, lora: Lora) -> str:
+    """The command that serves a LoRA folder.
+
+    Raises:
+        SpecError: no such engine.
+    """
+    base = lora.config.get("base_model_name_or_path") or "BASE"
+    config = f"--base {base}" if Path(base).is_dir() else f"--base-model-id {base}"
+    return _engine(engine).command.format(folder=folder, base=base, config=config, rank=lora.config.get("r"))
 
 
 def refuse(lora: Lora, engine: str) -> None:
@@ -162,6 +173,11 @@ def _is_lora(lora: Lora) -> Iterator[str]:
     for field in ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora"):
         if lora.config.get(field):
             yield f"{field} is set; engines add B·A to a layer's output and nothing else."
+    if lora.config.get("target_parameters"):
+        yield (
+            "target_parameters is set: the factors of experts as PEFT packs them. vLLM reads these for some models, "
+            "which was not tried here; merge the adapter into a full checkpoint instead."
+        )
     if (bias := lora.config.get("bias", "none")) != "none":
         yield f"bias is {bias!r}, expected 'none'."
 
@@ -334,7 +350,7 @@ ENGINES = {
             _llama_cpp_base,
             _llama_cpp_tied_head,
         ),
-        "python convert_lora_to_gguf.py {folder} --outfile lora.gguf && llama-server -m base.gguf --lora lora.gguf",
+        "python convert_lora_to_gguf.py {folder} {config} --outfile lora.gguf, then llama-server -m … --lora lora.gguf",
     ),
 }
 """The engines by the names that ``engine=`` and ``unilora check --engine`` take."""

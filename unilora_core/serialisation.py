@@ -17,7 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from unilora_core._namespace import Array
-from unilora_core.errors import CorruptFileError, MismatchError, SpecError, UnknownVersionError, ValuesError
+from unilora_core.errors import (
+    AdapterFileError,
+    CorruptFileError,
+    MismatchError,
+    SpecError,
+    UnknownVersionError,
+    ValuesError,
+)
 from unilora_core.spec import ProjectionSpec
 
 __all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
@@ -80,7 +87,7 @@ def save_adapter(
     header |= extra
     try:
         header["checksum"] = _checksum(arrays, header)
-        data = save(arrays, metadata=header)
+        data = _in_order(save(arrays, metadata=header))
     except (SafetensorError, TypeError, UnicodeEncodeError) as error:
         raise ValuesError(f"save_adapter: {path}: an extra tensor or string cannot be stored: {error}") from error
     _write_atomically(Path(path), data)
@@ -98,6 +105,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
     Raises:
         FileNotFoundError: no such file.
         CorruptFileError: truncated, damaged, or not written by unilora.
+        AdapterFileError: an extra tensor in bfloat16, where ml_dtypes is not imported.
         UnknownVersionError: a format or an algorithm that this version does not know.
         MismatchError: the layout in the file is not the one its fingerprint was made of.
         ValuesError: θ_d has another shape than the spec says, or holds NaN or infinity.
@@ -136,7 +144,13 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError, OverflowError, TypeError, AttributeError) as error:
+    except TypeError as error:
+        if "bfloat16" not in str(error):
+            raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
+        raise AdapterFileError(
+            f"{path}: it holds tensors in bfloat16, which NumPy lacks; pip install ml_dtypes, and import it first."
+        ) from error
+    except (SafetensorError, UnicodeDecodeError, OverflowError, AttributeError) as error:
         raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
 
 
@@ -172,6 +186,19 @@ def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> st
         digest.update(json.dumps([name, str(array.dtype), array.shape], separators=(",", ":")).encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its header fields in order of name, so that equal adapters are equal files.
+
+    safetensors writes its metadata in the order of a hash table, another one in each process.
+    """
+    size = int.from_bytes(data[:8], "little")
+    fields = json.loads(data[8 : 8 + size])
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

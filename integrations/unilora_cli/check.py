@@ -3,7 +3,7 @@
 import argparse
 
 from unilora_cli.console import say
-from unilora_core.engines import ENGINES, check, read_lora, refuse
+from unilora_core.engines import ENGINES, check, read_lora, refuse, serving
 
 __all__ = ["describe", "run"]
 
@@ -25,11 +25,8 @@ def describe(folder: str) -> str:
     Raises:
         FileNotFoundError, CorruptFileError: no LoRA folder.
     """
-    config = read_lora(folder).config
-    known = {"folder": folder, "base": config.get("base_model_name_or_path") or "BASE", "rank": config.get("r")}
-    lines = []
+    lora, lines = read_lora(folder), []
     for name, reasons in check(folder).items():
-        engine = ENGINES[name]
-        lines.append(f"{name} ({engine.version}): {'no' if reasons else 'yes'}")
-        lines += [f"  - {reason}" for reason in reasons] or [f"  {engine.command.format(**known)}"]
+        lines.append(f"{name} ({ENGINES[name].version}): {'no' if reasons else 'yes'}")
+        lines += [f"  - {reason}" for reason in reasons] or [f"  {serving(name, folder, lora)}"]
     return "\n".join(lines)

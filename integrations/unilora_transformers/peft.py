@@ -31,6 +31,7 @@ from unilora_core import (
 )
 from unilora_torch import Adapter, Target
 from unilora_torch.attach import layout_of
+from unilora_torch.heads import head_state
 from unilora_transformers.attach import finish, require_model
 from unilora_transformers.targets import to_target
 
@@ -165,17 +166,9 @@ def _take_theta(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tens
 
 
 def _take_head(folder: Path, model: PreTrainedModel, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    expected = model.get_submodule(name).state_dict()
-    keys = {key: f"{PREFIX}{name}.{key}" for key in expected}
-    state = {key: tensors.pop(full) for key, full in keys.items() if full in tensors}
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    wanted = {key: tuple(value.shape) for key, value in expected.items()}
-    if shapes != wanted:
-        raise MismatchError(
-            f"{folder}: {name}: the adapter holds {shapes}, the model expects {wanted}; "
-            "build the model with the number of classes that the adapter was trained for."
-        )
-    return state
+    keys = [key for key in tensors if key.startswith(f"{PREFIX}{name}.")]
+    found = {key.removeprefix(PREFIX): tensors.pop(key) for key in keys}
+    return head_state(folder, model, name, found)
 
 
 def _check_indices(folder: Path, spec: ProjectionSpec, saved: Mapping[str, Tensor]) -> None:

@@ -47,6 +47,7 @@ EVERYONE = set(engines.ENGINES)
 REFUSED = {
     "another method": ({"peft_type": "UNILORA"}, EVERYONE, "peft_type is 'UNILORA', expected 'LORA'"),
     "dora": ({"use_dora": True}, EVERYONE, "use_dora is set"),
+    "experts": ({"target_parameters": ["mlp.experts.down_proj"]}, EVERYONE, "target_parameters is set"),
     "bias": ({"bias": "all"}, EVERYONE, "bias is 'all', expected 'none'"),
     "no alpha": ({"lora_alpha": None}, EVERYONE, "lora_alpha is None"),
     "no targets": ({"target_modules": None}, EVERYONE, "target_modules is missing"),

@@ -128,6 +128,44 @@ def test_extra_tensors_keep_shape_and_values(tmp_path, tensor):
     assert (back == tensor).all()
 
 
+ALIKE = """
+import sys
+import numpy as np
+from unilora_core import Layout, ProjectionSpec, save_adapter
+spec = ProjectionSpec(Layout([("m.A", (4, 5))]), d=3, seed=1)
+names = {name: f"ein {name}: ä" for name in ("task", "base_model", "labels", "targets", "written_by", "zebra")}
+tensors = {"head.weight": np.eye(3), "head.bias": np.ones(3)}
+save_adapter(sys.argv[1], spec, spec.init(), tensors=tensors, metadata=names)
+"""
+
+
+def test_equal_adapters_are_equal_files_in_every_process(tmp_path):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", ALIKE, str(path)], check=True)
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert read_adapter(paths[0]).metadata["zebra"] == "ein zebra: ä"
+
+
+def test_bfloat16_without_ml_dtypes_says_so(tmp_path):
+    """As PyTorch would write a head; the header is made by hand, because NumPy cannot."""
+    header = {
+        "__metadata__": {"format": "unilora"},
+        "head": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0\0\0\0")
+    code = (
+        "import sys; sys.modules['ml_dtypes'] = None\n"
+        "from unilora_core import AdapterFileError, CorruptFileError, read_adapter\n"
+        "try: read_adapter(sys.argv[1])\n"
+        "except AdapterFileError as error: print(type(error) is AdapterFileError, error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], capture_output=True, text=True)
+    assert run.stdout.startswith("True"), run.stderr
+    assert "a.safetensors: it holds tensors in bfloat16, which NumPy lacks; pip install ml_dtypes" in run.stdout
+
+
 def test_the_file_has_the_mode_of_any_other_file(path):
     other = path.parent / "other"
     other.write_text("")
