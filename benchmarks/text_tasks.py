@@ -46,7 +46,7 @@ LORA_RATE = 5e-3  # the default of `unilora finetune text`; the classifier's rat
 D = 36_864
 RATES = {
     "lora": [2e-3, 5e-3, 1e-2],
-    "vera": [5e-3, 2e-2, 8e-2],
+    "vera": [5e-3, 2e-2, 8e-2, 0.3],
     "vblora": [2e-3, 1e-2, 5e-2],
     "peft-unilora": [0.032, 0.08, 0.16],
 }
@@ -65,8 +65,8 @@ class Task:
 
 
 TASKS = {
-    "cola": Task(1024, 2, 16, (1, 3), False, ("mcc",)),
-    "mrpc": Task(768, 1, 8, (0, 3, 4), True, ("f1", "accuracy")),
+    "cola": Task(1120, 2, 16, (1, 3), False, ("mcc",)),
+    "mrpc": Task(800, 1, 8, (0, 3, 4), True, ("f1", "accuracy")),
     "sst2": Task(1280, 1, 16, (1, 0), True, ("accuracy",)),
 }
 
@@ -173,13 +173,13 @@ def _config(method: str, seed: int) -> PeftConfig:
         return LoraConfig(r=4, lora_alpha=4, **common)
     if method == "vera":
         return VeraConfig(projection_prng_key=seed, **common)  # r = 256
-    if method == "vblora":  # as its paper has it for RoBERTa-base: 90 vectors, a third of the width long, top 2
+    if method == "vblora":  # 90 vectors and top 2 as in PEFT's example, a third of the width long
         return VBLoRAConfig(r=4, num_vectors=90, vector_length=128, **common)
     return UniLoraConfig(r=4, theta_d_length=D // 16, proj_seed=seed, **common)
 
 
 def _peft_groups(model: nn.Module, rate: float) -> list[dict]:
-    """The adapter at ``rate`` (VB-LoRA's logits at ten times that, as in its paper), the classifier at LORA_RATE."""
+    """The adapter at ``rate`` (VB-LoRA's logits at 10 times that, as PEFT's example has it), the head at LORA_RATE."""
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -266,12 +266,12 @@ def _figures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
 def run(jobs: list[dict]) -> None:
     """Run what is not in the results file yet."""
     torch.set_num_threads(1)
+    (RESULTS / "text_tasks_machine.json").write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
     done = {_key(row) for row in _rows()}
     for job in tqdm([job for job in jobs if _key(job) not in done], desc="runs"):
         row = run_one(job)
         with FILE.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    (RESULTS / "text_tasks_machine.json").write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
 
 
 def table() -> None:
