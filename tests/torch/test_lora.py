@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small_models import Conv1D, adapted, mlp, naive_weights
 from torch import nn
 
-from unilora_core import ValuesError
+from unilora_core import AdapterFileError, SpecError, ValuesError
 from unilora_torch import Target
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
@@ -54,8 +54,12 @@ def test_blocks_become_one_lora_of_the_summed_rank(tmp_path):
     assert (A.shape, B.shape) == ((4, 6), (18, 4))
     wanted = naive_weights(base, model.unilora, model.unilora.theta_d.detach().double())["qkv.weight"]
     torch.testing.assert_close((base.qkv.weight + B @ A).double(), wanted, rtol=1e-5, atol=1e-6)
+    A, B = (state[f"base_model.model.proj.lora_{letter}.weight"] for letter in "AB")
+    assert (A.shape, B.shape) == ((4, 6), (3, 4))
+    assert not A[2:].any()
+    assert not B[:, 2:].any()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (4, 4, {}, {})
 
 
 def peft_model(base, folder):
@@ -133,3 +137,35 @@ def test_the_name_of_the_base_model(tmp_path):
     model.name_or_path = "org/other"
     adapter.export_lora(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/other"
+
+
+def test_a_larger_rank_gives_the_same_outputs(tmp_path):
+    base = mlp()
+    model, adapter = adapted(model=copy.deepcopy(base))
+    adapter.export_lora(tmp_path, rank=11)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 11
+    torch.testing.assert_close(peft_model(base, tmp_path)(X), model(X), rtol=0, atol=1e-5)
+
+
+def test_a_rank_that_is_too_small_is_not_written(tmp_path):
+    _, adapter = adapted()
+    with pytest.raises(SpecError, match=r"blocks\.0\.up: expected rank ≥ 4, .*got 3"):
+        adapter.export_lora(tmp_path / "new", rank=3)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_for_vllm_has_one_of_its_ranks(tmp_path):
+    model, adapter = adapted(rank=9)
+    adapter.export_lora(tmp_path, engine="vllm")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
+    torch.testing.assert_close(peft_model(mlp(), tmp_path)(X), model(X), rtol=0, atol=1e-5)
+
+
+def test_what_an_engine_would_refuse_is_not_written(tmp_path):
+    _, adapter = adapted(modules_to_save=["head"])
+    for engine, message in {"vllm": "base_model.model.head.bias.*unsupported", "sglang": "no buffers"}.items():
+        with pytest.raises(AdapterFileError, match=f"^{engine} .* would not serve this export: .*{message}"):
+            adapter.export_lora(tmp_path / "new", engine=engine)
+    with pytest.raises(SpecError, match="unknown engine 'tgi'"):
+        adapter.export_lora(tmp_path / "new", engine="tgi")
+    assert not (tmp_path / "new").exists()
