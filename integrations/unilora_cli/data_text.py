@@ -117,7 +117,8 @@ def _classes(values: Sequence[str], where: str, label: str) -> tuple[str, ...]:
         raise CommandError(f"{where}: the column {label!r} has one class only, {next(iter(found))!r}.")
     if len(found) > 1000:
         raise CommandError(
-            f"{where}: the column {label!r} has {len(found)} different values; is it a class? (--label-column)"
+            f"{where}: the column {label!r} has {len(found)} different values; is it a class? (--label-column, or "
+            "--regression)"
         )
     whole = all(value.lstrip("-").isdigit() for value in found)
     return tuple(sorted(found, key=int if whole else str))
@@ -127,7 +128,8 @@ def _plain(value: Any, where: str, index: int) -> str:
     """A label as a word: 1, 1.0 and "1" are the same class."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = "" if value is None else str(value).strip()
+    missing = value is None or value != value  # NaN, which is what a table of floats has where there is nothing
+    text = "" if missing else str(value).strip()
     if not text:
         raise CommandError(f"{where}, record {index + 1}: the label is missing.")
     return text

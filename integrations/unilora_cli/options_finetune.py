@@ -81,7 +81,6 @@ Lists the recipes that are shipped, or prints one. They hold the settings of the
 paper; `unilora finetune text|lm --recipe NAME` runs one, and further options override it.
 """
     examples = """
-  unilora recipes
   unilora recipes glue/roberta-base/cola
   unilora recipes glue/roberta-base/cola > mine.toml
 """

@@ -215,6 +215,20 @@ def test_a_held_out_class_that_training_lacks(text, tsv, tmp_path):
     refused(result, "dev.tsv, record 2: the label 'ugly' is not among the training classes (bad, good)")
 
 
+def test_labels_that_no_class_has(text, tmp_path):
+    kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, kinds)
+    data.to_parquet(tmp_path / "data.parquet")
+    result = text("--data", tmp_path / "data.parquet")
+    refused(result, "data.parquet, record 3: the label '-1' is not among the training classes (no, yes)")
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0.0, 1.0, float("nan")]})
+    data.to_parquet(tmp_path / "other.parquet")
+    refused(text("--data", tmp_path / "other.parquet"), "other.parquet, record 3: the label is missing")
+    path = write(tmp_path / "a.jsonl", [{"text": "a", "label": i / 7} for i in range(1002)])
+    refused(text("--data", path), "has 1002 different values; is it a class? (--label-column, or --regression)")
+    assert not Path("run").exists()
+
+
 # ---- language ---------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-COMMANDS = [("finetune", "vit"), ("finetune", "text"), ("finetune", "lm"), ("inspect",), ("convert",), ("merge",)]
+COMMANDS = [
+    ("finetune", "vit"),
+    ("finetune", "text"),
+    ("finetune", "lm"),
+    ("recipes",),
+    ("inspect",),
+    ("convert",),
+    ("merge",),
+]
 HEAVY = {"torch", "timm", "transformers", "datasets", "matplotlib", "PIL", "tqdm", "jax"}
 
 
@@ -41,6 +49,9 @@ def test_help_shows_the_defaults(unilora, kind):
         ("finetune", "vit"),
         ("finetune", "vit", "--model", "m", "--data", "d", "--epochs", "0"),
         ("finetune", "vit", "--model", "m", "--data", "d", "--lora-rate", "-1"),
+        ("finetune", "vit", "--model", "m", "--data", "d", "--recipe", "glue/roberta-base/cola"),
+        ("finetune", "text", "--model", "m"),
+        ("finetune", "lm", "--model", "m", "--data", "d", "--weight-decay", "-0.1"),
         ("finetune", "vit", "--model", "m", "--data", "d", "--model-arg", "img_size"),
         ("convert", "a", "b", "--to", "onnx"),
     ],

@@ -15,6 +15,7 @@ COLUMNS = {"cola": ("sentence",), "sst2": ("sentence",), "mrpc": PAIRS, "rte": P
 COLUMNS |= {"qnli": ("question", "sentence")}
 MODELS = {"mistral-7b": "mistral", "gemma-7b": "gemma", "llama-2-7b": "llama", "llama-2-13b": "llama"}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 QUICK = ("--max-steps", 2, "--length", 48, "--device", "cpu", "--out", "run")
 
 
@@ -96,16 +97,33 @@ def test_there_is_a_recipe_for_each_language_experiment_of_the_paper(unilora):
     assert unilora("recipes", names[0]).out == (recipes.FOLDER / f"{names[0]}.toml").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "model", "D"),
-    [
-        ("glue/roberta-base/cola", {"hidden": 768, "layers": 12}, 147_456),
-        ("glue/roberta-large/cola", {"hidden": 1024, "layers": 24}, 393_216),
-    ],
-)
-def test_the_comment_on_D_is_right(name, model, D):
-    assert 2 * model["layers"] * 4 * 2 * model["hidden"] == D
-    assert f"# D = {D:,}" in (recipes.FOLDER / f"{name}.toml").read_text()
+def features(hidden, inner, key_value, query):
+    """The inputs and outputs of the linear layers of one decoder layer, summed up."""
+    return 2 * (hidden + query) + 2 * (hidden + key_value) + 3 * (hidden + inner)
+
+
+SHAPES = {  # layers, and the sum of in and out features of the targets of each
+    "glue/roberta-base/": (12, 2 * 2 * 768),
+    "glue/roberta-large/": (24, 2 * 2 * 1024),
+    "math/mistral-7b": (32, features(4096, 14336, 1024, 4096)),
+    "math/gemma-7b": (28, features(3072, 24576, 4096, 4096)),
+    "instruct/llama-2-7b": (32, features(4096, 11008, 4096, 4096)),
+    "instruct/llama-2-13b": (40, features(5120, 13824, 5120, 5120)),
+}
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_the_comments_and_the_page_agree_with_the_recipe(name):
+    recipe, text = recipes._read(name), (recipes.FOLDER / f"{name}.toml").read_text()
+    layers, width = next(shape for start, shape in SHAPES.items() if name.startswith(start))
+    D = layers * recipe["rank"] * width
+    assert f"d = {recipe['d']}  # D = {D:,}\n" in text
+    family, _, task = name.rpartition("/")
+    row_of = f"{family}/…" if "glue" in name else name
+    row = next(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(f"| `{row_of}` |"))
+    epochs = f"{task} {recipe['epochs']}" if "glue" in name else f"| {recipe['epochs']} |"
+    for part in (f"| {D:,} | {recipe['d']:,} |", f"| {recipe['length']} |", epochs, recipe["schedule"]):
+        assert part in row
 
 
 def parse(parsed, tmp_path, text, *words):
