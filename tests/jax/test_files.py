@@ -370,3 +370,15 @@ def test_the_same_losses_from_the_same_file(path):
         wanted.append(float(value.detach()))
     np.testing.assert_allclose(losses, wanted, rtol=0, atol=1e-4)
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_an_adapter_of_parameters_is_refused(path):
+    """A stack of experts that a PyTorch module keeps in one parameter has no layer of its own."""
+    layout = unilora_core.Layout([("mlp.experts.up.A", (3, 2, 5)), ("mlp.experts.up.B", (3, 6, 2))])
+    rows = json.dumps([["mlp.experts.up", "mlp.experts", 0, False, "up"]])
+    spec = unilora_core.ProjectionSpec(layout, 4)
+    unilora_core.save_adapter(path, spec, np.zeros(4, np.float32), metadata={"targets": rows})
+    with pytest.raises(
+        unilora_core.MismatchError, match=r"mlp\.experts\.up adapts the parameter 'up' of a PyTorch module"
+    ):
+        unilora_jax.load({"mlp.experts": {"kernel": np.ones((5, 6), np.float32)}}, path)
