@@ -7,6 +7,7 @@ adapted at the default targets (a mixture: its experts, too). Writes ``benchmark
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -51,6 +52,7 @@ MODELS = {
 PLAIN = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES = [*PLAIN, "nf4", "bnb int8", "torchao int8", "torchao int4", "hqq int4"]
 EXPERTS = ["q_proj", "v_proj", "experts.gate_up_proj", "experts.down_proj"]
+QUANTISERS = ("bitsandbytes", "torchao", "hqq")
 STEPS = 10
 
 
@@ -214,7 +216,8 @@ def main() -> None:
     if arguments.reload:
         reload(arguments.reload)
         return
-    results: dict = {"unilora": {name: {} for name in MODELS}, "peft_nf4": {}}
+    versions = {name: importlib.metadata.version(name) for name in QUANTISERS if importlib.util.find_spec(name)}
+    results: dict = {"versions": versions, "unilora": {name: {} for name in MODELS}, "peft_nf4": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for name, (cls, config) in MODELS.items():
             folder = Path(scratch, "models", name)
