@@ -8,8 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import unilora_transformers
-from unilora_core import engines
-from unilora_transformers.merging import merge_checkpoint
+from unilora_transformers import engines, merge_checkpoint
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 folder = Path(tempfile.mkdtemp())

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import unilora_transformers
@@ -209,3 +210,46 @@ def test_a_read_adapter_becomes_one_of_ours(tiny, ids, saved_by_peft, tmp_path):
     model = tiny("LlamaForCausalLM")
     unilora_transformers.load(model, tmp_path / "a.safetensors")
     torch.testing.assert_close(run(model, ids), expected, atol=1e-5, rtol=0)
+
+
+def on_4bit(folder):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def on_disk(folder):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    where |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    options = {"device_map": where, "offload_folder": folder / "disk"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("build", [on_4bit, on_disk])
+@pytest.mark.parametrize("target_modules", [["v_proj", "q_proj"], r".*\.(q|down)_proj", "all-linear"])
+def test_quantised_and_offloaded_bases(tiny, ids, tmp_path, build, target_modules):
+    """The same factors as on the plain base, and a file that PEFT loads onto the plain base with the same logits."""
+    base = tmp_path / "base"
+    tiny("LlamaForCausalLM", hidden_size=64).save_pretrained(base, max_shard_size="40KB")
+    plain = transformers.AutoModelForCausalLM.from_pretrained
+    config = peft.UniLoraConfig(r=3, theta_d_length=40, target_modules=target_modules, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(plain(base), config).eval()
+    with torch.no_grad():
+        for parameter in (parameter for parameter in theirs.parameters() if parameter.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) / 2)
+        wanted = theirs(input_ids=ids).logits
+    theirs.save_pretrained(tmp_path / "peft")
+    model, reference = build(base), plain(base)
+    adapter = unilora_transformers.load_peft(model, tmp_path / "peft")
+    factors = unilora_transformers.load_peft(reference, tmp_path / "peft").factors()
+    assert all(torch.equal(factor, factors[name]) for name, factor in adapter.factors().items())
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with adapter.disabled():
+            assert (model(input_ids=ids).logits - adapted).abs().max() > 1e-3
+    if build is on_disk:
+        torch.testing.assert_close(adapted, wanted, atol=1e-5, rtol=0)
+    unilora_transformers.save_peft(adapter, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(plain(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
