@@ -113,7 +113,7 @@ class Adapter(nn.Module):
             raise ValuesError(
                 f"theta_d is used as {self.theta_d.dtype}, expected float32; something casts parameters for the "
                 "forward pass. With FSDP's mixed precision make the adapter a unit of its own, before the layers: "
-                "fully_shard(model.unilora)."
+                "fully_shard(model.unilora). With DeepSpeed load the base in the lower precision, without bf16 or fp16."
             )
         device = self.theta_d.device
         if self._tables.groups.device != device and device.type != "meta":  # where their values would be lost

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, __version__, read_adapter
+from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
 from unilora_torch.adapter import NAME, adapters
 
 __all__ = ["Checkpoints", "PretrainedMethods", "base_metadata", "build_base", "find_files", "save_pretrained"]
@@ -49,10 +49,10 @@ def save_pretrained(
         push_to_hub: also upload, to ``repo_id`` or else the folder's name; ``options`` go to `push_to_hub`.
 
     Raises:
-        ValuesError: θ_d holds NaN or infinity; an old file is kept.
+        ValuesError: θ_d holds NaN or infinity, or is spread over processes by ZeRO-3; an old file is kept.
     """
     live = trained(model)
-    state = {name: _whole((live if state_dict is None else state_dict)[name]) for name in live}
+    state = {name: _whole(name, (live if state_dict is None else state_dict)[name]) for name in live}
     if is_main_process is False:
         return
     folder = Path(save_directory)
@@ -267,8 +267,13 @@ def _identity(spec: ProjectionSpec) -> dict[str, Any]:
     return spec.to_json() | {"layout": spec.layout.fingerprint[:16]}
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(name: str, tensor: Tensor) -> Tensor:
     """Gathered where it is a DTensor, in memory of its own."""
+    if hasattr(tensor, "ds_shape") and tensor.shape != tensor.ds_shape:
+        raise ValuesError(
+            f"save_pretrained: {name}: its values are spread over processes by DeepSpeed's ZeRO-3; gather them: "
+            "save_pretrained(…, state_dict=accelerator.get_state_dict(engine))."
+        )
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.to("cpu", copy=True).contiguous()

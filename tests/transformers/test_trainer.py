@@ -14,7 +14,6 @@ import unilora_transformers
 from unilora_core import AdapterFileError, MismatchError, ValuesError, read_adapter
 
 STEPS = 6
-SPEC = {"bound", "d", "grouping", "grouping_version", "layout", "seed", "start"}
 
 
 def rows(count=24):
@@ -400,3 +399,25 @@ def test_a_dispatched_base(base, tmp_path, ids, where):
         each.train()(ids, labels=ids).loss.backward()
         grads.append(adapter.theta_d.grad)
     torch.testing.assert_close(*grads)
+
+
+def as_under_zero3(model):
+    """The shapes that DeepSpeed's ZeRO-3 presents outside of its engine."""
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+
+
+def test_the_shapes_of_zero3(tiny, tmp_path):
+    expected = unilora_transformers.attach(tiny("LlamaForCausalLM"), "all-linear")
+    model = tiny("LlamaForCausalLM")
+    as_under_zero3(model)
+    adapter = unilora_transformers.attach(model, "all-linear")
+    assert (adapter.spec, adapter.targets) == (expected.spec, expected.targets)
+    whole = model.state_dict() | {"unilora.theta_d": adapter.theta_d.detach().clone()}
+    as_under_zero3(adapter)
+    with pytest.raises(ValuesError, match=r"unilora\.theta_d: .*ZeRO-3; gather them: .*accelerator\.get_state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, state_dict=whole)
+    assert read_adapter(tmp_path / "adapter.safetensors").theta_d.shape == (adapter.spec.d,)
