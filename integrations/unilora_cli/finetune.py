@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     if resumed:
         checkpoint.check_spec(resumed, task.adapter.spec, folder)
     torch.manual_seed(arguments.seed)
-    if not getattr(task.model, "is_quantized", False):  # a quantised model was loaded to its device
+    if not getattr(task.model, "is_quantized", False):  # that one is where it was loaded to
         task.model.to(device)
     half = prepare(task.model, task.adapter)
     settings = loop.Settings(

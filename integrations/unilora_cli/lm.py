@@ -66,4 +66,5 @@ def score(model: nn.Module, batch: Batch) -> Scores:
 
 
 def _exact_match(data: Language, arguments: argparse.Namespace, tokens: Any) -> Metric:
-    return exact_match(data.prompts, tokens, arguments.eval_prompts, arguments.batch_size, arguments.max_new_tokens)
+    batch_size = arguments.batch_size * arguments.accumulate
+    return exact_match(data.prompts, tokens, arguments.eval_prompts, batch_size, arguments.max_new_tokens)

@@ -48,7 +48,7 @@ def check_available(arguments: argparse.Namespace) -> None:
 
 def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     """A base model of transformers in the precision of the arguments, and the names of its parameters that no
-    checkpoint gave values. A quantised one is on its device already.
+    checkpoint gave values; on its device, so that no check of a large model runs on the CPU.
 
     Precision is no part of `Base`: an adapter of a 4-bit base is merged into the same base unquantised.
 
@@ -72,6 +72,8 @@ def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
             llm_int8_skip_modules=[rf"(.*\.)?{name}" for name in ("lm_head", "pooler", *HEADS)],  # some train in full
         )
     model, fresh = build(base, **options)
+    if not getattr(model, "is_quantized", False):  # that one is where it was loaded to
+        model.to(device_of(arguments.device))
     if arguments.gradient_checkpointing:
         with readable_errors(f"--gradient-checkpointing of {base.name!r}"):
             renamed = hasattr(model, "activation_checkpointing_enable")  # in later versions of transformers 5

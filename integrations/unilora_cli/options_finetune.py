@@ -3,20 +3,10 @@
 import argparse
 from typing import Any
 
-from unilora_cli.defaults import DEFAULTS, RANK, Defaults
+from unilora_cli.defaults import DEFAULTS
 from unilora_cli.options import command, model_arguments
-from unilora_cli.values import (
-    auto_or_positive,
-    flag,
-    fraction,
-    names,
-    natural,
-    not_negative,
-    part,
-    positive,
-    rate,
-    selection,
-)
+from unilora_cli.options_training import adapter_arguments, memory_arguments, output_arguments, training_arguments
+from unilora_cli.values import flag, fraction, names, part, positive
 
 __all__ = ["add_finetune", "add_recipes", "complete"]
 
@@ -125,11 +115,11 @@ def _task(tasks: Any, kind: str, purpose: str, details: str, examples: str) -> t
         help="the part held out where there is no held-out data",
     )
     source.add_argument("--limit", type=positive, metavar="N", help="train on N examples only, drawn at random")
-    _adapter_arguments(parser.add_argument_group("adapter"))
-    _training_arguments(parser.add_argument_group("training"), DEFAULTS[kind])
+    adapter_arguments(parser.add_argument_group("adapter"))
+    training_arguments(parser.add_argument_group("training"), DEFAULTS[kind])
     if kind != "vit":
-        _memory_arguments(parser.add_argument_group("precision and memory"))
-    _output_arguments(parser.add_argument_group("output"))
+        memory_arguments(parser.add_argument_group("precision and memory"))
+    output_arguments(parser.add_argument_group("output"))
     return parser, source
 
 
@@ -200,80 +190,3 @@ Model: anything that AutoModelForCausalLM loads. Reported: loss and perplexity, 
         "--eval-prompts", type=positive, metavar="N", default=100, help="held-out prompts answered for exact-match"
     )
     source.add_argument("--max-new-tokens", type=positive, metavar="N", default=256, help="of an answer")
-
-
-def _adapter_arguments(group: Any) -> None:
-    group.add_argument("--rank", type=positive, metavar="R", default=RANK, help="of the LoRA factors")
-    group.add_argument("--d", type=auto_or_positive, metavar="N", default="auto", help="trained numbers, or auto")
-    group.add_argument(
-        "--targets",
-        type=selection,
-        metavar="NAMES",
-        help="layers: a word (all-linear, query, qkv), a comma list, or a regular expression of whole names "
-        "(default: the query and value layers, or what suits the model)",
-    )
-    group.add_argument("--exclude", type=selection, metavar="NAMES", help="layers left out, said likewise")
-    group.add_argument(
-        "--modules-to-save",
-        type=names,
-        metavar="NAMES",
-        help="comma list of modules trained in full (default: the head)",
-    )
-    group.add_argument("--seed", type=natural, metavar="N", default=0, help="of the projection, the head and the data")
-    group.add_argument("--start", metavar="NAME", help="identity or paper (default: the library's)")
-    group.add_argument("--bound", type=rate, metavar="X", help="theta_d starts as U(-X, X) (default: from the start)")
-    group.add_argument("--grouping", metavar="NAME", help="balanced, iid or numpy-shuffle (default: the library's)")
-
-
-def _training_arguments(group: Any, default: Defaults) -> None:
-    rates = group.add_mutually_exclusive_group()
-    rates.add_argument(
-        "--lora-rate",
-        type=rate,
-        metavar="X",
-        help=f"the learning rate that LoRA would have; theta_d's follows from it (default: {default.lora_rate})",
-    )
-    rates.add_argument("--theta-rate", type=rate, metavar="X", help="theta_d's own learning rate instead")
-    group.add_argument("--head-rate", type=rate, metavar="X", default=default.head_rate, help="of the head")
-    group.add_argument("--epochs", type=positive, metavar="N", default=default.epochs, help="passes over the data")
-    group.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
-    group.add_argument("--batch-size", type=positive, metavar="N", default=default.batch_size, help="examples at once")
-    group.add_argument(
-        "--accumulate", type=positive, metavar="N", default=1, help="batches per step; together they act as one"
-    )
-    group.add_argument(
-        "--warmup", type=part, metavar="PART", default=default.warmup, help="the part of the steps in which rates rise"
-    )
-    group.add_argument(
-        "--schedule", choices=("linear", "cosine"), default=default.schedule, help="how the rates fall to 0 after that"
-    )
-    group.add_argument("--weight-decay", type=not_negative, metavar="X", default=0.01, help="of the head (AdamW)")
-    group.add_argument("--max-grad-norm", type=rate, metavar="X", help="gradients are scaled down to this norm")
-    group.add_argument(
-        "--keep",
-        choices=("last", "best"),
-        default="last",
-        help="which epoch's adapter to keep; the best by the first --metric on held-out data",
-    )
-    flag(group, "--bf16", "bfloat16 autocast (theta_d stays float32)")
-    group.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, mps, or auto")
-    group.add_argument("--workers", type=natural, metavar="N", default=0, help="processes that read data")
-
-
-def _memory_arguments(group: Any) -> None:
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bf16"),
-        default="auto",
-        help="of the base model's weights; auto: as in the checkpoint. Beside half precision, bfloat16 autocast is on",
-    )
-    flag(group, "--load-in-4bit", "base in 4-bit nf4 with double quantisation (needs bitsandbytes)")
-    flag(group, "--gradient-checkpointing", "compute activations again in the backward pass: less memory, more time")
-
-
-def _output_arguments(group: Any) -> None:
-    group.add_argument("--out", metavar="FOLDER", help="output folder (default: a new one, runs/MODEL-DATA)")
-    group.add_argument("--overwrite", action="store_true", help="replace an adapter that is already in that folder")
-    group.add_argument(
-        "--resume", action="store_true", help="go on with the interrupted run in --out, with the same arguments"
-    )

@@ -1,0 +1,89 @@
+"""The arguments of `unilora finetune` that all tasks share: adapter, training, memory and output."""
+
+from typing import Any
+
+from unilora_cli.defaults import RANK, Defaults
+from unilora_cli.values import auto_or_positive, flag, names, natural, not_negative, part, positive, rate, selection
+
+__all__ = ["adapter_arguments", "memory_arguments", "output_arguments", "training_arguments"]
+
+
+def adapter_arguments(group: Any) -> None:
+    """What is adapted, and how."""
+    group.add_argument("--rank", type=positive, metavar="R", default=RANK, help="of the LoRA factors")
+    group.add_argument("--d", type=auto_or_positive, metavar="N", default="auto", help="trained numbers, or auto")
+    group.add_argument(
+        "--targets",
+        type=selection,
+        metavar="NAMES",
+        help="layers: a word (all-linear, query, qkv), a comma list, or a regular expression of whole names "
+        "(default: the query and value layers, or what suits the model)",
+    )
+    group.add_argument("--exclude", type=selection, metavar="NAMES", help="layers left out, said likewise")
+    group.add_argument(
+        "--modules-to-save",
+        type=names,
+        metavar="NAMES",
+        help="comma list of modules trained in full (default: the head)",
+    )
+    group.add_argument("--seed", type=natural, metavar="N", default=0, help="of the projection, the head and the data")
+    group.add_argument("--start", metavar="NAME", help="identity or paper (default: the library's)")
+    group.add_argument("--bound", type=rate, metavar="X", help="theta_d starts as U(-X, X) (default: from the start)")
+    group.add_argument("--grouping", metavar="NAME", help="balanced, iid or numpy-shuffle (default: the library's)")
+
+
+def training_arguments(group: Any, default: Defaults) -> None:
+    """Rates, steps and precision."""
+    rates = group.add_mutually_exclusive_group()
+    rates.add_argument(
+        "--lora-rate",
+        type=rate,
+        metavar="X",
+        help=f"the learning rate that LoRA would have; theta_d's follows from it (default: {default.lora_rate})",
+    )
+    rates.add_argument("--theta-rate", type=rate, metavar="X", help="theta_d's own learning rate instead")
+    group.add_argument("--head-rate", type=rate, metavar="X", default=default.head_rate, help="of the head")
+    group.add_argument("--epochs", type=positive, metavar="N", default=default.epochs, help="passes over the data")
+    group.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
+    group.add_argument("--batch-size", type=positive, metavar="N", default=default.batch_size, help="examples at once")
+    group.add_argument(
+        "--accumulate", type=positive, metavar="N", default=1, help="batches per step; together they act as one"
+    )
+    group.add_argument(
+        "--warmup", type=part, metavar="PART", default=default.warmup, help="the part of the steps in which rates rise"
+    )
+    group.add_argument(
+        "--schedule", choices=("linear", "cosine"), default=default.schedule, help="how the rates fall to 0 after that"
+    )
+    group.add_argument("--weight-decay", type=not_negative, metavar="X", default=0.01, help="of the head (AdamW)")
+    group.add_argument("--max-grad-norm", type=rate, metavar="X", help="gradients are scaled down to this norm")
+    group.add_argument(
+        "--keep",
+        choices=("last", "best"),
+        default="last",
+        help="which epoch's adapter to keep; the best by the first --metric on held-out data",
+    )
+    flag(group, "--bf16", "bfloat16 autocast (theta_d stays float32)")
+    group.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, mps, or auto")
+    group.add_argument("--workers", type=natural, metavar="N", default=0, help="processes that read data")
+
+
+def memory_arguments(group: Any) -> None:
+    """How a base model of transformers is held in memory."""
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bf16"),
+        default="auto",
+        help="of the base model's weights; auto: as in the checkpoint. Beside half precision, bfloat16 autocast is on",
+    )
+    flag(group, "--load-in-4bit", "base in 4-bit nf4 with double quantisation (needs bitsandbytes)")
+    flag(group, "--gradient-checkpointing", "compute activations again in the backward pass: less memory, more time")
+
+
+def output_arguments(group: Any) -> None:
+    """Where a run goes."""
+    group.add_argument("--out", metavar="FOLDER", help="output folder (default: a new one, runs/MODEL-DATA)")
+    group.add_argument("--overwrite", action="store_true", help="replace an adapter that is already in that folder")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the interrupted run in --out, with the same arguments"
+    )
