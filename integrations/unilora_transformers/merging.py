@@ -262,33 +262,18 @@ class _Merged:
         targets, modules_to_save = contents(path, file, model)
         for target in targets:
             check_fits(path, model, target)
-        stored = {name: torch.from_numpy(array) for name, array in file.tensors.items()}
-        saved = [(module, head_state(path, model, module, stored)) for module in modules_to_save]
-        trained = {f"{module}.{key}": value for module, state in saved for key, value in state.items()}
-        tied = getattr(model, "all_tied_weights_keys", {})
+        trained = _trained(path, file, model, modules_to_save)
         weights = dict.fromkeys(weight_name(target) for target in targets)
-        for name in (*trained, *weights):
-            if name in tied:
-                raise MismatchError(f"{path}: {name} was trained alone, but this base ties it to {tied[name]}.")
-        found = {name: [names.plain[name]] if name in names.plain else names.converted.get(name) for name in weights}
-        if lost := next((name for name in weights if not found[name]), None):
-            raise MismatchError(
-                f"{path}: no tensor of the checkpoint is known to become {lost}; load the base model and the adapter, "
-                "and merge there: adapter.detach(merge=True)."
-            )
-        for key in (key for keys in found.values() for key in keys or ()):
+        _check_values(path, model, names, trained, weights)
+        found = {n: [names.plain[n]] if n in names.plain else names.converted[n] for n in weights}
+        adapted = {key: name for name, keys in found.items() for key in keys}
+        for key in adapted:
             if checkpoint.dtypes[key] not in PLAIN:
                 raise TargetError(f"{key}: a weight of {checkpoint.dtypes[key]} cannot take the update; {REMEDY}")
-        there = names.plain.keys() | names.converted.keys() | trained.keys() | tied.keys()
-        if absent := [name for name, _ in model.named_parameters() if name not in there]:
-            raise MismatchError(
-                f"{path}: neither the checkpoint nor the file has values for {absent[0]} ({len(absent)} such); the "
-                "base model that was trained had random ones."
-            )
         adapter = Adapter(model, file.spec, targets, modules_to_save)
         with torch.no_grad():
             adapter.theta_d.copy_(torch.from_numpy(file.theta_d))
-        dtype = checkpoint.dtypes[next(iter(found.values()))[0]]
+        dtype = checkpoint.dtypes[next(iter(adapted))]
         heads = {}
         for name, value in trained.items():
             key = names.plain.get(name, name)
@@ -297,7 +282,7 @@ class _Merged:
         same_class = type(model).__name__ in (model.config.architectures or ())
         keys = [key for key in checkpoint.files if key in kept or same_class]
         keys += [key for key in heads if key not in checkpoint.files]
-        return cls(model, checkpoint, names, adapter, heads, {k: n for n, ks in found.items() for k in ks}, keys)
+        return cls(model, checkpoint, names, adapter, heads, adapted, keys)
 
     def size(self, key: str) -> int:
         """In bytes."""
@@ -311,10 +296,6 @@ class _Merged:
         if key not in self.adapted:
             return weight
         name = self.adapted[key]
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            raise TargetError(
-                f"{key}: a weight of {weight.dtype} cannot take the update; merge into an unquantised one."
-            )
         if name in self.names.plain:
             for target in (target for target in self.adapter.targets if weight_name(target) == name):
                 block = block_of(weight, target)
@@ -337,6 +318,39 @@ class _Merged:
                 "it apart again; load the base model and the adapter, and merge there: adapter.detach(merge=True)."
             )
         return parts
+
+
+def _trained(
+    path: str | os.PathLike, file: AdapterFile, model: PreTrainedModel, modules: Iterable[str]
+) -> dict[str, Tensor]:
+    """The tensors of the modules that were trained in full, by their names in the model."""
+    stored = {name: torch.from_numpy(array) for name, array in file.tensors.items()}
+    states = {module: head_state(path, model, module, stored) for module in modules}
+    return {f"{module}.{key}": value for module, state in states.items() for key, value in state.items()}
+
+
+def _check_values(
+    path: str | os.PathLike, model: PreTrainedModel, names: _Names, trained: Iterable[str], weights: Iterable[str]
+) -> None:
+    """Refuse what has no place of its own in the checkpoint, and a checkpoint that lacks values."""
+    by_hand = "load the base model and the adapter, and merge there: adapter.detach(merge=True)."
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name in (*trained, *weights):
+        other = tied.get(name) or next((key for key, source in tied.items() if source == name), name)
+        if other not in (name, *trained):
+            raise MismatchError(f"{path}: {name} was trained alone, but this base ties it to {other}.")
+    for name in trained:
+        if name in names.converted:
+            raise MismatchError(f"{path}: the checkpoint holds {name}, trained in full, in another form; {by_hand}")
+    for name in weights:
+        if name not in names.plain and name not in names.converted:
+            raise MismatchError(f"{path}: no tensor of the checkpoint is known to become {name}; {by_hand}")
+    there = {*names.plain, *names.converted, *trained, *tied}
+    if absent := [name for name, _ in model.named_parameters() if name not in there]:
+        raise MismatchError(
+            f"{path}: neither the checkpoint nor the file has values for {absent[0]} ({len(absent)} such); the base "
+            "model that was trained had random ones."
+        )
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
