@@ -330,7 +330,8 @@ class Adapter(nn.Module):
         Raises:
             ValuesError: θ_d holds NaN or infinity; an old file at ``path`` is kept.
         """
-        tensors = {name: _storable(tensor if state is None else state[name]) for name, tensor in self._heads().items()}
+        gathered = dict(state or {}) | (self._kept_heads or {})  # what is switched off is not in the model's state
+        tensors = {name: _storable(gathered.get(name, tensor)) for name, tensor in self._heads().items()}
         written = write_targets(map(row_of, self.targets), self.modules_to_save)
         theta_d = _storable(self.theta_d if state is None else state[f"{self.name}.theta_d"])
         save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written | self.base | dict(metadata or {}))

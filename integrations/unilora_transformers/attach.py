@@ -88,9 +88,10 @@ def from_pretrained(
         **options: for the base model's own `from_pretrained`: dtype, device_map, quantization_config, …
 
     Returns:
-        The model; its adapter is ``model.unilora``.
+        The model; its adapter is ``model.unilora``. Of several adapters the first acts, `unilora_torch.switch` chooses.
 
     Raises:
+        TypeError: options for loading a base model that is given.
         FileNotFoundError: no adapter there.
         AdapterFileError, MismatchError, TargetError: as `load`; or the file does not name its base model.
     """
@@ -100,7 +101,9 @@ def from_pretrained(
     if model is None:
         model = build_base(next(iter(files.values())), options)
     for adapter, path in files.items():
+        unilora_torch.switch(model, ())  # each may bring a head of its own
         load(model, path, name=adapter)
+    unilora_torch.switch(model, next(iter(files)))
     return model
 
 

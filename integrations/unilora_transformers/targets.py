@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unilora_core import TargetError
-from unilora_torch import Target, find_targets
+from unilora_torch import Adapter, Target, find_targets
 from unilora_torch.targets import embedding_target, is_linear, linear_target
 
 __all__ = ["select_targets", "task_heads", "to_target"]
@@ -66,7 +66,11 @@ def task_heads(model: PreTrainedModel) -> tuple[str, ...]:
     if model.get_output_embeddings() is not None:
         return ()
     base = getattr(model, model.base_model_prefix, None)
-    children = [(name, child) for name, child in model.named_children() if any(True for _ in child.parameters())]
+    children = [
+        (name, child)
+        for name, child in model.named_children()
+        if any(True for _ in child.parameters()) and not isinstance(child, Adapter)
+    ]
     if isinstance(base, nn.Module):
         return tuple(name for name, child in children if child is not base)
     return tuple(name for name, _ in children if name in HEADS)
