@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import unilora_transformers
 from unilora_core import AdapterFileError, MismatchError, ValuesError, read_adapter
+from unilora_torch import switch
 
 STEPS = 6
 
@@ -225,6 +226,7 @@ def test_several_adapters_are_saved_and_loaded(base, ids, train, tmp_path):
     assert files(tmp_path / "both") == {"adapter.safetensors", "adapter-second.safetensors", "README.md"}
     loaded = unilora_transformers.from_pretrained(tmp_path / "both").eval()
     assert (loaded.unilora.spec, loaded.second.spec) == (model.unilora.spec, model.second.spec)
+    switch(loaded, ["unilora", "second"])
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
