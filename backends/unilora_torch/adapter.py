@@ -331,10 +331,20 @@ class Adapter(nn.Module):
             ValuesError: θ_d holds NaN or infinity; an old file at ``path`` is kept.
         """
         gathered = dict(state or {}) | (self._kept_heads or {})  # what is switched off is not in the model's state
-        tensors = {name: _storable(gathered.get(name, tensor)) for name, tensor in self._heads().items()}
+        tensors = {name: _storable(gathered.get(name, tensor)) for name, tensor in self.heads().items()}
         written = write_targets(map(row_of, self.targets), self.modules_to_save)
         theta_d = _storable(self.theta_d if state is None else state[f"{self.name}.theta_d"])
         save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written | self.base | dict(metadata or {}))
+
+    def heads(self) -> dict[str, Tensor]:
+        """The state of the modules to save, under its names in the model's `state_dict`, also while switched off."""
+        if self._kept_heads is not None:
+            return self._kept_heads
+        return {
+            f"{module}.{name}": tensor
+            for module in self.modules_to_save
+            for name, tensor in self._root[0].get_submodule(module).state_dict().items()
+        }
 
     def export_lora(
         self,
@@ -354,7 +364,7 @@ class Adapter(nn.Module):
     def _switch_off(self) -> None:
         self.unmerge()
         if self._kept_heads is None:
-            self._kept_heads = {name: tensor.detach().clone() for name, tensor in self._heads().items()}
+            self._kept_heads = {name: tensor.detach().clone() for name, tensor in self.heads().items()}
         self.enabled = False
         self.theta_d.requires_grad_(False)
         for parameter in self._saved_parameters().values():
@@ -380,16 +390,6 @@ class Adapter(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
-
-    def _heads(self) -> dict[str, Tensor]:
-        """The state of the modules to save, under its names in the model's `state_dict`."""
-        if self._kept_heads is not None:
-            return self._kept_heads
-        return {
-            f"{module}.{name}": tensor
-            for module in self.modules_to_save
-            for name, tensor in self._root[0].get_submodule(module).state_dict().items()
-        }
 
     def _saved_parameters(self) -> dict[str, nn.Parameter]:
         return {

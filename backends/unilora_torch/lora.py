@@ -69,9 +69,8 @@ def export_lora(
             for name, letter in zip(lora_names(module), "AB", strict=True):
                 arrays[f"base_model.model.{module}.lora_embedding_{letter}"] = arrays.pop(name)
     state: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    for module in adapter.modules_to_save:
-        for name, tensor in model.get_submodule(module).state_dict().items():
-            state[f"base_model.model.{module}.{name}"] = tensor.detach().cpu().clone().contiguous()
+    for name, tensor in adapter.heads().items():
+        state[f"base_model.model.{name}"] = tensor.detach().cpu().clone().contiguous()
     config = lora_config(
         blocks,
         rank,

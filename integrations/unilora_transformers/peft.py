@@ -108,9 +108,8 @@ def save_peft(adapter: Adapter, folder: str | os.PathLike) -> None:
     if not torch.isfinite(adapter.theta_d).all():
         raise ValuesError("save_peft: theta_d holds NaN or infinity; training diverged. Nothing was written.")
     state = {THETA: adapter.theta_d.detach().cpu().clone()}
-    for name in adapter.modules_to_save:
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            state[f"{PREFIX}{name}.{key}"] = tensor.detach().cpu().clone().contiguous()
+    for name, tensor in adapter.heads().items():
+        state[f"{PREFIX}{name}"] = tensor.detach().cpu().clone().contiguous()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / TENSORS, metadata={"format": "pt"})
