@@ -83,7 +83,7 @@ class Bank:
         self._rows = Rows()
 
     def __repr__(self) -> str:
-        return f"Bank({len(self._stored):,} adapters of {len(self._shelves)} specs, {self.nbytes:,} bytes)"
+        return f"Bank(adapters: {len(self._stored):,}, specs: {len(self._shelves):,}, bytes: {self.nbytes:,})"
 
     # ---- what is stored -----------------------------------------------------------------------------------------
 
@@ -221,9 +221,11 @@ class Bank:
         number = {name: k for k, name in enumerate(different)}
         return Share(
             table=shelf.table([self._stored[name].theta_d for name in different]),
-            which=None if len(different) == len(names) else torch.tensor([number[n] for n in names], device=device),
+            which=None
+            if len(different) in (1, len(names))
+            else torch.tensor([number[n] for n in names], device=device),
             rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
-            weights=torch.tensor(weights, device=device).view(-1, 1, 1),
+            weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),
         )
 
     # ---- internals ----------------------------------------------------------------------------------------------
@@ -280,8 +282,7 @@ class Bank:
         parts: dict[str, list[Part]] = {}
         for shelf in self._shelves.values():
             for target in shelf.targets:
-                A, B = (_groups(shelf, f"{target.name}.{factor}") for factor in "AB")
-                parts.setdefault(target.module, []).append(Part(shelf.number, target, A, B))
+                parts.setdefault(target.module, []).append(_part(shelf, target))
         hooks: list[tuple[str, LayerHook | HeadHook]] = [
             (module, LayerHook(self._rows, module, tuple(mine))) for module, mine in parts.items()
         ]
@@ -306,10 +307,12 @@ def _mixture(i: int, row: Row) -> Mapping[str, float]:
     return {row: 1.0} if isinstance(row, str) else row
 
 
-def _groups(shelf: _Shelf, factor: str) -> Tensor:
-    """The groups of one factor, int32 of its shape: a view."""
-    layout = shelf.spec.layout
-    return shelf.tables.groups[layout.slices[factor]].view(layout.shapes[factor])
+def _part(shelf: _Shelf, target: Target) -> Part:
+    """A target in its layer; its groups are a view of the shelf's, unless a file holds another order."""
+    layout, groups = shelf.spec.layout, shelf.tables.groups
+    A, B = (layout.slices[f"{target.name}.{factor}"] for factor in "AB")
+    own = groups[A.start : B.stop] if A.stop == B.start else torch.cat([groups[A], groups[B]])
+    return Part(shelf.number, target, layout.shapes[f"{target.name}.A"][0], own)
 
 
 def _checked(where: str, file: AdapterFile) -> Tensor:

@@ -16,12 +16,17 @@ __all__ = ["Batch", "CallerHook", "HeadHook", "LayerHook", "Part", "Rows", "Shar
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One target in its layer: where its factors lie in the table of its shelf."""
+    """One target in its layer: where its factors lie in the table of its shelf.
+
+    Attributes:
+        shelf: the number of the shelf.
+        groups: int32, those of A, then those of B.
+    """
 
     shelf: int
     target: Target
-    A: Tensor
-    B: Tensor
+    rank: int
+    groups: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +35,27 @@ class Share:
 
     Attributes:
         table: (u, d) or (u, 2d) float32, see `bank.Shelf.table`.
-        which: (m,) the adapter of each pair; None: the m-th.
+        which: (m,) the adapter of each pair; None: the m-th, or the only one.
         rows: (m,) the row of each pair; None: all rows in order.
-        weights: (m, 1, 1) float32.
+        weights: (m, 1, 1) float32; None: all are 1.
     """
 
     table: Tensor
     which: Tensor | None
     rows: Tensor | None
-    weights: Tensor
+    weights: Tensor | None
 
-    def factor(self, groups: Tensor, like: Tensor) -> Tensor:
-        """A (m, r, in) or B (m, out, r), projected in float32, in the dtype and on the device of ``like``."""
-        factor = self.table.index_select(1, groups.flatten().long()).view(-1, *groups.shape)
-        return (factor if self.which is None else factor.index_select(0, self.which)).to(like)
+    def factors(self, part: Part, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A (m, r, in) and B (m, out, r), projected in float32, in the dtype and on the device of ``like``.
+
+        Where one adapter serves all rows, m is 1 here.
+        """
+        both = self.table.index_select(1, part.groups.long())
+        if self.which is not None:
+            both = both.index_select(0, self.which)
+        r, width, height = part.rank, part.target.in_features, part.target.out_features
+        A, B = both.to(like).split([r * width, height * r], dim=1)
+        return A.view(-1, r, width), B.view(-1, height, r)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +138,20 @@ class LayerHook(_Hook):
         x = x.reshape(batch.size, -1, x.shape[-1])  # the copies of a row lie side by side: they become its positions
         total = output.reshape(batch.size, -1, output.shape[-1]).clone()
         for part, share in mine:
-            A, B = share.factor(part.A, x), share.factor(part.B, x)
+            A, B = share.factors(part, x)
             rows = None if share.rows is None else share.rows.to(x.device)
-            own = x if rows is None else x.index_select(0, rows)
-            hidden = (own @ A.mT * share.weights.to(x.device)).to(x.dtype)
-            update = (hidden @ B.mT).to(total.dtype)
+            hidden = _by_adapter(x if rows is None else x.index_select(0, rows), A)
+            if share.weights is not None:
+                hidden = hidden * share.weights.to(x.device)
+            update = _by_adapter(hidden.to(x.dtype), B).to(total.dtype)
             block = total.narrow(-1, part.target.first_row, part.target.out_features)
             block.add_(update) if rows is None else block.index_add_(0, rows, update)
         return total.view(output.shape)
+
+
+def _by_adapter(x: Tensor, factor: Tensor) -> Tensor:
+    """x (m, T, in) times the factor (m, out, in) of each row, or the one factor (1, out, in) of all."""
+    return (x.reshape(len(factor), -1, x.shape[-1]) @ factor.mT).view(*x.shape[:2], -1)
 
 
 class HeadHook(_Hook):
