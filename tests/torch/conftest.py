@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for small_models
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, threads))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
