@@ -14,6 +14,7 @@ repeated.
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import os
@@ -42,21 +43,26 @@ RANK = 4
 RATIOS = [4, 8, 16, 32, 64, 128, 256]
 LORA_RATES = [5e-3, 1e-2, 2e-2, 5e-2]
 SWEEP_SEED = 100
-SEEDS = range(1)
+SEEDS = range(2)
 
 
 def jobs() -> Iterator[dict]:
-    """The base, LoRA's sweep on a seed of its own, then each seed: LoRA at its best rate, and Uni-LoRA at each D/d."""
+    """The base and LoRA's sweep on a seed of its own; each seed: LoRA at its best rate, and Uni-LoRA at each D/d.
+
+    Last, Uni-LoRA at half and twice that rate, only to see whether the derived one is at the top.
+    """
     yield {"method": "base"}
     yield from ({"method": "lora", "rate": rate, "seed": SWEEP_SEED} for rate in LORA_RATES)
     for seed in SEEDS:
         yield {"method": "lora", "rate": best_rate(), "seed": seed}
         yield from ({"method": "unilora", "ratio": ratio, "rate": best_rate(), "seed": seed} for ratio in RATIOS)
+    for factor, ratio in itertools.product((0.5, 2), (16, 256)):
+        yield {"method": "unilora", "ratio": ratio, "rate": factor * best_rate(), "seed": SWEEP_SEED}
 
 
 def best_rate() -> float:
     """LoRA's rate with the lowest held-out perplexity of its sweep. Uni-LoRA has no sweep: its rate follows from it."""
-    return min((row for row in _rows() if row.get("seed") == SWEEP_SEED), key=lambda row: row["perplexity"])["rate"]
+    return min(_sweep("lora"), key=lambda row: row["perplexity"])["rate"]
 
 
 def run_one(job: dict, base: Path, train: torch.Tensor, held_out: torch.Tensor) -> dict:
@@ -184,7 +190,7 @@ def run(base: Path) -> None:
         pretrain(base)
     (RESULTS / "llama_ratio_machine.json").write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
     train, held_out = gsm8k(base)
-    for job in tqdm(jobs(), total=1 + len(LORA_RATES) + len(SEEDS) * (1 + len(RATIOS)), desc="runs"):
+    for job in tqdm(jobs(), total=5 + len(LORA_RATES) + len(SEEDS) * (1 + len(RATIOS)), desc="runs"):
         if _key(job) in {_key(row) for row in _rows()}:
             continue
         row = run_one(job, base, train, held_out)
@@ -203,8 +209,9 @@ def summary() -> list[dict]:
 
 def table() -> None:
     """LoRA's sweep and the means over seeds, as Markdown."""
-    swept = [row for row in _rows() if row.get("seed") == SWEEP_SEED]
-    print("LoRA's sweep:", ", ".join(f"{row['rate']:g} → {row['perplexity']:.2f}" for row in swept))
+    for method in ("lora", "unilora"):
+        figures = [f"{row.get('ratio', '')} {row['rate']:g} → {row['perplexity']:.1f}" for row in _sweep(method)]
+        print(f"{method}, sweep: {', '.join(figures)}")
     print("\n| method | D/d | rate | trained | held-out perplexity | seconds |\n|---|---|---|---|---|---|")
     for case in summary():
         values = case["perplexities"]
@@ -227,7 +234,7 @@ def plot() -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     curve = sorted((case for case in cases if case["method"] == "unilora"), key=lambda case: case["trained"])
     means = [statistics.mean(case["perplexities"]) for case in curve]
-    axes.plot([case["trained"] for case in curve], means, "o-", label="Uni-LoRA, untouched defaults")
+    axes.plot([case["trained"] for case in curve], means, "o-", label="Uni-LoRA, its rate derived from LoRA's")
     for case in curve:
         axes.plot([case["trained"]] * len(case["perplexities"]), case["perplexities"], ".", color="C0", alpha=0.5)
     for case, mean in zip(curve, means, strict=True):
@@ -250,6 +257,10 @@ def plot() -> None:
 def _text(path: Path) -> str:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return file.read()
+
+
+def _sweep(method: str) -> list[dict]:
+    return [row for row in _rows() if row.get("seed") == SWEEP_SEED and row["method"] == method]
 
 
 def _key(row: dict) -> tuple:
