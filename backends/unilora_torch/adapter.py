@@ -24,7 +24,7 @@ from unilora_torch.reach import add_checks
 from unilora_torch.tables import Tables
 from unilora_torch.targets import Target, block_of, row_of, weight_name
 
-__all__ = ["NAME", "Adapter", "adapters", "check_name", "switch"]
+__all__ = ["NAME", "Adapter", "adapters", "check_name", "device_of", "switch"]
 
 NAME = "unilora"
 """The adapter's name among the model's submodules, unless another is given."""
@@ -55,9 +55,10 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
-        self.theta_d = nn.Parameter(torch.from_numpy(spec.init()))
         self._tables = Tables.of(spec)
-        self.to(_device_of(model, targets))
+        origin = self._tables.origin  # drawing it takes a while, so it is not done twice
+        self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
+        self.to(device_of(model, targets))
         self.merged, self.enabled, self.strength = False, True, 1.0
         self._current: dict[str, Tensor] | None = None
         self._unreached = {target.module for target in targets}
@@ -458,7 +459,7 @@ def _trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
+def device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
     """Where the first layer that has values has them."""
     layers = (model.get_submodule(target.module) for target in targets)
     tensors = (tensor for layer in layers for tensor in itertools.chain(layer.parameters(), layer.buffers()))

@@ -24,7 +24,7 @@ from unilora_torch.checks import check_parameter, check_targets
 from unilora_torch.heads import check_apart, check_heads, head_state, submodule
 from unilora_torch.targets import Target, features, find_targets, target_of
 
-__all__ = ["attach", "check_fits", "contents", "layout_of", "load", "swap"]
+__all__ = ["attach", "check_fits", "contents", "layout_of", "load", "swap", "tensors_of"]
 
 
 def attach(
@@ -95,7 +95,7 @@ def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_b
     targets, modules_to_save = contents(path, file, model)
     for target in targets:
         check_fits(path, model, target)
-    stored = _tensors(file)
+    stored = tensors_of(file)
     heads = {module: head_state(path, model, module, stored) for module in modules_to_save}
     check_heads(model, modules_to_save)
     check_targets(model, targets)
@@ -136,7 +136,7 @@ def swap(adapter: Adapter, path: str | os.PathLike) -> None:
                 "detach the adapter and load the file instead."
             )
     base.check_base(str(path), file.metadata, adapter.base)
-    stored = _tensors(file)
+    stored = tensors_of(file)
     heads = {module: head_state(path, adapter._root[0], module, stored) for module in modules_to_save}
     adapter.reseed(file.spec)
     _fill(adapter, file, heads)
@@ -198,7 +198,8 @@ def contents(
     return tuple(target_of(row, submodule(model, row.module, str(path))) for row in rows), modules_to_save
 
 
-def _tensors(file: AdapterFile) -> dict[str, torch.Tensor]:
+def tensors_of(file: AdapterFile) -> dict[str, torch.Tensor]:
+    """The extra tensors of a file, by name."""
     return {name: torch.from_numpy(array) for name, array in file.tensors.items()}
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from unilora_core import AdapterFile, ProjectionSpec, TargetError, ValuesError, read_adapter
 from unilora_torch import base
-from unilora_torch.adapter import _device_of, adapters
-from unilora_torch.attach import _tensors, check_fits, contents
+from unilora_torch.adapter import adapters, device_of
+from unilora_torch.attach import check_fits, contents, tensors_of
 from unilora_torch.checks import check_targets
 from unilora_torch.heads import check_heads, head_state
-from unilora_torch.reach import _caller
+from unilora_torch.reach import caller_of
 from unilora_torch.rows import Batch, CallerHook, HeadHook, LayerHook, Part, Rows, Share
 from unilora_torch.tables import Tables
 from unilora_torch.targets import Target
@@ -248,11 +248,11 @@ class Bank:
             _check_by_row(where, self.model, target)
         check_targets(self.model, targets)
         self._made += 1
-        return _Shelf(self._made, spec, targets, Tables.of(spec).to(_device_of(self.model, targets)))
+        return _Shelf(self._made, spec, targets, Tables.of(spec).to(device_of(self.model, targets)))
 
     def _heads(self, where: str, file: AdapterFile, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
         """The saved state of each module, in the dtypes of the model's own."""
-        stored = _tensors(file)
+        stored = tensors_of(file)
         states = {name: head_state(where, self.model, name, stored) for name in names}
         check_heads(self.model, names)
         own = {name: self.model.get_submodule(name).state_dict() for name in names}
@@ -292,7 +292,7 @@ class Bank:
         ]
         inside: dict[str, list[str]] = {}
         for module, _ in hooks:
-            inside.setdefault(_caller(self.model, module), []).append(module)
+            inside.setdefault(caller_of(self.model, module), []).append(module)
         for caller, modules in inside.items():
             layer = self.model.get_submodule(caller)
             self._handles.append(layer.register_forward_hook(CallerHook(self._rows, tuple(modules))))

@@ -12,14 +12,14 @@ from unilora_torch.targets import Target
 if TYPE_CHECKING:
     from unilora_torch.adapter import Adapter
 
-__all__ = ["add_checks"]
+__all__ = ["add_checks", "caller_of"]
 
 
 def add_checks(adapter: "Adapter", model: nn.Module, targets: tuple[Target, ...]) -> list[RemovableHandle]:
     """A hook on each module that calls targets; it raises where a target was left out."""
     inside: dict[str, list[str]] = {}
     for module in dict.fromkeys(target.module for target in targets):
-        inside.setdefault(_caller(model, module), []).append(module)
+        inside.setdefault(caller_of(model, module), []).append(module)
     return [
         model.get_submodule(caller).register_forward_hook(_Reach(adapter, tuple(modules)))
         for caller, modules in inside.items()
@@ -53,7 +53,7 @@ class _Reach:
             )
 
 
-def _caller(model: nn.Module, name: str) -> str:
+def caller_of(model: nn.Module, name: str) -> str:
     """The module that calls this one: the nearest above it that is no mere list."""
     above = name.rpartition(".")[0]
     while above and isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):

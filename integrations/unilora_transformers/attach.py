@@ -12,6 +12,7 @@ from unilora_torch import Adapter, Target
 from unilora_torch.adapter import NAME
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import InputGradients
+from unilora_transformers.output_embeddings import watch_output_embeddings
 from unilora_transformers.quantised_training import TrainableQuantised
 from unilora_transformers.saving import Checkpoints, PretrainedMethods, build_base, find_files
 from unilora_transformers.targets import select_targets, task_heads
@@ -112,6 +113,7 @@ def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     gradients = InputGradients(model)
     adapter._handles += [gradients, model.register_forward_pre_hook(gradients)]
     adapter._handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter)]
+    adapter._handles += watch_output_embeddings(model, adapter)
     return adapter
 
 

@@ -27,9 +27,11 @@ def test_wheel_ships_exactly_the_packages(wheel):
 
 def test_wheel_ships_only_code_and_its_licence(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    recipes = {name for name in names if name.startswith("unilora_cli/recipes/") and name.endswith(".toml")}
     others = {name for name in names if not name.endswith((".py", "/py.typed"))}
     vectors = ("adapter", "balanced", "iid", "numpy-shuffle")
-    assert others == {f"unilora_core/testing/vectors/{name}.json" for name in vectors}
+    assert others == recipes | {f"unilora_core/testing/vectors/{name}.json" for name in vectors}
+    assert len(recipes) == 16
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 

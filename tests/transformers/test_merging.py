@@ -158,7 +158,6 @@ print(peak() - before)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    print("PEAK", done.stdout)
     assert 8e6 < int(done.stdout) < 45e6, f"{int(done.stdout):,} bytes more than before, the model has {size:,}"
 
 

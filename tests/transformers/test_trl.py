@@ -103,6 +103,20 @@ def test_sft(base, words, tmp_path, kind, options):
     assert not (tmp_path / "run" / f"checkpoint-{STEPS}" / "config.json").exists()
 
 
+def test_an_adapted_output_layer_that_the_fused_loss_passes_by(base, words, tmp_path):
+    model = base()
+    adapter = unilora_transformers.attach(model, ["q_proj", "lm_head"])
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(**common(tmp_path / "run")),
+        train_dataset=Dataset.from_dict({"text": sentences(0, 6)}),
+        processing_class=words,
+        optimizers=(optimizer(adapter), None),
+    )
+    with pytest.raises(TargetError, match="lm_head: this forward pass does not call the output embeddings"):
+        trainer.train()
+
+
 def test_dpo_against_the_base_itself(base, words, train, tmp_path):
     """The reference is the model with its adapter off: the same numbers as with a copy of the base."""
     pairs = {"prompt": sentences(0, 2), "chosen": [f" {text}" for text in sentences(2, 2)]}
