@@ -47,6 +47,6 @@ class _Watch:
         if module.training and torch.is_grad_enabled() and self.adapter.active and not self.called:
             raise TargetError(
                 f"{self.name}: this forward pass does not call the output embeddings, so their update would do "
-                "nothing; a loss that is fused with them reads their weight. Exclude them, or switch the fused loss off "
-                "(TRL's trainers always fuse; Liger: use_liger_kernel=False)."
+                "nothing; a loss that is fused with them reads their weight. Exclude them, or switch the fused loss "
+                "off (TRL's trainers always fuse; Liger: use_liger_kernel=False)."
             )
