@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from unilora_cli.console import CommandError, say
-from unilora_cli.models import Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
+from unilora_cli.models import AUTO, Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
 from unilora_core import read_adapter
 from unilora_core.targets import read_targets
 
@@ -44,7 +44,7 @@ def _merge_transformers(base: Base, file: str, folder: Path) -> str:
     with readable_errors(f"cannot merge into {base.name!r}"):
         merge_checkpoint(file, base.name, folder, config=config, progress=lambda files: tqdm(files, unit="file"))
     tokens.save_pretrained(folder)
-    auto = "AutoModelForCausalLM" if base.kind == "lm" else "AutoModelForSequenceClassification"
+    auto = AUTO[base.kind]
     return f'transformers.{auto}.from_pretrained("{folder}")'
 
 

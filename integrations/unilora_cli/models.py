@@ -11,7 +11,21 @@ from typing import Any
 from unilora_cli.console import CommandError, one_line
 from unilora_core import UniLoraError, __version__
 
-__all__ = ["Base", "build", "config_of", "load_adapter", "pad_with", "readable_errors", "remembered", "tokenizer"]
+__all__ = [
+    "AUTO",
+    "Base",
+    "build",
+    "config_of",
+    "load_adapter",
+    "pad_with",
+    "readable_errors",
+    "remembered",
+    "tokenizer",
+]
+
+
+AUTO = {"lm": "AutoModelForCausalLM", "text": "AutoModelForSequenceClassification"}
+"""The class of transformers that loads a kind of base model; `unilora_transformers.from_pretrained` reads it, too."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Base:
         return {
             "task": self.kind,
             "base_model": self.name,
+            **({"base_class": AUTO[self.kind]} if self.kind in AUTO else {}),
             "labels": json.dumps(self.labels),
             "base_arguments": json.dumps(how, default=str),
             "written_by": f"unilora {__version__}",
@@ -164,9 +179,9 @@ def _build_transformers(base: Base, loading: dict[str, Any]) -> tuple[Any, list[
     transformers.logging.disable_progress_bar()
     options = loading | base.arguments
     if base.kind == "lm":
-        auto = transformers.AutoModelForCausalLM
+        auto = getattr(transformers, AUTO["lm"])
     else:
-        auto = transformers.AutoModelForSequenceClassification
+        auto = getattr(transformers, AUTO["text"])
         if base.labels or base.regression:
             options["ignore_mismatched_sizes"] = True  # the checkpoint's head may be another task's
         if base.labels:

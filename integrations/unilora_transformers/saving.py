@@ -131,11 +131,14 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
             f"{path}: it does not say which transformers model it was made for (base_model = {name!r}, "
             f"base_class = {kind!r}); build the base model and give it: from_pretrained(…, model=model)."
         )
+    written = json.loads(metadata.get("base_arguments", "{}")).get("arguments", {})  # by the command `unilora`
+    if written.get("problem_type") == "regression":
+        written = {"num_labels": 1, "ignore_mismatched_sizes": True} | written
     labels = json.loads(metadata.get("labels", "[]"))
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         options = {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names | dict(options)
-    return cls.from_pretrained(name, **options)
+    return cls.from_pretrained(name, **written | dict(options))
 
 
 def base_metadata(model: PreTrainedModel) -> dict[str, str]:

@@ -52,6 +52,20 @@ def test_the_file_gives_the_same_model_again(trained, parsed, kind):
         assert value == pytest.approx(final[name], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["text", "lm"])
+def test_from_pretrained_knows_the_base_of_the_command(trained, kind):
+    import torch
+
+    import unilora_transformers
+
+    folder, _ = trained(kind)
+    model = unilora_transformers.from_pretrained(folder)
+    metadata = read_adapter(folder / "adapter.safetensors").metadata
+    assert type(model).__name__.endswith({"text": "ForSequenceClassification", "lm": "ForCausalLM"}[kind])
+    assert torch.equal(model.unilora.theta_d, torch.from_numpy(read_adapter(folder / "adapter.safetensors").theta_d))
+    assert [*model.config.id2label.values()] == json.loads(metadata["labels"]) or kind == "lm"
+
+
 @pytest.mark.parametrize("kind", ["vit", "text"])
 def test_it_learns(trained, kind, tsv):
     words = ("--eval-data", tsv, "--head-rate", 1e-2) if kind == "text" else ()
