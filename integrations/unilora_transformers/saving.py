@@ -133,7 +133,7 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         )
     written = json.loads(metadata.get("base_arguments", "{}")).get("arguments", {})  # by the command `unilora`
     if written.get("problem_type") == "regression":
-        written = {"num_labels": 1, "ignore_mismatched_sizes": True} | written
+        written = {"ignore_mismatched_sizes": True} | written
     labels = json.loads(metadata.get("labels", "[]"))
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
