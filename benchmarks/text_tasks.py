@@ -50,7 +50,7 @@ RATES = {
     "vblora": [2e-3, 1e-2, 5e-2],
     "peft-unilora": [0.032, 0.08, 0.16],
 }
-AROUND_DEFAULT = [2.5e-3, 5e-3, 1e-2, 2e-2]  # η of Uni-LoRA, only to see where its default lies
+AROUND_DEFAULT = [2.5e-3, 5e-3, 1e-2]  # η of Uni-LoRA, only to see where its default lies
 
 
 @dataclass(frozen=True)
