@@ -68,7 +68,7 @@ class Task:
 TASKS = {
     "sst2": Task(1280, 1, 16, (1, 0), True, ("accuracy",)),
     "mrpc": Task(1000, 1, 8, (0, 3, 4), True, ("f1", "accuracy")),
-    "cola": Task(4000, 2, 32, (1, 3), False, ("mcc",)),
+    "cola": Task(8500, 3, 32, (1, 3), False, ("mcc",)),
 }
 
 
@@ -264,12 +264,13 @@ def _figures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
 # ---- results ----------------------------------------------------------------------------------------------------
 
 
-def run(jobs: list[dict]) -> None:
-    """Run what is not in the results file yet."""
+def run(jobs: list[dict], part: str) -> None:
+    """Run what is not in the results file yet; ``part`` "i/n" takes every n-th of it, for parallel processes."""
     torch.set_num_threads(1)
+    first, step = map(int, part.split("/"))
     (RESULTS / "text_tasks_machine.json").write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
     done = {_key(row) for row in _rows()}
-    for job in tqdm([job for job in jobs if _key(job) not in done], desc="runs"):
+    for job in tqdm([job for job in jobs if _key(job) not in done][first::step], desc="runs"):
         row = run_one(job)
         with FILE.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -317,8 +318,9 @@ def _rows() -> list[dict]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sweep", "run", "table"])
-    what = parser.parse_args().what
-    if what == "table":
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run, from the I-th (default: all)")
+    arguments = parser.parse_args()
+    if arguments.what == "table":
         table()
     else:
-        run(sweep() if what == "sweep" else table_jobs())
+        run(sweep() if arguments.what == "sweep" else table_jobs(), arguments.part)
