@@ -25,7 +25,7 @@ __all__ = [
 
 
 AUTO = {"lm": "AutoModelForCausalLM", "text": "AutoModelForSequenceClassification"}
-"""The class of transformers that loads a kind of base model; `unilora_transformers.from_pretrained` reads it, too."""
+"""The class of transformers that loads a kind of base model."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Base:
         return {
             "task": self.kind,
             "base_model": self.name,
-            **({"base_class": AUTO[self.kind]} if self.kind in AUTO else {}),
             "labels": json.dumps(self.labels),
             "base_arguments": json.dumps(how, default=str),
             "written_by": f"unilora {__version__}",

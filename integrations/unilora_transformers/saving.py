@@ -124,7 +124,8 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         AdapterFileError: the file does not say what its base model is.
     """
     metadata = read_adapter(path).metadata
-    name, kind = metadata.get("base_model"), metadata.get("base_class", "")
+    name = metadata.get("base_model")
+    kind = metadata.get("base_class") or json.loads(metadata.get("base", "{}")).get("class", "")
     cls = getattr(transformers, kind, None)
     if not name or cls is None:
         raise AdapterFileError(
