@@ -23,7 +23,7 @@ from unilora_torch.adapter import adapters, device_of
 from unilora_torch.attach import check_fits, contents, tensors_of
 from unilora_torch.checks import check_targets
 from unilora_torch.heads import check_heads, head_state
-from unilora_torch.reach import caller_of
+from unilora_torch.reach import by_caller
 from unilora_torch.rows import Batch, CallerHook, HeadHook, LayerHook, Part, Rows, Share
 from unilora_torch.tables import Tables
 from unilora_torch.targets import Target
@@ -290,12 +290,8 @@ class Bank:
         self._handles = [
             self.model.get_submodule(module).register_forward_hook(hook, with_kwargs=True) for module, hook in hooks
         ]
-        inside: dict[str, list[str]] = {}
-        for module, _ in hooks:
-            inside.setdefault(caller_of(self.model, module), []).append(module)
-        for caller, modules in inside.items():
-            layer = self.model.get_submodule(caller)
-            self._handles.append(layer.register_forward_hook(CallerHook(self._rows, tuple(modules))))
+        inside = by_caller(self.model, [module for module, _ in hooks])
+        self._handles += [caller.register_forward_hook(CallerHook(self._rows, modules)) for caller, modules in inside]
 
 
 def _mixture(i: int, row: Row) -> Mapping[str, float]:

@@ -1,5 +1,6 @@
 """Never silently dead: a target that the forward pass bypasses is found out in the first pass."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,18 +13,13 @@ from unilora_torch.targets import Target
 if TYPE_CHECKING:
     from unilora_torch.adapter import Adapter
 
-__all__ = ["add_checks", "caller_of"]
+__all__ = ["add_checks", "by_caller"]
 
 
 def add_checks(adapter: "Adapter", model: nn.Module, targets: tuple[Target, ...]) -> list[RemovableHandle]:
     """A hook on each module that calls targets; it raises where a target was left out."""
-    inside: dict[str, list[str]] = {}
-    for module in dict.fromkeys(target.module for target in targets):
-        inside.setdefault(caller_of(model, module), []).append(module)
-    return [
-        model.get_submodule(caller).register_forward_hook(_Reach(adapter, tuple(modules)))
-        for caller, modules in inside.items()
-    ]
+    inside = by_caller(model, dict.fromkeys(target.module for target in targets))
+    return [caller.register_forward_hook(_Reach(adapter, modules)) for caller, modules in inside]
 
 
 class _Reach:
@@ -53,7 +49,15 @@ class _Reach:
             )
 
 
-def caller_of(model: nn.Module, name: str) -> str:
+def by_caller(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """Each module that calls some of these, with their names."""
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        inside.setdefault(_caller_of(model, name), []).append(name)
+    return [(model.get_submodule(caller), tuple(called)) for caller, called in inside.items()]
+
+
+def _caller_of(model: nn.Module, name: str) -> str:
     """The module that calls this one: the nearest above it that is no mere list."""
     above = name.rpartition(".")[0]
     while above and isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
