@@ -332,7 +332,7 @@ ENGINES = {
         "python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={folder}",
     ),
     "lorax": Engine(
-        "main, 2024-12",
+        "main",
         (
             _one_rank("lora_alpha / r scales every layer, and the layers of a kind are stacked."),
             _lorax_every_layer,
