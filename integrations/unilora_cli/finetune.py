@@ -53,11 +53,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     plan = plan_of(task, settings)
     say("plan\n" + table(rows_of(task, plan, settings)) + "\n\ntraining")
-    with Recorder(folder, task, {**about, "plan": plan}, arguments.keep, resumed) as recorder:
+    with Recorder(folder, task, {**about, "plan": plan, **task.facts}, arguments.keep, resumed) as recorder:
         try:
             if task.before and not resumed:
                 recorder.epoch(0, 0, loop.evaluate(task, settings))
             loop.fit(task, settings, recorder, resumed)
+            loop.conclude(task, settings, recorder)
         except torch.OutOfMemoryError as error:
             recorder.failed("out of memory")
             raise CommandError(

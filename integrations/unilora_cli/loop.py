@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from unilora_cli import checkpoint
 from unilora_cli.console import CommandError, one_line
 from unilora_cli.metrics import Outcome
-from unilora_cli.report import Recorder
+from unilora_cli.report import ADAPTER, Recorder
 from unilora_cli.task import Task
 
-__all__ = ["Settings", "TrainingError", "evaluate", "fit", "parameter_groups", "steps_of"]
+__all__ = ["Settings", "TrainingError", "conclude", "evaluate", "fit", "parameter_groups", "steps_of"]
 
 
 class TrainingError(CommandError):
@@ -103,7 +103,7 @@ def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, A
 def evaluate(task: Task, settings: Settings) -> dict[str, float]:
     """Mean loss over the held-out data, and the task's metrics."""
     task.model.eval()
-    total, count, predicted, labels = 0.0, 0, [np.empty(0)], [np.empty(0)]
+    total, count, predicted, labels = 0.0, 0, [], []
     with torch.no_grad():
         for batch in _batches(task.held_out, settings.device):
             with _precision(settings):
@@ -113,9 +113,27 @@ def evaluate(task: Task, settings: Settings) -> dict[str, float]:
             if scores.predicted is not None:
                 predicted.append(scores.predicted.float().cpu().numpy())
                 labels.append(batch["labels"].cpu().numpy())
-        outcome = Outcome(task.model, total / max(count, 1), np.concatenate(predicted), np.concatenate(labels))
+        guesses, truth = (np.concatenate(found) if found else np.empty(0) for found in (predicted, labels))
+        outcome = Outcome(task.model, total / max(count, 1), guesses, truth)
         with _precision(settings):
             return {"loss": outcome.loss} | {metric.name: metric.of(outcome) for metric in task.metrics}
+
+
+def conclude(task: Task, settings: Settings, recorder: Recorder) -> None:
+    """With the adapter that is kept: score the test data, and write what the task has to show of its predictions."""
+    if task.test is None and task.look is None:
+        return
+    task.adapter.swap(recorder.folder / ADAPTER)
+    if task.test is not None:
+        recorder.test = evaluate(replace(task, held_out=task.test), settings)
+    if task.look is not None:
+        task.model.eval()
+
+        def logits(inputs: Tensor) -> Tensor:
+            with torch.no_grad(), _precision(settings):
+                return task.model(inputs.to(settings.device)).float().cpu()
+
+        recorder.also_written += task.look(logits, recorder.folder)
 
 
 def parameter_groups(task: Task, settings: Settings) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from unilora_cli.console import CommandError
 
-__all__ = ["CLASSES", "NUMBERS", "PERPLEXITY", "Metric", "Outcome", "chosen"]
+__all__ = ["CLASSES", "NUMBERS", "PERPLEXITY", "TOP_5", "Metric", "Outcome", "chosen"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Outcome:
 
     Attributes:
         loss: the mean loss.
-        predicted, labels: (n,), classes or numbers; empty for a language model.
+        predicted: (n,), classes or numbers; or (n, several), the first guesses, best first; empty for a language model.
+        labels: (n,), the same.
     """
 
     model: nn.Module
@@ -53,7 +54,12 @@ def chosen(wanted: Sequence[str] | None, known: Iterable[str], usual: Sequence[s
 
 
 def _accuracy(outcome: Outcome) -> float:
-    return float((outcome.predicted == outcome.labels).mean())
+    first = outcome.predicted if outcome.predicted.ndim == 1 else outcome.predicted[:, 0]
+    return float((first == outcome.labels).mean())
+
+
+def _among_five(outcome: Outcome) -> float:
+    return float((outcome.predicted[:, :5] == outcome.labels[:, None]).any(1).mean())
 
 
 def _f1(outcome: Outcome) -> float:
@@ -97,4 +103,5 @@ def _perplexity(outcome: Outcome) -> float:
 
 CLASSES = {"accuracy": Metric("accuracy", _accuracy), "f1": Metric("f1", _f1), "mcc": Metric("mcc", _mcc)}
 NUMBERS = {"pearson": Metric("pearson", _pearson), "spearman": Metric("spearman", _spearman)}
+TOP_5 = Metric("top-5", _among_five)
 PERPLEXITY = Metric("perplexity", _perplexity, higher=False)

@@ -23,6 +23,8 @@ class Recorder:
         folder: the output folder.
         keep: the adapter of which epoch stays in the file: ``"last"``, or ``"best"`` by the task's first metric.
         epochs: a record per evaluation: epoch, step, mean training loss, the scores, seconds.
+        test: the scores of the kept adapter on the test data, where there are any.
+        also_written: names of further files in the folder.
     """
 
     def __init__(
@@ -31,6 +33,8 @@ class Recorder:
         self.folder, self.task, self.about, self.keep = folder, task, dict(about), keep
         self.epochs: list[dict[str, Any]] = list(resumed["epochs"]) if resumed else []
         self.losses: list[tuple[int, float, float]] = list(resumed["losses"]) if resumed else []
+        self.test: dict[str, float] = {}
+        self.also_written = ["metrics.csv", "metrics.json", "loss.png"]
         self.began = time.perf_counter() - (resumed["seconds"] if resumed else 0)
         self._since = len(self.losses)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +114,7 @@ class Recorder:
         contents = self.about | {
             "status": status,
             "final": final,
+            **({"test": self.test} if self.test else {}),
             "epochs": self.epochs,
             "bytes": self._bytes(),
             "seconds": self._seconds(),
@@ -135,12 +140,13 @@ class Recorder:
             scores = [(name, f"{value} (before: {number(self.epochs[0][name[9:]])})") for name, value in scores]
         if self.keep == "best":
             scores.append(("epoch", f"{kept['epoch']}, the best of {self.epochs[-1]['epoch']}"))
+        scores += [(f"test {name}", number(value)) for name, value in self.test.items()]
         return [
             *scores,
             ("trained numbers", f"{self.about['plan']['trained']:,}"),
             ("adapter", f"{self.folder / ADAPTER}, {sizes['adapter']:,} bytes (as LoRA: {sizes['adapter_as_lora']:,})"),
             ("time", f"{self._seconds():.1f} s"),
-            ("also written", f"metrics.csv, metrics.json, loss.png in {self.folder}"),
+            ("also written", f"{', '.join(self.also_written)} in {self.folder}"),
         ]
 
     def _plot(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class Scores:
     Attributes:
         loss: (), the mean over ``count``, differentiable.
         count: examples, or tokens of a language model.
-        predicted: (examples,), what the model makes of each: a class or a number; None for a language model.
+        predicted: (examples,), what the model makes of each: a class or a number; or (examples, several), its first
+            guesses, best first; None for a language model.
     """
 
     loss: Tensor
@@ -42,6 +44,10 @@ class Task:
         metrics: what is reported beside the loss; ``--keep best`` goes by the first.
         before: whether to evaluate before training too.
         notes: lines about the data for the printed plan.
+        facts: what metrics.json says beside them.
+        test: batches that are scored once, at the end, with the adapter that is kept; or None.
+        look: what is written at the end about the adapter that is kept: called with a function from inputs to logits
+            and the folder; the names of the files that it wrote.
     """
 
     base: Base
@@ -53,3 +59,6 @@ class Task:
     metrics: tuple[Metric, ...]
     before: bool = False
     notes: list[tuple[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    test: DataLoader | None = None
+    look: Callable[[Callable[[Tensor], Tensor], Path], list[str]] | None = None
