@@ -3,24 +3,26 @@
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from unilora_cli import distributed
 from unilora_cli.console import CommandError
 from unilora_cli.models import readable_errors
+from unilora_cli.task import Task
 from unilora_core import ProjectionSpec
 
 __all__ = ["FILE", "check_settings", "check_spec", "made_for", "read", "restore", "state", "write"]
 
 FILE = "training.pt"
 
-FREE = {"out", "overwrite", "resume", "recipe", "device", "workers"}
-"""Arguments that may change between a run and its continuation."""
+FREE = {"out", "overwrite", "resume", "recipe", "device", "workers", "compile", "gradient_checkpointing"}
+"""Arguments that may change between a run and its continuation: they say how to compute, not what."""
 
 
 def write(folder: Path, contents: dict[str, Any]) -> None:
@@ -76,37 +78,47 @@ def check_spec(contents: Mapping[str, Any], spec: ProjectionSpec, folder: Path) 
             )
 
 
-def state(
-    epoch: int, step: int, loader: DataLoader, trained: Sequence[Tensor], optimizer: Any, scheduler: Any
-) -> dict[str, Any]:
-    """All that the rest of a run depends on: the trained numbers, the optimiser, the schedule, and the generators of
-    random numbers (torch's, Python's, and that of the order of the data).
+def state(epoch: int, step: int, task: Task, parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """All that the rest of a run depends on: θ_d and the modules to save (their buffers too), what `parts` hold (the
+    optimiser, the schedule, the scale of float16's gradients), and of each process the generators of random numbers:
+    torch's, NumPy's and Python's, and that of the order of the data, from which the workers' seeds follow.
     """
     return {
         "epoch": epoch,
         "step": step,
-        "trained": [parameter.detach() for parameter in trained],
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "order": loader.generator.get_state(),
+        "trained": _trained(task),
+        **{name: part.state_dict() for name, part in parts.items()},
+        "generators": distributed.gathered(_generators(task, device)),
     }
 
 
-def restore(
-    state: dict[str, Any], loader: DataLoader, trained: Sequence[Tensor], optimizer: Any, scheduler: Any
-) -> tuple[int, int]:
+def restore(state: dict[str, Any], task: Task, parts: Mapping[str, Any], device: torch.device) -> tuple[int, int]:
     """Go back to a `state`; the steps and the epochs that are done."""
     with torch.no_grad():
-        for parameter, value in zip(trained, state["trained"], strict=True):
-            parameter.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    loader.generator.set_state(state["order"])
+        for name, value in _trained(task).items():
+            value.copy_(state["trained"][name])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    generators = state["generators"][distributed.rank()]
+    torch.set_rng_state(generators["torch"])
+    if device.type == "cuda" and generators["cuda"] is not None:
+        torch.cuda.set_rng_state(generators["cuda"], device)
+    np.random.set_state(generators["numpy"])
+    random.setstate(generators["python"])
+    task.train.generator.set_state(generators["order"])
     return state["step"], state["epoch"]
+
+
+def _trained(task: Task) -> dict[str, Tensor]:
+    return {"theta_d": task.adapter.theta_d.detach(), **task.adapter.heads()}
+
+
+def _generators(task: Task, device: torch.device) -> dict[str, Any]:
+    kind, keys, *place = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": (kind, np.asarray(keys).tolist(), *place),
+        "python": random.getstate(),
+        "order": task.train.generator.get_state(),
+    }

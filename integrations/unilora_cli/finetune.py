@@ -6,8 +6,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from unilora_cli import checkpoint, distributed, loop
+from unilora_cli.adapting import checkpoint_activations
 from unilora_cli.console import CommandError, one_line, say, table
-from unilora_cli.loading import device_of, prepare
+from unilora_cli.loading import prepare
+from unilora_cli.plan import plan_of, rows_of
+from unilora_cli.report import ADAPTER, Recorder
+from unilora_cli.task import Task
 from unilora_core import __version__
 
 __all__ = ["run"]
@@ -15,28 +23,31 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace) -> None:
     """Fine-tune as the arguments say."""
-    import numpy as np
-    import torch
+    if arguments.fp16 and arguments.bf16:
+        raise CommandError("--fp16 and --bf16 exclude each other; where a recipe sets one, take it back: --no-bf16.")
+    about = _about(arguments)
+    with distributed.started(arguments.device) as device:
+        about["settings"]["processes"] = distributed.processes()
+        arguments.device = str(device)
+        _train(arguments, about)
 
-    from unilora_cli import checkpoint, loop
-    from unilora_cli.plan import plan_of, rows_of
-    from unilora_cli.report import Recorder
 
-    folder, about = _output_folder(arguments), _about(arguments)
+def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
+    folder = distributed.from_first(lambda: _output_folder(arguments))
     resumed = None
     if arguments.resume:
-        resumed = checkpoint.read(folder)
+        resumed = distributed.from_first(lambda: checkpoint.read(folder))
         checkpoint.check_settings(resumed, about["settings"], folder)
-    device = device_of(arguments.device)
-    random.seed(arguments.seed)
-    np.random.seed(arguments.seed % 2**32)
+    device = torch.device(arguments.device)
+    _seed(arguments.seed)
     task = importlib.import_module(f"unilora_cli.{arguments.kind}").task(arguments)
     if resumed:
         checkpoint.check_spec(resumed, task.adapter.spec, folder)
-    torch.manual_seed(arguments.seed)
+    _seed(arguments.seed + distributed.rank())
     if not getattr(task.model, "is_quantized", False):  # that one is where it was loaded to
         task.model.to(device)
     half = prepare(task.model, task.adapter)
+    _save_memory_or_time(task, arguments)
     settings = loop.Settings(
         lora_rate=arguments.lora_rate,
         head_rate=arguments.head_rate,
@@ -44,12 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
         warmup=arguments.warmup,
         schedule=arguments.schedule,
         device=device,
-        bf16=bool(arguments.bf16) or half,
+        precision=torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 or half else None,
         max_steps=arguments.max_steps,
         theta_rate=arguments.theta_rate,
         weight_decay=arguments.weight_decay,
         accumulate=arguments.accumulate,
         max_grad_norm=arguments.max_grad_norm,
+        patience=arguments.patience,
     )
     plan = plan_of(task, settings)
     say("plan\n" + table(rows_of(task, plan, settings)) + "\n\ntraining")
@@ -71,14 +83,30 @@ def run(arguments: argparse.Namespace) -> None:
         recorder.finish()
 
 
+def _seed(seed: int) -> None:
+    """Everything random: torch's generators, NumPy's and Python's, which augmentation uses."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _save_memory_or_time(task: Task, arguments: argparse.Namespace) -> None:
+    """``--gradient-checkpointing`` of a model of timm (others are loaded with it), and ``--compile``."""
+    if arguments.gradient_checkpointing and arguments.kind == "vit":
+        checkpoint_activations(task.model, arguments.model)
+    if arguments.compile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if arguments.compile not in known:
+            raise CommandError(f"--compile {arguments.compile}: torch has no such backend; it has {', '.join(known)}.")
+        task.model.compile(backend=arguments.compile)
+
+
 def _output_folder(arguments: argparse.Namespace) -> Path:
     """The folder to write to; no adapter is overwritten unless asked.
 
     Raises:
         CommandError: there is an adapter in it, or its name is a file's; ``--resume`` without ``--out``.
     """
-    from unilora_cli.report import ADAPTER
-
     if arguments.resume and arguments.out is None:
         raise CommandError("--resume wants the folder of the interrupted run: --out FOLDER.")
     if arguments.out is None:

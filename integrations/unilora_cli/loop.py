@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from unilora_cli import checkpoint
+from unilora_cli import checkpoint, distributed
 from unilora_cli.console import CommandError, one_line
 from unilora_cli.metrics import Outcome
 from unilora_cli.report import ADAPTER, Recorder
@@ -33,11 +33,13 @@ class Settings:
         lora_rate: the learning rate that LoRA would have.
         warmup: the part of the steps in which the rates rise from 0.
         schedule: ``"linear"`` or ``"cosine"``, how they fall to 0 after that.
+        precision: of autocast, ``torch.bfloat16`` or ``torch.float16``; or None.
         max_steps: an upper bound of the steps, or None.
         theta_rate: θ_d's own rate, in place of the one that follows from ``lora_rate``; or None.
         weight_decay: of the head; θ_d has none.
         accumulate: batches per step.
         max_grad_norm: gradients are scaled down to this norm, all of them as one vector; or None.
+        patience: epochs without a better score after which training stops; or None.
     """
 
     lora_rate: float
@@ -46,19 +48,20 @@ class Settings:
     warmup: float
     schedule: str
     device: torch.device
-    bf16: bool = False
+    precision: torch.dtype | None = None
     max_steps: int | None = None
     theta_rate: float | None = None
     weight_decay: float = 0.01
     accumulate: int = 1
     max_grad_norm: float | None = None
+    patience: int | None = None
 
 
 def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, Any] | None = None) -> None:
     """Train θ_d and the head; evaluate and save after each epoch.
 
     Args:
-        resumed: the state of an interrupted run, to go on from its last whole epoch.
+        resumed: the state of an interrupted run, to go on from its last whole epoch, or from the start.
 
     Raises:
         TrainingError: a loss that is not finite. The file holds the adapter of the last whole epoch; in the first
@@ -68,26 +71,33 @@ def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, A
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     steps = steps_of(task, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _curve(steps, settings))
+    scaler = _scaler(settings)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     keeper = _Keeper(trained, recorder)
     step = epochs_done = 0
     if resumed:
-        step, epochs_done = checkpoint.restore(resumed, task.train, trained, optimizer, scheduler)
-        keeper.epoch_saved = True
-    with tqdm(total=steps, initial=step, unit="step", disable=None, leave=False) as bar:
+        step, epochs_done = checkpoint.restore(resumed, task, parts, settings.device)
+        keeper.epoch_saved = epochs_done > 0
+    else:
+        recorder.checkpoint(checkpoint.state(0, 0, task, parts, settings.device))
+    with _bar(steps, step) as bar:
         for epoch in range(epochs_done + 1, settings.epochs + 1):
+            if step == steps or recorder.waits_in_vain(settings.patience):
+                break
             _train_mode(task.model)
             for batches in _grouped(_batches(task.train, settings.device), settings.accumulate):
                 rate = optimizer.param_groups[0]["lr"]
-                loss = _step(task, batches, optimizer, settings)
+                loss, count = _gradient(task, batches, optimizer, scaler, settings)
                 keeper.check(loss, step + 1)
                 if settings.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
+                if _stepped(optimizer, scaler, count):
+                    scheduler.step()
+                else:
+                    recorder.skipped += 1
                 step += 1
                 recorder.step(step, loss, rate)
-                bar.set_postfix(loss=f"{loss:.4f}", rate=f"{rate:.2e}", refresh=False)
-                bar.update()
+                _advance(bar, batches, loss=f"{loss:.4f}", rate=f"{rate:.2e}")
                 if step == steps:
                     break
             scores = evaluate(task, settings)
@@ -95,17 +105,15 @@ def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, A
             with _above(bar):
                 recorder.epoch(epoch, step, scores)
             keeper.epoch_saved = True
-            if step == steps:
-                return
-            recorder.checkpoint(checkpoint.state(epoch, step, task.train, trained, optimizer, scheduler))
+            recorder.checkpoint(checkpoint.state(epoch, step, task, parts, settings.device))
 
 
 def evaluate(task: Task, settings: Settings) -> dict[str, float]:
-    """Mean loss over the held-out data, and the task's metrics."""
+    """Mean loss over the held-out data, and the task's metrics; the same in all processes."""
     task.model.eval()
     total, count, predicted, labels = 0.0, 0, [], []
     with torch.no_grad():
-        for batch in _batches(task.held_out, settings.device):
+        for batch in filter(None, _batches(task.held_out, settings.device)):
             with _precision(settings):
                 scores = task.score(task.model, batch)
             total += scores.loss.item() * scores.count if scores.count else 0.0
@@ -113,10 +121,12 @@ def evaluate(task: Task, settings: Settings) -> dict[str, float]:
             if scores.predicted is not None:
                 predicted.append(scores.predicted.float().cpu().numpy())
                 labels.append(batch["labels"].cpu().numpy())
-        guesses, truth = (np.concatenate(found) if found else np.empty(0) for found in (predicted, labels))
-        outcome = Outcome(task.model, total / max(count, 1), guesses, truth)
+        mine = (np.concatenate(found) if found else np.empty(0) for found in (predicted, labels))
+        totals, counts, guesses, truths = zip(*distributed.gathered((total, count, *mine)), strict=True)
+        outcome = Outcome(task.model, sum(totals) / max(sum(counts), 1), _interleaved(guesses), _interleaved(truths))
         with _precision(settings):
-            return {"loss": outcome.loss} | {metric.name: metric.of(outcome) for metric in task.metrics}
+            scored = {"loss": outcome.loss} | {metric.name: metric.of(outcome) for metric in task.metrics}
+    return distributed.from_first(lambda: scored)  # what is decided by them must be the same everywhere
 
 
 def conclude(task: Task, settings: Settings, recorder: Recorder) -> None:
@@ -126,7 +136,7 @@ def conclude(task: Task, settings: Settings, recorder: Recorder) -> None:
     task.adapter.swap(recorder.folder / ADAPTER)
     if task.test is not None:
         recorder.test = evaluate(replace(task, held_out=task.test), settings)
-    if task.look is not None:
+    if task.look is not None and distributed.rank() == 0:
         task.model.eval()
 
         def logits(inputs: Tensor) -> Tensor:
@@ -176,21 +186,59 @@ class _Keeper:
         )
 
 
-def _step(task: Task, batches: list[dict[str, Tensor]], optimizer: torch.optim.Optimizer, settings: Settings) -> float:
-    """One backward pass per batch; the mean loss over all that counts in them, as if they were one batch."""
+def _gradient(
+    task: Task,
+    batches: list[dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: Settings,
+) -> tuple[float, int]:
+    """One backward pass per batch. The gradient is that of the mean loss over all that counts in them, and in those of
+    the other processes, as if they were one batch; this loss, and how much counts.
+    """
     optimizer.zero_grad(set_to_none=True)
-    total, count = 0.0, 0
-    for batch in batches:
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    sums = torch.zeros(2, dtype=torch.float64)  # of the losses, and of what counts
+    for batch in filter(None, batches):
         with _precision(settings):
             scores = task.score(task.model, batch)
         if scores.count:  # a batch of cut prompts has no token with a loss
-            (scores.loss * scores.count).backward()
-            total, count = total + scores.loss.item() * scores.count, count + scores.count
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad /= count
-    return total / max(count, 1)
+            scaler.scale(scores.loss * scores.count).backward()
+            sums += torch.tensor([scores.loss.item() * scores.count, scores.count], dtype=torch.float64)
+    if distributed.processes() > 1:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        distributed.add_up([sums])
+        distributed.add_up([parameter.grad for parameter in trained])
+    total, count = sums.tolist()
+    if not count:
+        optimizer.zero_grad(set_to_none=True)
+        return 0.0, 0
+    scaler.unscale_(optimizer)
+    for parameter in trained:
+        if parameter.grad is not None:
+            parameter.grad /= count
+    return total / count, int(count)
+
+
+def _scaler(settings: Settings) -> torch.amp.GradScaler:
+    """What keeps small gradients above the smallest float16; without float16 it does nothing.
+
+    Losses are summed over a batch before they are scaled, so the scale starts below torch's own 2^16.
+    """
+    float16 = settings.precision is torch.float16
+    return torch.amp.GradScaler(settings.device.type, init_scale=2.0**10, enabled=float16)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, count: int) -> bool:
+    """Take a step; False where the gradient overflowed float16, so that none was taken and the scale is lower now."""
+    if not count:  # and so no gradient
+        optimizer.step()
+        return True
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before
 
 
 def _curve(steps: int, settings: Settings) -> Any:
@@ -232,10 +280,33 @@ def _batches(batches: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
 PREFIX = f"{CommandError.__module__}.{CommandError.__qualname__}: "
 
 
+def _interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """What the processes have of examples 0, n, 2n …; 1, n+1 …; in the order of the examples."""
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        if len(part):  # the last ones may have none, without a shape
+            whole[rank :: len(parts)] = part
+    return whole
+
+
 def _precision(settings: Settings) -> Any:
-    if settings.bf16:
-        return torch.autocast(settings.device.type, dtype=torch.bfloat16)
+    if settings.precision is not None:
+        return torch.autocast(settings.device.type, dtype=settings.precision)
     return contextlib.nullcontext()
+
+
+def _bar(steps: int, done: int) -> tqdm:
+    """Progress, on a terminal only, and in one process."""
+    return tqdm(total=steps, initial=done, unit="step", disable=None if distributed.rank() == 0 else True, leave=False)
+
+
+def _advance(bar: tqdm, batches: list[dict[str, Tensor]], **shown: str) -> None:
+    """One step further; examples per second are of all processes."""
+    if not bar.disable:
+        examples = sum(len(next(iter(batch.values()))) for batch in batches) * distributed.processes()
+        shown["examples/s"] = f"{examples * (bar.format_dict['rate'] or 0):.0f}"
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"unilora: error: {_message(error)}\n")
+        sys.stderr.write(f"unilora: error{_process()}: {_message(error)}\n")
         return 1
     return 0
 
@@ -76,6 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_check(commands)
     options.add_merge(commands)
     return parser
+
+
+def _process() -> str:
+    """Which process of several says so; all of them do where all have the error."""
+    count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    return "" if count == "1" else f" in process {rank} of {count}"
 
 
 def _message(error: Exception) -> str:

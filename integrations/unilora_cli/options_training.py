@@ -45,7 +45,9 @@ def training_arguments(group: Any, default: Defaults) -> None:
     group.add_argument("--head-rate", type=rate, metavar="X", default=default.head_rate, help="of the head")
     group.add_argument("--epochs", type=positive, metavar="N", default=default.epochs, help="passes over the data")
     group.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
-    group.add_argument("--batch-size", type=positive, metavar="N", default=default.batch_size, help="examples at once")
+    group.add_argument(
+        "--batch-size", type=positive, metavar="N", default=default.batch_size, help="examples at once (per process)"
+    )
     group.add_argument(
         "--accumulate", type=positive, metavar="N", default=1, help="batches per step; together they act as one"
     )
@@ -63,8 +65,25 @@ def training_arguments(group: Any, default: Defaults) -> None:
         default="last",
         help="which epoch's adapter to keep; the best by the first --metric on held-out data",
     )
+    group.add_argument(
+        "--patience",
+        type=positive,
+        metavar="N",
+        help="stop after N epochs in which that metric has not become better; --keep says what is in the file then",
+    )
     flag(group, "--bf16", "bfloat16 autocast (theta_d stays float32)")
-    group.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, mps, or auto")
+    flag(group, "--fp16", "float16 autocast with scaled gradients, for GPUs without bfloat16")
+    flag(group, "--gradient-checkpointing", "compute activations again in the backward pass: less memory, more time")
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="torch.compile the model (without BACKEND: inductor): slow first steps, then fast ones",
+    )
+    group.add_argument(
+        "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, mps, or auto; with torchrun cuda or cpu"
+    )
     group.add_argument("--workers", type=natural, metavar="N", default=0, help="processes that read data")
 
 
@@ -77,7 +96,6 @@ def memory_arguments(group: Any) -> None:
         help="of the base model's weights; auto: as in the checkpoint. Beside half precision, bfloat16 autocast is on",
     )
     flag(group, "--load-in-4bit", "base in 4-bit nf4 with double quantisation (needs bitsandbytes)")
-    flag(group, "--gradient-checkpointing", "compute activations again in the backward pass: less memory, more time")
 
 
 def output_arguments(group: Any) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from unilora_cli import distributed
 from unilora_cli.console import number
 from unilora_cli.loop import Settings, parameter_groups, steps_of
 from unilora_cli.task import Task
@@ -31,6 +32,8 @@ def plan_of(task: Task, settings: Settings) -> dict[str, Any]:
         "total": sum(p.numel() for p in task.model.parameters()),
         "train_examples": len(task.train.dataset),
         "held_out_examples": len(task.held_out.dataset),
+        "processes": distributed.processes(),
+        "batch": task.train.batch_sampler.whole * settings.accumulate,
         "steps": steps_of(task, settings),
         "device": str(settings.device),
     }
@@ -47,10 +50,11 @@ def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[
         ("D/d", f"{plan['D']:,} / {plan['d']:,} = {plan['D/d']:.4g}"),
         ("projection", f"seed {plan['seed']}, grouping {plan['grouping']}, start {plan['start']}"),
         *_rate_rows(plan["theta_rate"], settings),
+        ("batch", _batch(plan, settings)),
         ("steps", _steps(plan, settings)),
     ]
     if heads:
-        rows.insert(-1, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
+        rows.insert(-2, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
     return rows
 
 
@@ -66,6 +70,14 @@ def _rate_rows(theta_rate: float, settings: Settings) -> list[tuple[str, str]]:
 
 def _steps(plan: dict[str, Any], settings: Settings) -> str:
     parts = [f"{plan['steps']:,} on {plan['device']}"]
-    parts += [f"{settings.accumulate} batches each"] if settings.accumulate > 1 else []
-    parts += ["bfloat16 autocast"] if settings.bf16 else []
+    parts += [f"{str(settings.precision).removeprefix('torch.')} autocast"] if settings.precision is not None else []
     return ", ".join(parts)
+
+
+def _batch(plan: dict[str, Any], settings: Settings) -> str:
+    """Examples per step, as a product where several batches make one."""
+    processes, batches = plan["processes"], settings.accumulate
+    factors = [str(plan["batch"] // (processes * batches))]
+    factors += [f"{processes} processes"] if processes > 1 else []
+    factors += [f"{batches} batches"] if batches > 1 else []
+    return f"{plan['batch']} examples per step" + (f" = {' × '.join(factors)}" if len(factors) > 1 else "")

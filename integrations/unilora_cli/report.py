@@ -1,14 +1,17 @@
 """The outputs of a training run: the adapter, metrics as CSV and JSON, a picture, and the table at the end."""
 
 import csv
+import io
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from unilora_cli import checkpoint
 from unilora_cli.console import number, say, table
+from unilora_cli.distributed import only_first
 from unilora_cli.task import Task
 
 __all__ = ["ADAPTER", "Recorder"]
@@ -19,12 +22,16 @@ ADAPTER = "adapter.safetensors"
 class Recorder:
     """Writes into the output folder while training goes on, so that an interrupted run leaves what it has.
 
+    All processes of a run have one, with the same scores; the first alone writes and prints.
+
     Attributes:
         folder: the output folder.
         keep: the adapter of which epoch stays in the file: ``"last"``, or ``"best"`` by the task's first metric.
         epochs: a record per evaluation: epoch, step, mean training loss, the scores, seconds.
         test: the scores of the kept adapter on the test data, where there are any.
         also_written: names of further files in the folder.
+        skipped: steps that were not taken because the gradient overflowed float16.
+        stopped_early: why training ended before its last step; empty unless it did.
     """
 
     def __init__(
@@ -34,29 +41,36 @@ class Recorder:
         self.epochs: list[dict[str, Any]] = list(resumed["epochs"]) if resumed else []
         self.losses: list[tuple[int, float, float]] = list(resumed["losses"]) if resumed else []
         self.test: dict[str, float] = {}
-        self.also_written = ["metrics.csv", "metrics.json", "loss.png"]
+        self.also_written = ["metrics.csv", "summary.csv", "metrics.json", "loss.png"]
+        self.skipped = resumed["skipped"] if resumed else 0
+        self.stopped_early = ""
         self.began = time.perf_counter() - (resumed["seconds"] if resumed else 0)
         self._since = len(self.losses)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:  # --overwrite: an old adapter must not pass for this run's
+        self._file: IO[str] | None = None
+        self._open(fresh=not resumed)
+
+    @only_first
+    def _open(self, fresh: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if fresh:  # --overwrite: an old adapter must not pass for this run's
             for name in (ADAPTER, checkpoint.FILE):
-                (folder / name).unlink(missing_ok=True)
-        self._file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8", buffering=1)
-        self._rows = csv.writer(self._file)
-        self._rows.writerow(["step", "loss", "rate"])
-        for row in self.losses:
-            self._write_step(*row)
+                (self.folder / name).unlink(missing_ok=True)
+        rows: list[list[object]] = [["step", "loss", "rate"], *(_csv_step(*row) for row in self.losses)]
+        _replace(self.folder / "metrics.csv", _csv(rows))
+        self._file = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """One step: its loss, and the rate of θ_d that it used."""
         self.losses.append((step, loss, rate))
-        self._write_step(step, loss, rate)
+        if self._file:
+            self._file.write(_csv([_csv_step(step, loss, rate)]))
 
     def epoch(self, epoch: int, step: int, scores: Mapping[str, float]) -> None:
         """Save the adapter, if it is to be kept, and what is known so far, and print a line."""
@@ -83,15 +97,35 @@ class Recorder:
         trained = [row for row in self.epochs if row["epoch"]]
         if self.keep == "last" or not trained:
             return self.epochs[-1] if self.epochs else {}
-        metric = self.task.metrics[0]
-        return (max if metric.higher else min)(trained, key=lambda row: row[metric.name])
+        return self._best(trained)
 
+    def waits_in_vain(self, patience: int | None) -> bool:
+        """Whether the first metric has not become better for ``patience`` epochs; then `stopped_early` says so."""
+        trained = [row for row in self.epochs if row["epoch"]]
+        if patience is None or not trained:
+            return False
+        best = self._best(trained)
+        if trained[-1]["epoch"] - best["epoch"] < patience:
+            return False
+        name = self.task.metrics[0].name
+        self.stopped_early = (
+            f"after epoch {trained[-1]['epoch']}: {name} has not been better than in epoch {best['epoch']}"
+        )
+        return True
+
+    def _best(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The first of the best by the task's first metric."""
+        metric = self.task.metrics[0]
+        return (max if metric.higher else min)(rows, key=lambda row: row[metric.name])
+
+    @only_first
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write down what ``--resume`` needs after this epoch."""
-        known = {"epochs": self.epochs, "losses": self.losses, "seconds": self._seconds()}
+        known = {"epochs": self.epochs, "losses": self.losses, "skipped": self.skipped, "seconds": self._seconds()}
         made_for = checkpoint.made_for(self.about["settings"], self.task.adapter.spec)
         checkpoint.write(self.folder, {**state, **known, **made_for})
 
+    @only_first
     def save(self) -> None:
         """Write the adapter file."""
         self.task.adapter.save(self.folder / ADAPTER, metadata=self.task.base.metadata())
@@ -100,29 +134,39 @@ class Recorder:
         """Write down why training ended early."""
         self.write(f"stopped: {why}")
 
+    @only_first
     def finish(self) -> None:
         """Write the last outputs, and print the table."""
+        self._plot()
         self.write("finished")
         (self.folder / checkpoint.FILE).unlink(missing_ok=True)
-        self._plot()
         say("\nresult\n" + table(self._summary()))
 
+    @only_first
     def write(self, status: str) -> None:
-        """Write metrics.json, and what metrics.csv still lacks."""
-        self._file.flush()
+        """Write metrics.json and summary.csv."""
         final = {key: value for key, value in self.kept().items() if key != "seconds"}
         contents = self.about | {
             "status": status,
+            **({"stopped_early": self.stopped_early} if self.stopped_early else {}),
+            **({"skipped_steps": self.skipped} if self.skipped else {}),
             "final": final,
             **({"test": self.test} if self.test else {}),
             "epochs": self.epochs,
             "bytes": self._bytes(),
             "seconds": self._seconds(),
         }
-        (self.folder / "metrics.json").write_text(json.dumps(contents, indent=2, default=str) + "\n", encoding="utf-8")
+        _replace(self.folder / "metrics.json", json.dumps(contents, indent=2, default=str) + "\n")
+        _replace(self.folder / "summary.csv", _csv(self._epoch_rows()))
 
-    def _write_step(self, step: int, loss: float, rate: float) -> None:
-        self._rows.writerow([step, f"{loss:.6g}", f"{rate:.6g}"])
+    def _epoch_rows(self) -> list[list[object]]:
+        """A line per evaluation, with the columns that timm's own training script has."""
+        names = ["loss", *(metric.name for metric in self.task.metrics)]
+        rates = {step: rate for step, _, rate in self.losses}
+        rows: list[list[object]] = [["epoch", "train_loss", *(f"eval_{name}" for name in names), "lr"]]
+        for row in self.epochs:
+            rows.append([row["epoch"], row.get("train_loss", ""), *(row[n] for n in names), rates.get(row["step"], "")])
+        return rows
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self.began, 3)
@@ -140,6 +184,10 @@ class Recorder:
             scores = [(name, f"{value} (before: {number(self.epochs[0][name[9:]])})") for name, value in scores]
         if self.keep == "best":
             scores.append(("epoch", f"{kept['epoch']}, the best of {self.epochs[-1]['epoch']}"))
+        if self.stopped_early:
+            scores.append(("stopped early", self.stopped_early))
+        if self.skipped:
+            scores.append(("skipped steps", f"{self.skipped} of {len(self.losses)}: their gradient overflowed float16"))
         scores += [(f"test {name}", number(value)) for name, value in self.test.items()]
         return [
             *scores,
@@ -153,30 +201,43 @@ class Recorder:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 6), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot(xlabel="step", ylabel="loss")
-        steps, losses = [step for step, *_ in self.losses], [loss for _, loss, _ in self.losses]
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color="tab:blue", label="training (moving mean)")
-        axes.plot(
-            [e["step"] for e in self.epochs],
-            [e["loss"] for e in self.epochs],
-            "o-",
-            color="tab:orange",
-            label="held out",
-        )
-        right = axes.twinx()
-        measure = self.task.metrics[0].name
-        right.plot(
-            [e["step"] for e in self.epochs], [e[measure] for e in self.epochs], "s--", color="tab:green", label=measure
-        )
-        right.set_ylabel(measure)
-        figure.legend(handles=[*axes.get_lines()[1:], *right.get_lines()], loc="outside upper center", ncols=3)
-        figure.savefig(self.folder / "loss.png", dpi=120)
+        above, middle, below = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1])
+        steps, losses, rates = zip(*self.losses, strict=True)
+        above.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
+        above.plot(steps, _smooth(losses), color="tab:blue", label="training (moving mean)")
+        at, name = [row["step"] for row in self.epochs], self.task.metrics[0].name
+        above.plot(at, [row["loss"] for row in self.epochs], "o-", color="tab:orange", label="held out")
+        above.legend()
+        middle.plot(at, [row[name] for row in self.epochs], "o-", color="tab:orange")
+        below.plot(steps, rates, color="tab:gray")
+        for axes, label in ((above, "loss"), (middle, f"held-out {name}"), (below, "rate of θ_d")):
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+        below.set_xlabel("step")
+        figure.savefig(self.folder / "loss.png.new", format="png", dpi=120)
+        os.replace(self.folder / "loss.png.new", self.folder / "loss.png")
 
 
-def _smooth(values: list[float]) -> list[float]:
+def _csv_step(step: int, loss: float, rate: float) -> list[object]:
+    return [step, f"{loss:.6g}", f"{rate:.6g}"]
+
+
+def _csv(rows: Iterable[Iterable[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file, so that an interruption leaves the old one or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8", newline="")
+    os.replace(new, path)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
     """An exponential moving mean, without a bias to its start."""
     keep, mean, weight, smooth = max(0.5, 1 - 20 / max(1, len(values))), 0.0, 0.0, []
     for value in values:
