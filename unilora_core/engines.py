@@ -45,7 +45,7 @@ class Lora:
     def ranks(self) -> dict[str, int]:
         """Layer → the rows of its A."""
         ends = ".lora_A.weight"
-        return {_layer(name): shape[-2] for name, shape in self.shapes.items() if name.endswith(ends)}
+        return {_layer(name): shape[0] for name, shape in self.shapes.items() if name.endswith(ends)}
 
     @property
     def others(self) -> list[str]:
@@ -177,6 +177,11 @@ def _is_lora(lora: Lora) -> Iterator[str]:
         yield (
             "target_parameters is set: the factors of experts as PEFT packs them. vLLM reads these for some models, "
             "which was not tried here; merge the adapter into a full checkpoint instead."
+        )
+    if kernels := [_layer(name) for name, shape in lora.shapes.items() if "lora_A" in name and len(shape) > 2]:
+        yield (
+            f"{_some(kernels)}: the factors of a convolution, which none of the engines adapts; merge the adapter into "
+            "a full checkpoint instead."
         )
     if (bias := lora.config.get("bias", "none")) != "none":
         yield f"bias is {bias!r}, expected 'none'."

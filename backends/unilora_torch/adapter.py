@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
 from unilora_core.targets import write_targets
 from unilora_torch.base import identity
-from unilora_torch.checks import plain_weight, without_idle_experts
+from unilora_torch.checks import plain_weight, weight_of, without_idle_experts
 from unilora_torch.heads import check_apart
 from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
 from unilora_torch.reach import add_checks
 from unilora_torch.tables import Tables
-from unilora_torch.targets import Target, block_of, row_of, weight_name
+from unilora_torch.targets import Target, block_of, row_of, shaped, weight_name
 
 __all__ = ["NAME", "Adapter", "adapters", "check_name", "device_of", "switch"]
 
@@ -130,9 +130,10 @@ class Adapter(nn.Module):
 
     def delta_weight(self, target: Target) -> Tensor:
         """B·A of one target in the orientation of its weight, float32, no gradient."""
+        weight = weight_of(self._root[0].get_submodule(target.module), target)
         with torch.no_grad():
             A, B = self.factors_of(target)
-            return (B @ A).mT if target.transposed else B @ A
+            return shaped(B @ A, target, weight)
 
     @property
     def active(self) -> bool:

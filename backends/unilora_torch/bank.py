@@ -26,7 +26,7 @@ from unilora_torch.heads import check_heads, head_state
 from unilora_torch.reach import by_caller
 from unilora_torch.rows import Batch, CallerHook, HeadHook, LayerHook, Part, Rows, Share
 from unilora_torch.tables import Tables
-from unilora_torch.targets import Target
+from unilora_torch.targets import Target, is_conv
 
 __all__ = ["Bank"]
 
@@ -333,7 +333,9 @@ def _check_by_row(where: str, model: nn.Module, target: Target) -> None:
             f"{where}: {target.module} is an expert, which gets the tokens that are routed to it, not the rows of "
             "the batch; attach such an adapter alone."
         )
-    if isinstance(model.get_submodule(target.module), nn.Embedding):
+    layer = model.get_submodule(target.module)
+    if isinstance(layer, nn.Embedding) or is_conv(layer):
+        kind = "a convolution" if is_conv(layer) else "an embedding"
         raise TargetError(
-            f"{where}: {target.module} is an embedding, which a bank cannot adapt by row; attach such an adapter alone."
+            f"{where}: {target.module} is {kind}, which a bank cannot adapt by row; attach such an adapter alone."
         )

@@ -4,14 +4,13 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from unilora_core import TargetError
-from unilora_torch.paths import forward_with
-from unilora_torch.targets import Target, features, nearest, parameter_target, weight_name
+from unilora_torch.replaced import convolves, looks_up
+from unilora_torch.targets import Target, features, is_conv, matrices_in, nearest, weight_name
 
-__all__ = ["check_parameter", "check_targets", "is_plain", "plain_weight", "without_idle_experts"]
+__all__ = ["check_parameter", "check_targets", "is_plain", "plain_weight", "weight_of", "without_idle_experts"]
 
 
 def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
@@ -34,7 +33,7 @@ def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
             _check_layer(module, target)
         else:
             check_parameter(module, target)
-        weight = _weight(module, target)
+        weight = weight_of(module, target)
         if weight is not None and len(owners.get(id(weight), ())) > 1:
             others = ", ".join(name for name in owners[id(weight)] if name != place)
             raise TargetError(
@@ -65,7 +64,7 @@ def check_parameter(module: nn.Module, target: Target) -> None:
         TargetError: with the remedy.
     """
     try:
-        weight = _weight(module, target)
+        weight = weight_of(module, target)
     except AttributeError:
         weight = None
     if not isinstance(weight, nn.Parameter):
@@ -77,14 +76,14 @@ def check_parameter(module: nn.Module, target: Target) -> None:
             f"{target.name}: a weight of {_kind(weight)} cannot take the update, and its module has no output that "
             "could; exclude it, or load the model unquantised."
         )
-    found = parameter_target(target.module, target.parameter or "", weight, target.transposed)
-    if (found.experts, found.in_features) != (target.experts, target.in_features) or not (
-        0 <= target.first_row <= found.out_features - target.out_features
+    experts, width, height = matrices_in(weight_name(target), weight, target.experts > 0, target.transposed)
+    if (experts, width) != (target.experts, target.in_features) or not (
+        0 <= target.first_row <= height - target.out_features
     ):
         raise TargetError(
             f"{target.name}: the target expects {target.experts or 1} × {target.in_features} inputs and outputs up to "
             f"{target.first_row + target.out_features}, {type(module).__name__}.{target.parameter} has "
-            f"{found.experts or 1} × {found.in_features} and {found.out_features}."
+            f"{experts or 1} × {width} and {height}."
         )
 
 
@@ -94,7 +93,7 @@ def plain_weight(model: nn.Module, target: Target) -> Tensor:
     Raises:
         TargetError: the layer keeps it quantised, in integers, in float8 or sharded.
     """
-    weight = _weight(model.get_submodule(target.module), target)
+    weight = weight_of(model.get_submodule(target.module), target)
     if weight is None or not is_plain(weight):
         raise TargetError(
             f"{target.module}: a weight of {_kind(weight)} cannot take the update; merge into an unquantised copy of "
@@ -120,7 +119,7 @@ def without_idle_experts(alive: Mapping[str, bool]) -> list[str]:
     return [name for name, group in groups.items() if not alive[name] and group not in living]
 
 
-def _weight(module: nn.Module, target: Target) -> Tensor | None:
+def weight_of(module: nn.Module, target: Target) -> Tensor | None:
     """The weight that a target adapts; None where the layer has no tensor of that name."""
     owner, _, name = ("weight" if target.parameter is None else target.parameter).rpartition(".")
     weight = getattr(module.get_submodule(owner), name, None)
@@ -140,9 +139,14 @@ def _check_layer(module: nn.Module, target: Target) -> None:
             f"{target.module}: the target expects a linear layer of {target.in_features} inputs and outputs up to "
             f"{target.first_row + target.out_features}, {type(module).__name__} has {width} and {height}."
         )
-    weight = _weight(module, target)
+    weight = weight_of(module, target)
     if isinstance(module, nn.Embedding):
         _check_embedding(module, target)
+    elif is_conv(module) and not convolves(module):
+        raise TargetError(
+            f"{target.module}: this {type(module).__name__} has groups, or is not linear in its weight, so B·A beside "
+            'it would not be what a merge gives; give the target parameter="weight".'
+        )
     elif type(module) is nn.Linear and weight is not None and not weight.is_floating_point():
         raise TargetError(
             f"{target.module}: its weight holds {weight.dtype}, which an nn.Linear cannot multiply by; exclude it, or "
@@ -158,20 +162,8 @@ def _check_embedding(module: nn.Embedding, target: Target) -> None:
         )
     if not is_plain(module.weight):
         raise TargetError(f"{target.module}: an embedding of {_kind(module.weight)} cannot be adapted; exclude it.")
-    if type(module).forward is not nn.Embedding.forward and not _is_lookup(module):
+    if type(module).forward is not nn.Embedding.forward and not looks_up(module):
         raise TargetError(
             f"{target.module}: {type(module).__name__} does more than look rows up and scale them, so B·A beside it "
             "would not be what a merge gives; exclude it."
         )
-
-
-def _is_lookup(module: nn.Embedding) -> bool:
-    """Whether forward(X)·M = forward(X·M) for the weight X: then B·A can be applied after the lookup, and merged."""
-    X = torch.arange(2.0 * module.num_embeddings).cos().view(-1, 2).to(module.weight)
-    ids, M = torch.arange(min(3, module.num_embeddings))[None], torch.tensor([[0.5, -1, 2], [4, 1, -2]])
-    ids, M = ids.to(X.device), M.to(X)
-    try:
-        narrow, wide = forward_with(module, X, ids), forward_with(module, X @ M, ids)
-    except Exception:  # whatever another forward pass raises on a weight of another width
-        return False
-    return wide.shape == (*ids.shape, 3) and torch.allclose(narrow @ M, wide, rtol=1e-2, atol=1e-2)

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unilora_core import AdapterFileError
+from unilora_core import AdapterFileError, TargetError
 from unilora_core.engines import Lora, refuse, served_rank
 from unilora_core.lora import Block, lora_config, lora_names, lora_state
 from unilora_torch.adapter import Adapter
 from unilora_torch.lora_parameters import parameter_state, parameters_of, rank_of
-from unilora_torch.targets import features
+from unilora_torch.targets import features, is_conv
 
 __all__ = ["export_lora"]
 
@@ -41,7 +41,7 @@ def export_lora(
     Raises:
         AdapterFileError: ``engine`` would not serve the export; the message has every reason.
         SpecError: a layer needs more than ``rank``, or an unknown engine.
-        TargetError: a parameter that PEFT cannot adapt. In each case nothing is written.
+        TargetError: a parameter or a convolution that PEFT does not adapt alike. In each case nothing is written.
     """
     model = adapter._root[0]
     factors = {name: factor.detach().cpu().numpy() for name, factor in adapter.factors().items()}
@@ -65,9 +65,14 @@ def export_lora(
     arrays, rank = lora_state(blocks, heights, rank) if blocks else ({}, rank or 0)
     arrays |= parameter_state(model, parameters, factors, rank)
     for module in blocks:
-        if isinstance(model.get_submodule(module), nn.Embedding):
-            for name, letter in zip(lora_names(module), "AB", strict=True):
+        layer, (A, B) = model.get_submodule(module), lora_names(module)
+        if isinstance(layer, nn.Embedding):
+            for name, letter in ((A, "A"), (B, "B")):
                 arrays[f"base_model.model.{module}.lora_embedding_{letter}"] = arrays.pop(name)
+        elif is_conv(layer):
+            _check_conv(module, layer)
+            arrays[A] = arrays[A].reshape(rank, layer.in_channels, *layer.kernel_size)
+            arrays[B] = arrays[B].reshape(-1, rank, *(1 for _ in layer.kernel_size))
     state: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     for name, tensor in adapter.heads().items():
         state[f"base_model.model.{name}"] = tensor.detach().cpu().clone().contiguous()
@@ -88,3 +93,13 @@ def export_lora(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_conv(name: str, layer: nn.Module) -> None:
+    """PEFT 0.21 makes its A of the class, the kernel size, the stride and the padding (`peft.tuners.lora.layer`)."""
+    plain = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if not plain or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
+        raise TargetError(
+            f"export_lora: {name}: PEFT's LoRA leaves out the dilation and the padding mode of a convolution, and what "
+            f"a {type(layer).__name__} does by itself; merge the adapter instead."
+        )

@@ -44,10 +44,12 @@ def parameter_state(
         owner = model.get_submodule(parts[0].module)
         weight = model.get_parameter(name)
         stored = bool(getattr(owner, "is_transposed", False)) and weight.dim() == 3
-        if "." in (parts[0].parameter or "") or parts[0].transposed != stored:
+        kernels = weight.dim() > 2 and not parts[0].experts
+        if "." in (parts[0].parameter or "") or parts[0].transposed != stored or kernels:
             raise TargetError(
-                f"export_lora: {name}: PEFT has no LoRA for a parameter that another module uses, nor for one stored "
-                "(in, out) by a module that does not say so in is_transposed; merge the adapter instead."
+                f"export_lora: {name}: PEFT has no LoRA for a parameter that another module uses, for one stored "
+                "(in, out) by a module that does not say so in is_transposed, nor for the kernels of a convolution "
+                "that has groups or is not linear in them; merge the adapter instead."
             )
         if rank < (needed := rank_of(parts, factors)):
             raise SpecError(f"{name}: expected rank ≥ {needed}, which its blocks add up to, got {rank}.")

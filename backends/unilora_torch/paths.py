@@ -1,4 +1,4 @@
-"""How B·A reaches what a model computes: beside a linear layer, beside an embedding, or inside a parameter."""
+"""How B·A reaches what a model computes: beside a linear layer, a convolution, an embedding, or inside a parameter."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from unilora_core import TargetError
-from unilora_torch.targets import Target
+from unilora_torch.replaced import forward_with
+from unilora_torch.targets import Target, is_conv, shaped
 
 if TYPE_CHECKING:
     from unilora_torch.adapter import Adapter
 
-__all__ = ["EmbeddingPath", "LowRankPath", "WeightPath", "add_paths", "forward_with"]
+__all__ = ["ConvPath", "EmbeddingPath", "LowRankPath", "WeightPath", "add_paths"]
 
 
 def add_paths(adapter: "Adapter", model: nn.Module, targets: Iterable[Target]) -> list[RemovableHandle]:
@@ -30,7 +31,7 @@ def add_paths(adapter: "Adapter", model: nn.Module, targets: Iterable[Target]) -
             handles.append(module.register_forward_pre_hook(inside.open))
             handles.append(module.register_forward_hook(inside.close, always_call=True))
         else:
-            kind = EmbeddingPath if isinstance(module, nn.Embedding) else LowRankPath
+            kind = EmbeddingPath if isinstance(module, nn.Embedding) else ConvPath if is_conv(module) else LowRankPath
             handles.append(module.register_forward_hook(kind(adapter, tuple(parts)), with_kwargs=True))
     return handles
 
@@ -78,9 +79,33 @@ class EmbeddingPath(_Path):
         self._reached()
         for target in self.targets:
             A, B = self.adapter.factors_of(target)
-            rows = forward_with(module, A.T.to(output.dtype), *args, **kwargs)
+            rows = forward_with(module, {"weight": A.T.to(output.dtype)}, *args, **kwargs)
             update = F.linear(rows, B.to(rows.dtype)).to(output.dtype)
             output = _plus(output, update, target, module)
+        return output
+
+
+class ConvPath(_Path):
+    """The forward hook of a convolution: adds the 1×1 convolution with B of the convolution with A.
+
+    A's rows are kernels of the shape of the layer's own, which the layer's class applies: stride, padding and dilation
+    are its business.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """The new output, or None where the adapter is off."""
+        if not self.adapter.active:
+            return None
+        self._reached()
+        x = args[0] if args else next(iter(kwargs.values()))
+        one = (1,) * len(module.kernel_size)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(one) - 1]
+        for target in self.targets:
+            A, B = self.adapter.factors_of(target)
+            kernels = A.to(x.dtype).unflatten(1, (-1, *module.kernel_size))
+            hidden = forward_with(module, {"weight": kernels, "bias": None}, x)
+            update = convolve(hidden, B.to(hidden.dtype).view(*B.shape, *one)).to(output.dtype)
+            output = _plus(output, update, target, module, -1 - len(one))
         return output
 
 
@@ -108,35 +133,28 @@ class WeightPath(_Path):
             owner.__dict__.pop(name, None)
 
 
-def forward_with(module: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What the module's class computes with another weight, without its hooks."""
-    module.__dict__["weight"] = weight
-    try:
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        del module.__dict__["weight"]
-
-
-def _plus(output: Tensor, update: Tensor, target: Target, module: nn.Module) -> Tensor:
-    """The update added to its block of the outputs."""
-    before, after = target.first_row, output.shape[-1] - target.first_row - target.out_features
+def _plus(output: Tensor, update: Tensor, target: Target, module: nn.Module, axis: int = -1) -> Tensor:
+    """The update added to its block of the outputs, which lie along one axis."""
+    before, after = target.first_row, output.shape[axis] - target.first_row - target.out_features
     if after < 0:
         raise TargetError(
             f"{target.module}: expected {target.first_row + target.out_features} outputs or more, this "
-            f"{type(module).__name__} gave {output.shape[-1]}; exclude it."
+            f"{type(module).__name__} gave {output.shape[axis]}; exclude it."
         )
-    return output + (F.pad(update, (before, after)) if before or after else update)
+    if before or after:
+        update = F.pad(update, (*(0, 0) * (-1 - axis), before, after))
+    return output + update
 
 
 def _sum(weight: Tensor, A: Tensor, B: Tensor, target: Target) -> Tensor:
     """W + B·A in float32, rounded once to W's dtype, as a merge does."""
     with torch.autocast(weight.device.type, enabled=False):
         update = B @ A
-        before, after = target.first_row, -target.first_row - target.out_features
-        after += weight.shape[-1 if target.transposed else -2]
+        height = weight.shape[-1 if target.transposed else 1 if target.experts else 0]
+        before, after = target.first_row, height - target.first_row - target.out_features
         if before or after:
             update = F.pad(update, (0, 0, before, after))
-        return (weight.float() + (update.mT if target.transposed else update)).to(weight.dtype)
+        return (weight.float() + shaped(update, target, weight)).to(weight.dtype)
 
 
 def _owner(module: nn.Module, target: Target) -> tuple[nn.Module, str]:

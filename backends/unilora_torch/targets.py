@@ -1,6 +1,7 @@
 """Which layers are adapted: names in, a checked tuple of `Target` out."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,19 +10,24 @@ from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_core.targets import TargetRow
+from unilora_torch.replaced import convolves
 
 __all__ = [
     "Target",
     "block_of",
+    "conv_target",
     "embedding_target",
     "features",
     "find_targets",
+    "is_conv",
     "is_linear",
     "layer_target",
     "linear_target",
+    "matrices_in",
     "nearest",
     "parameter_target",
     "row_of",
+    "shaped",
     "target_of",
     "weight_name",
 ]
@@ -34,8 +40,9 @@ class Target:
     Attributes:
         name: the prefix of its two factors, ``name.A`` (r, in_features) and ``name.B`` (out_features, r).
         module: the qualified name of the layer; with ``parameter``, of the module whose forward pass reads it.
-        in_features: width of the layer's input; of an embedding, the size of its vocabulary.
-        out_features: width of the outputs that are adapted.
+        in_features: width of the layer's input; of an embedding, the size of its vocabulary; of a convolution, the
+            channels that a kernel sees times its size.
+        out_features: width of the outputs that are adapted; of a convolution, their channels.
         first_row: where these outputs start in the layer's output; not 0 for the k and v blocks of a fused qkv.
         transposed: the weight is stored (in, out), as in transformers' Conv1D and in every embedding.
         parameter: None for a layer, whose output gets B·A·x. Else the name, inside ``module``, of a parameter that is
@@ -86,38 +93,69 @@ def linear_target(name: str, module: nn.Module) -> Target:
     )
 
 
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, which a transposed convolution is not."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def conv_target(name: str, module: nn.Module) -> Target:
+    """The `Target` of a convolution: B·A as its weight has the shape (out, in / groups, *kernel).
+
+    One with groups, or whose forward pass is not linear in its weight, is adapted through its parameter ``weight``.
+    """
+    width, height = features(module)
+    return Target(name, name, width, height, parameter=None if convolves(module) else "weight")
+
+
 def embedding_target(name: str, module: nn.Embedding) -> Target:
     """The `Target` of an embedding: A (r, vocabulary), B (width, r)."""
     return Target(name, name, module.num_embeddings, module.embedding_dim, transposed=True)
 
 
 def layer_target(name: str, module: nn.Module) -> Target:
-    """The `Target` of an `nn.Embedding` or of a linear layer.
+    """The `Target` of an `nn.Embedding`, of a convolution or of a linear layer.
 
     Raises:
         TargetError: another kind of module.
     """
-    return embedding_target(name, module) if isinstance(module, nn.Embedding) else linear_target(name, module)
+    if isinstance(module, nn.Embedding):
+        return embedding_target(name, module)
+    return conv_target(name, module) if is_conv(module) else linear_target(name, module)
 
 
 def parameter_target(module: str, parameter: str, weight: Tensor, transposed: bool = False) -> Target:
-    """The `Target` of a parameter: a matrix, or the matrices of all experts in one.
+    """The `Target` of a parameter: a matrix, the matrices of all experts in one, or the kernels of a 2-D or 3-D
+    convolution.
 
     Args:
         module: the name of the module whose forward pass reads it.
         parameter: its name inside that module.
-        weight: (out, in) or (experts, out, in); with ``transposed``, (in, out) or (experts, in, out).
+        weight: (out, in) or (experts, out, in); with ``transposed``, (in, out) or (experts, in, out); or
+            (out, in / groups, *kernel).
 
     Raises:
-        TargetError: it has other than two or three axes.
+        TargetError: it has fewer than two axes.
     """
     name = f"{module}.{parameter}" if module else parameter
-    if weight.dim() not in (2, 3):
+    experts, width, height = matrices_in(name, weight, weight.dim() == 3, transposed)
+    return Target(name, module, width, height, 0, transposed, parameter, experts)
+
+
+def matrices_in(name: str, weight: Tensor, stacked: bool, transposed: bool = False) -> tuple[int, int, int]:
+    """How many matrices a parameter stacks, their inputs and their outputs.
+
+    Unless it stacks some, a parameter is one matrix (the first number is 0), and the kernels of a convolution are its
+    rows.
+
+    Raises:
+        TargetError: it has fewer than two axes, or too many to be transposed.
+    """
+    stacked = stacked and weight.dim() == 3
+    if weight.dim() < 2 or (transposed and weight.dim() > 2 + stacked):
         raise TargetError(f"{name}: expected a parameter of 2 or 3 axes, got {tuple(weight.shape)}; exclude it.")
-    *experts, height, width = weight.shape
-    if transposed:
-        height, width = width, height
-    return Target(name, module, width, height, 0, transposed, parameter, experts[0] if experts else 0)
+    experts = len(weight) if stacked else 0
+    height, width = weight.shape[1:] if stacked else (len(weight), weight[0].numel())
+    return (experts, height, width) if transposed else (experts, width, height)
 
 
 def find_targets(
@@ -134,9 +172,9 @@ def find_targets(
     ``mlp.experts.gate_up_proj``.
 
     Args:
-        targets: ``"all-linear"`` (linear layers; neither embeddings nor parameters); or a regular expression that the
-            whole name must match; or a list of names, each of which selects what it equals or what ends in ``.name``;
-            or a list of `Target`, taken as it is.
+        targets: ``"all-linear"`` (linear layers; no embeddings, convolutions or parameters); or a regular expression
+            that the whole name must match; or a list of names, each of which selects what it equals or what ends in
+            ``.name``; or a list of `Target`, taken as it is.
         exclude: a regular expression or a list of names, likewise; taken away from the selection.
         to_target: makes the `Target` of a selected module, or raises `TargetError`.
         all_linear: which modules ``"all-linear"`` means.
@@ -164,9 +202,11 @@ def find_targets(
 
 
 def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer or an embedding; (0, 0) for a module that is none."""
+    """Inputs and outputs of a linear layer, an embedding or a convolution; (0, 0) for a module that is none."""
     if is_linear(module):
         return int(module.in_features), int(module.out_features)
+    if is_conv(module):
+        return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return 0, 0
@@ -202,10 +242,21 @@ def weight_name(target: Target) -> str:
     return f"{target.module}.{parameter}".lstrip(".")
 
 
+def shaped(update: Tensor, target: Target, weight: Tensor | None) -> Tensor:
+    """B·A (out, in), or (experts, out, in), in the orientation of a target's weight, and as its kernels."""
+    if target.transposed:
+        return update.mT
+    if weight is not None and weight.dim() > 2 and not target.experts:
+        return update.unflatten(1, weight.shape[1:])
+    return update
+
+
 def block_of(weight: Tensor, target: Target) -> Tensor:
     """The part of a weight that a target adapts, as a view."""
     rows = slice(target.first_row, target.first_row + target.out_features)
-    return weight[..., rows] if target.transposed else weight[..., rows, :]
+    if target.transposed:
+        return weight[..., rows]
+    return weight[:, rows] if target.experts else weight[rows]
 
 
 def nearest(model: nn.Module, name: str) -> list[str]:

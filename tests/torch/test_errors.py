@@ -99,8 +99,8 @@ def test_what_is_no_regular_expression():
 
 
 def test_no_linear_layer():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 1, 1))
-    refused(TargetError, "^1: a Conv2d is no linear layer.*exclude it", model, ["1"])
+    model = nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose2d(1, 1, 1))
+    refused(TargetError, "^1: a ConvTranspose2d is no linear layer.*exclude it", model, ["1"])
     refused(TargetError, "^blocks: a ModuleList is no linear layer", mlp(), ["blocks"])
     refused(TargetError, "^0: a Conv1D is no linear layer", nn.Sequential(Conv1D(4, 4)), ["0"])
 

@@ -189,8 +189,8 @@ def test_a_module_that_is_no_linear_layer(path):
     model = mlp()
     model.head = nn.Tanh()
     assert_refused(path, model, MismatchError, r"head should be a linear layer, the model has Tanh")
-    model.head = nn.Conv1d(6, 3, 1)
-    assert_refused(path, model, MismatchError, r"head should be a linear layer, the model has Conv1d")
+    model.head = nn.Conv1d(6, 3, 2)
+    assert_refused(path, model, MismatchError, r"head: expected a layer of 6 inputs .* the model has 12 and 3")
 
 
 def test_a_wrong_head(path):
