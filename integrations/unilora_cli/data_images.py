@@ -1,121 +1,156 @@
-"""Images with classes: from a folder of class folders, or from a column of a data set."""
+"""Images with classes: which are trained on, which are held out, and which are tested on once at the end."""
 
 import argparse
-import io
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from unilora_cli.console import CommandError
-from unilora_cli.data_records import HELD_OUT, Tables, is_local, load_tables
+from unilora_cli.data_image_sources import (
+    FolderImages,
+    ImageSource,
+    TableImages,
+    TorchImages,
+    class_folders,
+    image_files,
+)
+from unilora_cli.data_records import HELD_OUT, Tables, draw, is_local, load_tables, split_off
+from unilora_cli.models import readable_errors
 
-__all__ = ["FolderImages", "ImageSet", "ImageSource", "TableImages", "load_images"]
+__all__ = ["ImageSet", "Images", "Part", "load_images"]
 
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+STREAMED = ("hfids/", "tfds/", "wds/")
+"""Prefixes of timm for data that come as a stream."""
 
 
-class ImageSource(Protocol):
-    """Labelled images that are opened one by one.
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source."""
+
+    source: ImageSource
+    indices: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run.
 
     Attributes:
-        classes: the names of the classes.
-        labels: the class of each image, an index into ``classes``.
+        skipped: those that do not decode and are left out: (name, why).
     """
 
     classes: tuple[str, ...]
-    labels: Sequence[int]
-
-    def open(self, index: int) -> Image.Image:
-        """Decode one image; `CommandError` names the one that cannot be."""
-        ...
-
-
-class FolderImages:
-    """A folder with a folder of images per class.
-
-    Raises:
-        CommandError: no class folder, a class folder without an image, or one that is not among ``classes``.
-    """
-
-    def __init__(self, folder: Path, classes: tuple[str, ...] | None = None):
-        found = {path.name: path for path in _folders(folder)}
-        if not found:
-            raise CommandError(f"{folder}: expected a folder of images for each class, there is no folder in it.")
-        self.classes = classes or tuple(sorted(found))
-        if stray := sorted(set(found) - set(self.classes)):
-            raise CommandError(f"{folder}: the class {stray[0]!r} is not among the training classes.")
-        self.paths: list[Path] = []
-        labels: list[int] = []
-        for name, path in sorted(found.items()):
-            images = sorted(_images(path))
-            if not images:
-                raise CommandError(f"{path}: no image in this class folder; put images into it, or remove it.")
-            self.paths += images
-            labels += [self.classes.index(name)] * len(images)
-        self.labels: Sequence[int] = labels
-
-    def open(self, index: int) -> Image.Image:
-        """See `ImageSource`."""
-        return _decode(self.paths[index], str(self.paths[index]))
-
-
-class TableImages:
-    """The images of one column of a data set, the classes of another."""
-
-    def __init__(self, rows: Any, image: str, label: str, classes: tuple[str, ...], where: str):
-        self.rows, self.image, self.where, self.classes = rows, image, where, classes
-        self.labels: Sequence[int] = [_class_index(value, classes, where) for value in rows[label]]
-
-    def open(self, index: int) -> Image.Image:
-        """See `ImageSource`."""
-        value = self.rows[index][self.image]
-        name = f"{self.where}: image {index}" + (f" ({value['path']})" if value.get("path") else "")
-        return _decode(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]), name)
+    train: Part
+    held_out: Part
+    test: Part | None
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 class ImageSet(Dataset):
-    """Some images of a source, transformed: ``{"x": (channels, height, width), "labels": int}``."""
+    """The images of a part, transformed: ``{"x": (channels, height, width), "labels": int}``."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int], transform: Callable, mode: str = "RGB"):
-        self.source, self.indices, self.transform, self.mode = source, indices, transform, mode
+    def __init__(self, part: Part, transform: Callable, mode: str = "RGB"):
+        self.part, self.transform, self.mode = part, transform, mode
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.part.indices)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        index = self.indices[position]
-        image = self.source.open(index).convert(self.mode)
-        return {"x": self.transform(image), "labels": self.source.labels[index]}
+        index = self.part.indices[position]
+        image = self.part.source.open(index).convert(self.mode)
+        return {"x": self.transform(image), "labels": self.part.source.labels[index]}
 
 
-def load_images(arguments: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
-    """The images that ``--data`` and ``--eval-data`` name; None where nothing is held out yet.
+def load_images(arguments: argparse.Namespace) -> Images:
+    """The images that the arguments name, parted as they say.
 
     Raises:
-        CommandError: no such data, or data without images and classes.
+        CommandError: no such data, data without images and classes, one class only, or options that do not go together.
     """
+    train, held_out, test = _sources(arguments)
+    if len(train.classes) < 2:
+        raise CommandError(f"{arguments.data}: there is one class only, {train.classes[0]!r}; nothing can be learnt.")
+    parts = [Part(source, range(len(source.labels))) for source in (train, held_out, test) if source is not None]
+    skipped: list[tuple[str, str]] = []
+    if arguments.bad_images == "skip":
+        parts = [_decodable(part, arguments.workers, skipped) for part in parts]
+        if lost := set(train.labels) - {train.labels[i] for i in parts[0].indices}:
+            raise CommandError(f"{arguments.data}: no image of the class {train.classes[min(lost)]!r} can be decoded.")
+        if empty := [part for part in parts if not part.indices]:
+            raise CommandError(f"{empty[0].source.name(0)}: none of the images beside it can be decoded either.")
+    usable = {id(part.source): part.indices for part in parts}
+    kept = usable[id(train)]
+    if held_out is None:
+        left, apart = split_off(len(kept), arguments.holdout, arguments.seed)
+        held_out_part = Part(train, [kept[i] for i in apart])
+        kept = [kept[i] for i in left]
+    else:
+        held_out_part = Part(held_out, usable[id(held_out)])
+    kept = [kept[i] for i in draw(len(kept), arguments.limit, arguments.seed)]
+    tested = None if test is None else Part(test, usable[id(test)])
+    return Images(train.classes, Part(train, kept), held_out_part, tested, tuple(skipped))
+
+
+Sources = tuple[ImageSource, ImageSource | None, ImageSource | None]
+"""To train on, held out, and to test on; None where nothing is set apart for it."""
+
+
+def _sources(arguments: argparse.Namespace) -> Sources:
+    if arguments.data.startswith("torch/"):
+        return _from_torchvision(arguments)
+    if arguments.data.startswith(STREAMED):
+        raise CommandError(f"{arguments.data}: data that come as a stream are not read; use hfds/NAME or torch/NAME.")
+    for name in ("data_dir", "download"):
+        if getattr(arguments, name):
+            raise CommandError(f"--{name.replace('_', '-')} is for data of torchvision, --data torch/NAME.")
+    if arguments.data.startswith("hfds/"):
+        hub = argparse.Namespace(**vars(arguments) | {"data": arguments.data.removeprefix("hfds/")})
+        return _from_tables(hub)
     folder = Path(arguments.data).expanduser()
     if is_local(arguments.data) and not folder.exists():
         raise CommandError(f"{arguments.data}: no such folder.")
-    if folder.is_file() or not folder.is_dir() or not _is_image_folder(folder):
-        return _from_tables(arguments, load_tables(arguments))
-    train = FolderImages(folder / "train" if (folder / "train").is_dir() else folder)
-    inside = (folder / name for name in HELD_OUT) if (folder / "train").is_dir() else ()
-    held_out = next((path for path in inside if path.is_dir()), None)
-    if arguments.eval_data:
-        held_out = Path(arguments.eval_data).expanduser()
-        if not held_out.is_dir():
-            raise CommandError(f"{arguments.eval_data}: no such folder.")
-    return train, None if held_out is None else FolderImages(held_out, train.classes)
+    if folder.is_dir() and _is_image_folder(folder, arguments.train_split):
+        return _from_folder(arguments, folder)
+    return _from_tables(arguments)
 
 
-def _from_tables(arguments: argparse.Namespace, tables: Tables) -> tuple[ImageSource, ImageSource | None]:
+def _from_folder(arguments: argparse.Namespace, folder: Path) -> Sources:
+    parted = (folder / arguments.train_split).is_dir()
+    if not parted and arguments.train_split != "train":
+        raise CommandError(f"{folder}: there is no folder {arguments.train_split!r} in it.")
+
+    def chosen(data: str | None, split: str | None, usual: Sequence[str]) -> Path | None:
+        """The folder that the options name, or the first of the usual ones that is there."""
+        if data:
+            path = Path(data).expanduser()
+            path = path / split if split else path
+        elif split:
+            path = folder / split
+        else:
+            return next((folder / name for name in usual if (folder / name).is_dir()), None) if parted else None
+        if not path.is_dir():
+            raise CommandError(f"{path}: no such folder.")
+        return path
+
+    train = FolderImages(folder / arguments.train_split if parted else folder)
+    others = [name for name in HELD_OUT if name != arguments.test_split]
+    held_out = chosen(arguments.eval_data, arguments.eval_split, others)
+    test = chosen(arguments.test_data, arguments.test_split, () if held_out == folder / "test" else ("test",))
+    return (
+        train,
+        None if held_out is None else FolderImages(held_out, train.classes),
+        None if test is None else FolderImages(test, train.classes),
+    )
+
+
+def _from_tables(arguments: argparse.Namespace) -> Sources:
     import datasets
 
+    tables: Tables = load_tables(arguments, arguments.test_data, arguments.test_split)
     kinds = getattr(tables.train, "features", {})
     images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
     image, label = arguments.image_column or next(iter(images), ""), arguments.label_column
@@ -127,50 +162,86 @@ def _from_tables(arguments: argparse.Namespace, tables: Tables) -> tuple[ImageSo
     classes = tables.names.get(label) or tuple(map(str, sorted(set(tables.train[label]))))
 
     def source(rows: Any, where: str) -> TableImages:
+        if missing := [name for name in (image, label) if name not in rows.features]:
+            raise CommandError(f"{where}: there is no column {missing[0]!r}; it has {', '.join(rows.features)}.")
         undecoded = rows.cast_column(image, datasets.Image(decode=False))
         return TableImages(undecoded, image, label, classes, where)
 
-    held_out = tables.held_out
-    return source(tables.train, arguments.data), (
-        None if held_out is None else source(held_out, arguments.eval_data or arguments.data)
+    return (
+        source(tables.train, arguments.data),
+        None if tables.held_out is None else source(tables.held_out, arguments.eval_data or arguments.data),
+        None if tables.test is None else source(tables.test, arguments.test_data or arguments.data),
     )
 
 
-def _class_index(value: Any, classes: tuple[str, ...], where: str) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and str(value) not in classes:
-        if 0 <= value < len(classes):
-            return value
-    elif str(value) in classes:
-        return classes.index(str(value))
-    raise CommandError(f"{where}: the label {value!r} is not among the {len(classes)} training classes.")
+def _from_torchvision(arguments: argparse.Namespace) -> Sources:
+    """Data in timm's notation, by timm's own reader: ``torch/cifar10``, ``torch/image_folder``."""
+    from timm.data import create_dataset
+    from torchvision.datasets import ImageFolder
+
+    if arguments.data_dir is None:
+        raise CommandError(f"{arguments.data} wants the folder that it is in, or goes to: --data-dir FOLDER.")
+    if other := arguments.eval_data or arguments.test_data:
+        raise CommandError(f"{other}: data of torchvision are parted by --eval-split and --test-split.")
+    root = Path(arguments.data_dir).expanduser()
+
+    def part(split: str | None, usual: str = "") -> TorchImages | None:
+        if not (split or usual):
+            return None
+        with readable_errors(f"cannot load {arguments.data} from {root} (--download fetches what torchvision can)"):
+            found = create_dataset(
+                arguments.data, root=str(root), split=split or usual, download=arguments.download or False
+            )
+        if isinstance(found, ImageFolder) and Path(found.root) == root:  # what timm takes where it finds no such split
+            if split:
+                raise CommandError(f"{root}: there is no folder {split!r} in it.")
+            if usual != "train":
+                return None
+        return TorchImages(found, f"{arguments.data}, {split or usual}")
+
+    train = part(None if arguments.train_split == "train" else arguments.train_split, "train")
+    held_out = part(arguments.eval_split, "" if arguments.test_split else "validation")
+    test = part(arguments.test_split)
+    assert train is not None
+    for source in (held_out, test):
+        if source is not None and source.classes != train.classes:
+            raise CommandError(f"{source.where}: the classes are not those of the training data.")
+    return train, held_out, test
 
 
-def _is_image_folder(folder: Path) -> bool:
+def _decodable(part: Part, workers: int, skipped: list[tuple[str, str]]) -> Part:
+    """The images of a part that decode; each is decoded once to find out, and the others are added to ``skipped``."""
+    probes = DataLoader(_Probe(part), batch_size=None, num_workers=workers)
+    bad = {}
+    for index, why in tqdm(probes, desc="decoding every image once", unit="image", disable=None, leave=False):
+        if why:
+            bad[index] = why
+            skipped.append((part.source.name(index), why))
+    return Part(part.source, [index for index in part.indices if index not in bad])
+
+
+class _Probe(Dataset):
+    """Why an image cannot be decoded, or nothing: ``(index, why)``."""
+
+    def __init__(self, part: Part):
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, str]:
+        index = self.part.indices[position]
+        try:
+            self.part.source.open(index)
+        except CommandError as error:
+            return index, str(error.__cause__ or error)
+        return index, ""
+
+
+def _is_image_folder(folder: Path, train: str) -> bool:
     """Class folders, or train/ with class folders; a folder of data files is for `datasets`."""
-    root = folder / "train" if (folder / "train").is_dir() else folder
+    root = folder / train if (folder / train).is_dir() else folder
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return False
     data = any(path.suffix in {".parquet", ".arrow", ".jsonl", ".json", ".csv"} for path in root.rglob("*"))
-    return not data or any(True for inner in _folders(root) for _ in _images(inner))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            Path(root, name) for name in files if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
-        )
-
-
-def _decode(source: Any, name: str) -> Image.Image:
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = str(error) if "cannot identify" not in str(error) else "no image format fits its contents"
-        raise CommandError(f"{name}: cannot be decoded as an image ({why}); repair or remove it.") from error
+    return not data or any(True for inner in class_folders(root) for _ in image_files(inner))

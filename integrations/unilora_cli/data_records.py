@@ -29,17 +29,18 @@ class Tables:
     """Records to train on and, where the source has them apart, records held out.
 
     Attributes:
-        train, held_out: sequences of ``{column: value}``.
+        train, held_out, test: sequences of ``{column: value}``.
         names: column → the class names of its integers, where the source knows them.
     """
 
     train: Sequence[Mapping[str, Any]]
     held_out: Sequence[Mapping[str, Any]] | None = None
+    test: Sequence[Mapping[str, Any]] | None = None
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def load_tables(arguments: argparse.Namespace) -> Tables:
-    """The records that ``--data`` and ``--eval-data`` name.
+def load_tables(arguments: argparse.Namespace, test_data: str | None = None, test_split: str | None = None) -> Tables:
+    """The records that ``--data`` and ``--eval-data`` name, and those to test on.
 
     Raises:
         CommandError: no such data, or data that cannot be read; the message names the file and the line.
@@ -50,18 +51,29 @@ def load_tables(arguments: argparse.Namespace) -> Tables:
         others = _load(arguments.eval_data, arguments.eval_subset)
         name = arguments.eval_split or _held_out(others) or arguments.train_split
         held_out = _split(arguments.eval_data, others, name)
-        classes = _named_classes(held_out)
     else:
-        name = None if LONE in splits else arguments.eval_split or _held_out(splits)
+        name = None if LONE in splits else arguments.eval_split or _held_out(splits, test_split)
         held_out = None if name in (None, arguments.train_split) else _split(arguments.data, splits, name)
-        classes = {}
-    tables = Tables(train, held_out, _named_classes(train))
-    for name in tables.names:
-        if classes.get(name, tables.names[name]) != tables.names[name]:
-            raise CommandError(f"{arguments.eval_data}: the classes of {name!r} are not those of {arguments.data}.")
-    for source, rows in ((arguments.data, tables.train), (arguments.eval_data or arguments.data, tables.held_out)):
+    test = None
+    if test_data:
+        others = _load(test_data, None)
+        test = _split(test_data, others, test_split or ("test" if len(others) > 1 else next(iter(others))))
+    elif test_split:
+        if LONE in splits:
+            raise CommandError(f"{arguments.data}: there are no splits in it, so none is {test_split!r}.")
+        test = _split(arguments.data, splits, test_split)
+    tables = Tables(train, held_out, test, _named_classes(train))
+    for source, rows in (
+        (arguments.data, train),
+        (arguments.eval_data or arguments.data, held_out),
+        (test_data or arguments.data, test),
+    ):
         if rows is not None and len(rows) == 0:
             raise CommandError(f"{source}: there are no records in it.")
+        classes = _named_classes(rows)
+        for name in tables.names:
+            if classes.get(name, tables.names[name]) != tables.names[name]:
+                raise CommandError(f"{source}: the classes of {name!r} are not those of {arguments.data}.")
     return tables
 
 
@@ -145,8 +157,8 @@ def _split(source: str, splits: Mapping[str, Any], name: str) -> Any:
     return rows.select(range(min(int(end.rstrip("]")), len(rows)))) if end else rows
 
 
-def _held_out(splits: Mapping[str, Any]) -> str | None:
-    return next((name for name in HELD_OUT if name in splits), None)
+def _held_out(splits: Mapping[str, Any], test: str | None = None) -> str | None:
+    return next((name for name in HELD_OUT if name in splits and name != test), None)
 
 
 def _named_classes(rows: Any) -> dict[str, tuple[str, ...]]:

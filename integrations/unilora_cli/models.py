@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,12 +164,43 @@ def _build_timm(base: Base) -> tuple[Any, list[str]]:
     options = dict(base.arguments)
     if base.labels:
         options["num_classes"] = len(base.labels)
-    if base.checkpoint:
-        if not Path(base.checkpoint).is_file():
-            raise CommandError(f"{base.checkpoint}: no such checkpoint file.")
-        options["pretrained_cfg_overlay"] = {"file": base.checkpoint}
     name = f"local-dir:{base.name}" if Path(base.name).is_dir() else base.name
+    if base.checkpoint:
+        return _build_from_file(base, name, options), []
     return timm.create_model(name, pretrained=base.pretrained, **options), []
+
+
+def _build_from_file(base: Base, name: str, options: dict[str, Any]) -> Any:
+    """A timm model with the weights of a file, whatever head they were trained with; timm adapts them to it.
+
+    Raises:
+        CommandError: no such file, or one that lacks weights that the model has, beside its head.
+    """
+    import timm
+
+    from unilora_timm.targets import classifier
+
+    file = Path(str(base.checkpoint)).expanduser()
+    if not file.is_file():
+        raise CommandError(f"{base.checkpoint}: no such checkpoint file.")
+    if file.suffix == ".npz":  # Google's own format, which timm takes as a whole or refuses
+        overlay = {"file": str(file), "custom_load": True}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    model = timm.create_model(name, pretrained=False, **options)
+    weights = timm.models.load_state_dict(str(file), weights_only=True)
+    family = sys.modules[type(model).__module__]
+    adapt = getattr(family, "checkpoint_filter_fn", None)  # timm's, for old names and other image sizes
+    weights = adapt(weights, model) if adapt else weights
+    wanted = model.state_dict()
+    heads = tuple(f"{head}." for head in classifier(model))
+    others = {k for k, v in weights.items() if k.startswith(heads) and (k not in wanted or v.shape != wanted[k].shape)}
+    loaded = model.load_state_dict({k: v for k, v in weights.items() if k not in others}, strict=False)
+    if missing := [key for key in loaded.missing_keys if not key.startswith(heads)]:
+        raise CommandError(
+            f"{base.checkpoint}: {len(missing)} of the {len(wanted)} weights of {base.name!r} are not in it, such as "
+            f"{missing[0]!r}; is it a checkpoint of this model?"
+        )
+    return model
 
 
 def _build_transformers(base: Base, loading: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 from unilora_cli.defaults import DEFAULTS
 from unilora_cli.options import command, model_arguments
 from unilora_cli.options_training import adapter_arguments, memory_arguments, output_arguments, training_arguments
-from unilora_cli.values import flag, fraction, names, part, positive
+from unilora_cli.values import flag, fraction, names, not_negative, part, positive, rate, span
 
 __all__ = ["add_finetune", "add_recipes", "complete"]
 
@@ -15,10 +15,20 @@ Writes to the output folder: adapter.safetensors (theta_d, the trained head, and
 (loss and rate of each step), metrics.json (settings and results) and loss.png.
 """
 
+VIT_WRITES = """
+Also confusion.csv and .png, predictions.csv (each held-out image, or test image where there are any) and mistakes.png
+(the most confident ones), all of the adapter that is kept.
+"""
+
 VIT = """
   unilora finetune vit --model vit_base_patch16_224.augreg_in21k --data flowers/
   unilora finetune vit --model vit_small_patch16_224 --data uoft-cs/cifar10 --limit 5000 --epochs 1
+  unilora finetune vit --model vit_small_patch16_224 --data torch/cifar10 --data-dir ~/data --download
+  unilora finetune vit --model vit_base_patch16_224 --data flowers/ --augment timm --aa rand-m9-mstd0.5-inc1 \\
+      --mixup 0.8 --cutmix 1.0 --smoothing 0.1 --reprob 0.25 --drop-path 0.1 --epochs 30
+  unilora finetune vit --model vit_small_patch16_224 --checkpoint mine.pth --data photos/ --bad-images skip
   unilora finetune vit --model vit_tiny_patch16_224 --no-pretrained --model-arg img_size=32 --data digits/ --d 2000
+  unilora finetune vit --recipe vision/vit-base/pets --seed 1
 """
 
 TEXT = """
@@ -67,8 +77,8 @@ def complete(arguments: argparse.Namespace) -> None:
 def add_recipes(commands: Any) -> None:
     """`unilora recipes`."""
     details = """
-Lists the recipes that are shipped, or prints one. They hold the settings of the language experiments of the Uni-LoRA
-paper; `unilora finetune text|lm --recipe NAME` runs one, and further options override it.
+Lists the recipes that are shipped, or prints one. They hold the settings of the experiments of the Uni-LoRA paper;
+`unilora finetune vit|text|lm --recipe NAME` runs one, and further options override it.
 """
     examples = """
   unilora recipes glue/roberta-base/cola
@@ -78,16 +88,20 @@ paper; `unilora finetune text|lm --recipe NAME` runs one, and further options ov
     parser.add_argument("name", metavar="NAME", nargs="?", help="print this one")
 
 
-def _task(tasks: Any, kind: str, purpose: str, details: str, examples: str) -> tuple[argparse.ArgumentParser, Any]:
-    parser = command(tasks, kind, purpose, details + WRITES, examples, "unilora_cli.finetune:run")
-    parser.usage = f"unilora finetune {kind} --model NAME --data DATA [options]"
+def _task(
+    tasks: Any, kind: str, purpose: str, details: str, examples: str, writes: str = ""
+) -> tuple[argparse.ArgumentParser, Any]:
+    about = details + WRITES + writes.lstrip("\n")
+    parser = command(tasks, kind, purpose, about, examples, "unilora_cli.finetune:run")
+    parser.usage = (
+        f"unilora finetune {kind} --model NAME --data DATA [options]\n"
+        f"       unilora finetune {kind} --recipe NAME [options]"
+    )
     parser.set_defaults(kind=kind, parser=parser)
     source = parser.add_argument_group("model and data")
-    if kind != "vit":
-        parser.usage += f"\n       unilora finetune {kind} --recipe NAME [options]"
-        source.add_argument(
-            "--recipe", metavar="NAME", help="settings by name (see `unilora recipes`), or a .toml file; options win"
-        )
+    source.add_argument(
+        "--recipe", metavar="NAME", help="settings by name (see `unilora recipes`), or a .toml file; options win"
+    )
     source.add_argument("--model", metavar="NAME", help="name on the hub, or a local folder")
     model_arguments(source)
     source.add_argument("--data", metavar="DATA", help="training data, as said above")
@@ -125,21 +139,65 @@ def _task(tasks: Any, kind: str, purpose: str, details: str, examples: str) -> t
 
 def _add_vit(tasks: Any) -> None:
     details = """
-Data: a folder of class folders of images (train/ and val/ inside it are used, if there), or an image data set of the
-hub (or a local folder that datasets can load). Model: a name that timm knows, hf-hub:NAME, or a local folder.
+Data: a folder of class folders of images (train/, val/ and test/ inside it are used, if there); a data set of
+torchvision as timm names it (torch/cifar10, torch/image_folder); or an image data set of the hub (or a local folder
+that datasets can load). Model: a name that timm knows, hf-hub:NAME, or a local folder.
 """
-    _, source = _task(tasks, "vit", "fine-tune an image classifier of timm", details, VIT)
-    source.add_argument("--no-pretrained", action="store_true", help="random weights instead of pretrained ones")
-    source.add_argument("--checkpoint", metavar="FILE", help="pretrained weights from a file (.safetensors or .pth)")
+    parser, source = _task(tasks, "vit", "fine-tune an image classifier of timm", details, VIT, VIT_WRITES)
+    weights = source.add_mutually_exclusive_group()
+    weights.add_argument("--no-pretrained", action="store_true", help="random weights instead of pretrained ones")
+    weights.add_argument(
+        "--checkpoint", metavar="FILE", help="pretrained weights from a file (.safetensors, .pth; .npz of some models)"
+    )
+    source.add_argument("--data-dir", metavar="FOLDER", help="where data of torchvision are")
+    flag(source, "--download", "let torchvision fetch them, if they are not there")
+    source.add_argument("--test-data", metavar="DATA", help="scored once, at the end, with the adapter that is kept")
+    source.add_argument(
+        "--test-split", metavar="NAME", help="the split or folder of the data for that (default: test/ beside val/)"
+    )
     source.add_argument("--image-column", metavar="NAME", help="of a hub data set (default: the one that holds images)")
     source.add_argument("--label-column", metavar="NAME", default="label", help="of a hub data set")
     source.add_argument(
+        "--bad-images",
+        choices=("stop", "skip"),
+        default="stop",
+        help="an image that does not decode ends the run; or all are decoded once before, and such are left out",
+    )
+    _augmentation(parser.add_argument_group("augmentation and regularisation, with the names that timm gives them"))
+
+
+def _augmentation(group: Any) -> None:
+    group.add_argument(
         "--augment",
         choices=("none", "crop", "timm"),
         default="crop",
-        help="training images: centre crop; random crop of 60 to 100 %% and flip; or timm's own defaults",
+        help="training images: as those to read; random crop of 60 to 100 %% and flip; or timm's own defaults",
     )
-    source.add_argument("--hflip", type=part, metavar="P", default=0.5, help="how often an image is mirrored")
+    group.add_argument(
+        "--scale", type=span, metavar="MIN,MAX", help="area of a random crop, such as 0.08,1 (default: from --augment)"
+    )
+    group.add_argument("--hflip", type=part, metavar="P", help="how often an image is mirrored (default: 0.5)")
+    group.add_argument("--vflip", type=part, metavar="P", help="how often it is turned upside down (default: 0)")
+    group.add_argument(
+        "--color-jitter", type=not_negative, metavar="X", help="changes of colour (default: 0; 0.4 with --augment timm)"
+    )
+    group.add_argument("--aa", metavar="POLICY", help="RandAugment and the like, such as rand-m9-mstd0.5-inc1")
+    group.add_argument("--reprob", type=part, metavar="P", help="how often a rectangle is erased")
+    group.add_argument("--mixup", type=not_negative, metavar="ALPHA", default=0.0, help="mixup, such as 0.8")
+    group.add_argument("--cutmix", type=not_negative, metavar="ALPHA", default=0.0, help="CutMix, such as 1.0")
+    group.add_argument("--mixup-prob", type=part, metavar="P", default=1.0, help="how often a batch is mixed at all")
+    group.add_argument(
+        "--mixup-switch-prob", type=part, metavar="P", default=0.5, help="how often by CutMix, where both are on"
+    )
+    group.add_argument("--smoothing", type=part, metavar="X", default=0.0, help="label smoothing, such as 0.1")
+    group.add_argument("--drop", type=part, metavar="P", help="dropout of the model")
+    group.add_argument("--drop-path", type=part, metavar="P", help="stochastic depth of the model")
+    group.add_argument(
+        "--crop-pct", type=rate, metavar="X", help="of an image to read, the part (default: the model's)"
+    )
+    group.add_argument(
+        "--interpolation", choices=("bilinear", "bicubic", "lanczos"), help="when resizing (default: the model's)"
+    )
 
 
 def _add_text(tasks: Any) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "positive",
     "rate",
     "selection",
+    "span",
 ]
 
 
@@ -53,6 +54,15 @@ def not_negative(text: str) -> float:
 def part(text: str) -> float:
     """A number from 0 to 1."""
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def span(text: str) -> tuple[float, float]:
+    """Two parts, the lower first: 0.08,1."""
+    words = text.split(",")
+    values = tuple(part(word) for word in words) if len(words) == 2 else ()
+    if len(values) != 2 or not 0 < values[0] <= values[1]:
+        raise argparse.ArgumentTypeError(f"expected two numbers from 0 to 1, the lower first, got {text!r}")
+    return values
 
 
 def fraction(text: str) -> float:

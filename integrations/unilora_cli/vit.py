@@ -1,81 +1,100 @@
 """The task of `unilora finetune vit`: an image classifier of timm."""
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import timm.data
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
 import unilora_timm
+from unilora_cli import augmentation, pictures
 from unilora_cli.adapting import adapter_options, loader
-from unilora_cli.data_images import ImageSet, load_images
-from unilora_cli.data_records import draw, split_off
-from unilora_cli.metrics import CLASSES
+from unilora_cli.console import say
+from unilora_cli.data_images import Images, ImageSet, Part, load_images
+from unilora_cli.metrics import CLASSES, TOP_5
 from unilora_cli.models import Base, build
 from unilora_cli.task import Batch, Scores, Task
 
 __all__ = ["score", "task"]
 
+GUESSES = 5
+
 
 def task(arguments: argparse.Namespace) -> Task:
     """Images, model and adapter, as the arguments say."""
-    train, held_out = load_images(arguments)
+    images = load_images(arguments)
     base = Base(
         "vit",
         arguments.model,
-        labels=train.classes,
-        arguments=dict(arguments.model_arg),
+        labels=images.classes,
+        arguments=_model_options(arguments),
         pretrained=not arguments.no_pretrained,
         checkpoint=arguments.checkpoint,
         seed=arguments.seed,
     )
     model, _ = build(base)
-    for_training, for_reading, mode = _transforms(model, arguments)
-    if held_out is None:
-        kept, apart = split_off(len(train.labels), arguments.holdout, arguments.seed)
-        tested: Dataset = ImageSet(train, apart, for_reading, mode)
-    else:
-        kept = list(range(len(train.labels)))
-        tested = ImageSet(held_out, range(len(held_out.labels)), for_reading, mode)
-    kept = [kept[i] for i in draw(len(kept), arguments.limit, arguments.seed)]
-    example = ImageSet(train, kept[:1], for_reading, mode)[0]["x"].unsqueeze(0)
-    trained = ImageSet(train, kept, for_training, mode)
+    transforms = augmentation.transforms(model, arguments)
+
+    def read(part: Part) -> ImageSet:
+        return ImageSet(part, transforms.reading, transforms.mode)
+
+    example = read(images.train)[0]["x"].unsqueeze(0)
+    trained = ImageSet(images.train, transforms.training, transforms.mode)
+    shown = read(images.held_out if images.test is None else images.test)
     return Task(
         base=base,
         model=model,
         adapter=unilora_timm.attach(model, example=example, **adapter_options(arguments)),
-        train=loader(trained, arguments, shuffle=True),
-        held_out=loader(tested, arguments),
+        train=loader(trained, arguments, augmentation.mixing(len(images.classes), arguments), shuffle=True),
+        held_out=loader(read(images.held_out), arguments),
         score=score,
-        metrics=(CLASSES["accuracy"],),
-        notes=[("classes", len(train.classes)), ("image size", "x".join(map(str, example.shape[1:])))],
+        metrics=(CLASSES["accuracy"], *([TOP_5] if len(images.classes) > GUESSES else [])),
+        notes=_notes(images, example),
+        facts={"skipped_images": [{"file": name, "why": why} for name, why in images.skipped]},
+        test=None if images.test is None else loader(read(images.test), arguments),
+        look=_looking(shown, arguments, transforms),
     )
 
 
 def score(model: nn.Module, batch: Batch) -> Scores:
-    """Cross-entropy over a batch of images."""
+    """Cross-entropy over a batch of images; of mixed ones, with the probabilities that are their labels."""
     logits = model(batch["x"]).float()
-    return Scores(F.cross_entropy(logits, batch["labels"]), len(logits), logits.argmax(-1))
+    guesses = logits.topk(min(GUESSES, logits.shape[1])).indices
+    return Scores(F.cross_entropy(logits, batch["labels"]), len(logits), guesses)
 
 
-def _transforms(model: nn.Module, arguments: argparse.Namespace) -> tuple[Any, Any, str]:
-    """From an image to what the model takes, for training and for reading; and the image mode that fits."""
-    wanted = {key: value for key, value in arguments.model_arg if key in ("img_size", "in_chans")}
-    if isinstance(wanted.get("img_size"), (tuple, list)):
-        wanted["input_size"] = (wanted.get("in_chans", 3), *wanted.pop("img_size"))
-    config = timm.data.resolve_data_config(wanted, model=model)
-    channels = config["input_size"][0]
-    for name in ("mean", "std"):
-        if len(config[name]) != channels:
-            config[name] = (sum(config[name]) / len(config[name]),) * channels
-    reading = timm.data.create_transform(**config)
-    training = {
-        "none": lambda: reading,
-        "crop": lambda: timm.data.create_transform(
-            **config, is_training=True, scale=(0.6, 1.0), color_jitter=0.0, hflip=arguments.hflip
-        ),
-        "timm": lambda: timm.data.create_transform(**config, is_training=True, hflip=arguments.hflip),
-    }[arguments.augment]()
-    return training, reading, "L" if channels == 1 else "RGB"
+def _model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What timm's `create_model` is given."""
+    rates = {"drop_rate": arguments.drop, "drop_path_rate": arguments.drop_path}
+    return dict(arguments.model_arg) | {name: value for name, value in rates.items() if value is not None}
+
+
+def _notes(images: Images, example: Tensor) -> list[tuple[str, Any]]:
+    notes: list[tuple[str, Any]] = [("classes", len(images.classes))]
+    notes.append(("image size", "x".join(map(str, example.shape[1:]))))
+    if images.test is not None:
+        notes.append(("test", f"{len(images.test.indices):,} examples, scored once at the end"))
+    if images.skipped:
+        notes.append(("skipped", f"{len(images.skipped):,} images that do not decode, named in metrics.json"))
+    return notes
+
+
+def _looking(
+    images: ImageSet, arguments: argparse.Namespace, transforms: augmentation.Transforms
+) -> Callable[[Callable[[Tensor], Tensor], Path], list[str]]:
+    """See `Task.look`: predictions and confusions as tables and pictures."""
+
+    def look(logits: Callable[[Tensor], Tensor], folder: Path) -> list[str]:
+        found = pictures.predict(logits, images, arguments.batch_size, arguments.workers)
+        pictures.write_predictions(folder / "predictions.csv", found)
+        pictures.write_confusion(folder / "confusion.csv", found)
+        pictures.draw_confusion(folder / "confusion.png", found)
+        written = ["predictions.csv", "confusion.csv", "confusion.png"]
+        if pictures.draw_mistakes(folder / "mistakes.png", found, lambda i: transforms.shown(images[i]["x"])):
+            return [*written, "mistakes.png"]
+        say(f"  no mistake among {len(found.labels):,} images, so there is no mistakes.png")
+        return written
+
+    return look

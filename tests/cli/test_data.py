@@ -301,7 +301,8 @@ def test_language_that_cannot_be_used(lm, tmp_path, tsv):
 def test_models_that_cannot_be_used(unilora, vit, text, images, tsv, tmp_path):
     refused(vit("--data", images, "--targets", "querry"), "querry")
     refused(vit("--data", images, "--model-arg", "nonsense=1"), "cannot build the model 'vit_tiny_patch16_224'")
-    refused(vit("--data", images, "--checkpoint", tmp_path / "x.pth"), "x.pth: no such checkpoint file")
+    line = ("finetune", "vit", "--data", images, "--model", "vit_tiny_patch16_224", *QUICK)
+    refused(unilora(*line, "--checkpoint", tmp_path / "x.pth"), "x.pth: no such checkpoint file")
     refused(vit("--data", images, "--d", 10**9), "expected 1 ≤ d ≤ min(D, 2^31), got d = 1000000000")
     refused(vit("--data", images, "--device", "cuda:77"), "--device cuda:77: there is no such device here")
     refused(text("--data", tsv, "--targets", "qurey"), "no module matches ('qurey',)", "'query'")
