@@ -117,15 +117,18 @@ def add_merge(commands: Any) -> None:
 The adapted model becomes a plain one, which needs no unilora: a folder that transformers' from_pretrained reads, or
 timm's create_model("local-dir:FOLDER"). The checkpoint of a transformers model is merged file by file: one of them is
 in memory at a time, and the model never is. A base that was quantised for the training is merged unquantised.
+With --onnx a timm model is written as FOLDER/model.onnx, too: images in, logits out, for any batch size.
 """
     examples = """
   unilora merge runs/sst2/adapter.safetensors --out merged/
   unilora merge adapter.safetensors --model vit_base_patch16_224 --kind vit --out merged/
+  unilora merge runs/flowers/adapter.safetensors --out merged/ --onnx
 """
     purpose = "write the base model with the adapter merged into its weights"
     parser = command(commands, "merge", purpose, details, examples, "unilora_cli.merge:run")
     parser.add_argument("file", metavar="FILE", help="adapter.safetensors")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--onnx", action="store_true", help="for a timm model: write model.onnx beside the weights")
     _base_arguments(parser)
 
 

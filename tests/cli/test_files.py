@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,37 @@ def test_a_merged_timm_model_is_a_base_for_the_next_adapter(unilora, trained, im
         model = adapted(parsed, f"{out}/{ADAPTER}")
         wanted = load_file("merged/model.safetensors")["blocks.1.attn.qkv.weight"]
         assert np.array_equal(model.get_submodule("blocks.1.attn.qkv").weight.detach().numpy(), wanted)
+
+
+def test_merge_writes_onnx_with_the_same_logits(unilora, trained, parsed, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript", reason="writing ONNX needs onnx and onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="reading the ONNX file back needs onnxruntime")
+    file = trained("vit")[0] / ADAPTER
+    result = unilora("merge", file, "--out", "merged", "--onnx")
+    assert result.code == 0, result.err
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {"config.json", "model.onnx", "model.safetensors"}
+    session = runtime.InferenceSession("merged/model.onnx", providers=["CPUExecutionProvider"])
+    model = adapted(parsed, file)
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        found = torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+        torch.testing.assert_close(found, logits(model, x), atol=1e-4, rtol=0)
+
+
+def test_merge_refuses_onnx_that_it_cannot_write(unilora, trained, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    cases = {
+        "vit": "--onnx: writing ONNX needs onnxscript, which is not installed: pip install 'unilora[onnx]'",
+        "lm": "--onnx goes with models of timm; ",
+    }
+    for kind, message in cases.items():
+        result = unilora("merge", trained(kind)[0] / ADAPTER, "--out", "new", "--onnx")
+        assert result.code == 1
+        assert message in result.err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("kind", ["text", "lm"])

@@ -1,0 +1,78 @@
+"""Out: an adapted model as a plain one of timm, and as ONNX."""
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unilora_core import TargetError
+from unilora_timm.attach import example_of
+from unilora_torch.adapter import adapters
+
+__all__ = ["check_onnx", "merged", "save_onnx"]
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A plain copy of an adapted model, with W + B·A as its weights; the model itself stays as it is.
+
+    The copy has neither hooks nor θ_d, so timm's own functions take it: `timm.models.save_for_hf`, `push_to_hf_hub`.
+    Adapters that are switched off are left out.
+
+    Raises:
+        TargetError: the model has no adapter, or a weight that cannot take the update (see `Adapter.merge`).
+        ValuesError: θ_d holds NaN or infinity.
+    """
+    if not adapters(model):
+        raise TargetError(
+            f"merged: this {type(model).__name__} has no adapter; give the model itself that was adapted "
+            "(timm.utils.unwrap_model takes it out of a compiled or a distributed one)."
+        )
+    plain = copy.deepcopy(model)
+    for adapter in adapters(plain).values():
+        adapter.detach(merge=adapter.enabled)
+    return plain
+
+
+def save_onnx(model: nn.Module, path: str | os.PathLike, example: Tensor | None = None) -> None:
+    """Write a model as ONNX: ``images`` (batch, channels, height, width) in, ``logits`` out, for any batch size.
+
+    An adapted model is merged first; the model itself stays as it is.
+
+    Args:
+        model: a model of timm, adapted or plain.
+        path: the file to write; weights that are too large for one file (2 GB) come to lie beside it.
+        example: images of the height and width that the file shall take; by default of the model's size.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+        TargetError, ValuesError: as `merged`.
+        RuntimeError: torch cannot export the model, or not for any batch size. Nothing is written then.
+    """
+    check_onnx()
+    plain = (merged(model) if adapters(model) else copy.deepcopy(model)).eval()
+    for module in plain.modules():
+        if hasattr(module, "fused_attn"):  # as timm's exportable=True: torch cannot export that of BEiT
+            module.fused_attn = False
+    image = example_of(plain) if example is None else example
+    pair = image[:1].expand(2, *image.shape[1:])  # a batch of one would be taken for a constant
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    program = torch.onnx.export(plain, (pair,), **names, dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False)
+    assert program is not None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    program.save(path)
+
+
+def check_onnx() -> None:
+    """Say what `save_onnx` lacks.
+
+    Raises:
+        ModuleNotFoundError: with the remedy.
+    """
+    for name in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"writing ONNX needs {name}, which is not installed: pip install 'unilora[onnx]'", name=name
+            )
