@@ -81,21 +81,21 @@ def transformers(session: nox.Session) -> None:
 @nox.session
 def timm(session: nox.Session) -> None:
     """Timm models."""
-    session.install(".[timm]", PEFT, *PYTEST)
+    session.install(".[timm,onnx]", "onnxruntime>=1.20", PEFT, *PYTEST)
     pytest(session, "tests/timm")
 
 
 @nox.session
 def cli(session: nox.Session) -> None:
     """The command `unilora`."""
-    session.install(".[cli]", PEFT, "bitsandbytes>=0.49", *PYTEST)
+    session.install(".[cli,onnx]", "onnxruntime>=1.20", PEFT, "bitsandbytes>=0.49", *PYTEST)
     pytest(session, "tests/cli", *TOP_LEVEL)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every example runs as it stands."""
-    session.install(".[cli,jax]", MINILM, *JAX, PEFT, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49", "trl>=1.0")
+    session.install(".[cli,jax,onnx]", MINILM, *JAX, PEFT, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49", "trl>=1.0")
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example), env=CPU)
 
@@ -103,7 +103,7 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Every Python block of the README and of docs/ runs as it stands."""
-    session.install(".[cli,jax]", *JAX, "array-api-strict>=2.2", "pytest-markdown-docs>=0.6", *PYTEST)
+    session.install(".[cli,jax,onnx]", *JAX, "array-api-strict>=2.2", "pytest-markdown-docs>=0.6", *PYTEST)
     pages = [str(path.resolve()) for path in (Path("README.md"), Path("docs"))]
     session.chdir(session.create_tmp())  # some blocks write an adapter where they run
     session.run("pytest", "--markdown-docs", "-m", "markdown-docs", *pages, env=CPU)
