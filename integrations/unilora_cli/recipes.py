@@ -1,7 +1,7 @@
 """Recipes: the settings of an experiment in a TOML file, and `unilora recipes`, which lists those that are shipped.
 
-A recipe's keys are the options of `unilora finetune text` or `lm` without their dashes in front; ``task`` says which of
-the two, ``about`` what the recipe is. Options of the command line win over it.
+A recipe's keys are the options of `unilora finetune vit`, `text` or `lm` without their dashes in front; ``task`` says
+which of them, ``about`` what the recipe is. Options of the command line win over it.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, say, table
+from unilora_cli.defaults import DEFAULTS
 
 __all__ = ["FOLDER", "fill_in", "run", "shipped"]
 
@@ -71,8 +72,8 @@ def _read(name: str) -> dict[str, Any]:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CommandError(f"{path}: not TOML ({error}).") from error
-    if recipe.get("task") not in ("text", "lm"):
-        raise CommandError(f'{path}: expected task = "text" or "lm", got {recipe.get("task")!r}.')
+    if recipe.get("task") not in DEFAULTS:
+        raise CommandError(f'{path}: expected task = "vit", "text" or "lm", got {recipe.get("task")!r}.')
     return {"about": ""} | recipe
 
 

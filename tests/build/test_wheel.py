@@ -31,7 +31,7 @@ def test_wheel_ships_only_code_and_its_licence(wheel):
     others = {name for name in names if not name.endswith((".py", "/py.typed"))}
     vectors = ("adapter", "balanced", "iid", "numpy-shuffle")
     assert others == recipes | {f"unilora_core/testing/vectors/{name}.json" for name in vectors}
-    assert len(recipes) == 16
+    assert len(recipes) == 32
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 

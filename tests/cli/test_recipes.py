@@ -1,6 +1,8 @@
-"""Recipes: every shipped one runs on a tiny model of its architecture and a few rows in its columns; and bad ones."""
+"""Recipes: every shipped one of a language runs on a tiny model of its architecture and a few rows in its columns, one
+of images too; those of images are parsed, and their D is counted on the model that they name; and bad ones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ COLUMNS |= {"qnli": ("question", "sentence")}
 MODELS = {"mistral-7b": "mistral", "gemma-7b": "gemma", "llama-2-7b": "llama", "llama-2-13b": "llama"}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+LANGUAGE = [name for name in recipes.shipped() if not name.startswith("vision/")]
+VISION = [name for name in recipes.shipped() if name.startswith("vision/")]
 QUICK = ("--max-steps", 2, "--length", 48, "--device", "cpu", "--out", "run")
 
 
@@ -63,7 +67,7 @@ def rows(name, sentences):
     ]
 
 
-@pytest.mark.parametrize("name", recipes.shipped())
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_a_shipped_recipe_runs(unilora, tiny, sentences, tmp_path, name):
     family, last = name.split("/")[0], name.split("/")[-1]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(name, sentences)))
@@ -87,10 +91,52 @@ def test_a_shipped_recipe_runs(unilora, tiny, sentences, tmp_path, name):
     assert metrics["plan"]["targets"] == targets
 
 
-def test_there_is_a_recipe_for_each_language_experiment_of_the_paper(unilora):
+@pytest.mark.parametrize("name", ["vision/vit-base/pets", "vision/vit-large/eurosat"])
+def test_a_recipe_for_images_runs(unilora, vit_model, images, tmp_path, name):
+    pytest.importorskip("timm")
+    data = shutil.copytree(images, tmp_path / "data")
+    shutil.copytree(data / "val", data / "test")
+    (data / "val").rename(data / ("held" if name.endswith("pets") else "validation"))
+    result = unilora(
+        *("finetune", "vit", "--recipe", name, *vit_model, "--data", data, "--d", 40, "--no-fp16"),
+        *("--batch-size", 4, "--accumulate", 2, "--epochs", 2, "--device", "cpu", "--out", "run"),
+    )
+    assert result.code == 0, result.err
+    metrics, recipe = json.loads(Path("run/metrics.json").read_text()), recipes._read(name)
+    assert metrics["plan"]["theta_rate"] == recipe["theta-rate"]
+    assert metrics["plan"]["head_rate"] == recipe["head-rate"]
+    assert (metrics["plan"]["grouping"], metrics["plan"]["start"], metrics["plan"]["d"]) == ("iid", "paper", 40)
+    parted = (22, 2) if name.endswith("pets") else (24, 12)  # a tenth of train/ is held out, or validation/ is
+    assert (metrics["plan"]["train_examples"], metrics["plan"]["held_out_examples"]) == parted
+    assert metrics["test"].keys() == {"loss", "accuracy"}
+    assert metrics["settings"]["scale"] == [0.08, 1.0]
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_recipe_for_images_has_the_numbers_of_the_paper(parsed, name):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    from unilora_timm import find_targets
+
+    settings = parsed("finetune", "vit", "--recipe", name)
+    _, size, task = name.split("/")
+    with torch.device("meta"):
+        model = timm.create_model(settings.model, pretrained=False)
+    layers = find_targets(model, settings.targets)
+    D = settings.rank * sum(layer.in_features + layer.out_features for layer in layers)
+    assert (D, settings.d) == {"vit-base": (147_456, 72_000), "vit-large": (393_216, 144_000)}[size]
+    assert settings.theta_rate == (5e-3 if (size, task) == ("vit-base", "pets") else 1e-2)
+    assert (settings.epochs, settings.batch_size, settings.accumulate, settings.warmup) == (20, 128, 4, 0)
+    assert (settings.weight_decay, settings.keep, settings.fp16, settings.max_grad_norm) == (0.01, "best", True, 1.0)
+    config = timm.get_pretrained_cfg(settings.model)
+    assert (config.hf_hub_id, config.mean) == (f"timm/{settings.model}", (0.5, 0.5, 0.5))
+
+
+def test_there_is_a_recipe_for_each_experiment_of_the_paper(unilora):
     tasks = ("cola", "mrpc", "qnli", "rte", "sst2", "stsb")
     names = [f"glue/roberta-{size}/{task}" for size in ("base", "large") for task in tasks]
     names += ["instruct/llama-2-13b", "instruct/llama-2-7b", "math/gemma-7b", "math/mistral-7b"]
+    tasks = ("cars", "cifar10", "cifar100", "dtd", "eurosat", "fgvc", "pets", "resisc45")
+    names += [f"vision/vit-{size}/{task}" for size in ("base", "large") for task in tasks]
     assert recipes.shipped() == names
     result = unilora("recipes")
     assert [line.split()[0] for line in result.out.splitlines()] == names
@@ -112,7 +158,7 @@ SHAPES = {  # layers, and the sum of in and out features of the targets of each
 }
 
 
-@pytest.mark.parametrize("name", recipes.shipped())
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_the_comments_and_the_page_agree_with_the_recipe(name):
     recipe, text = recipes._read(name), (recipes.FOLDER / f"{name}.toml").read_text()
     layers, width = next(shape for start, shape in SHAPES.items() if name.startswith(start))
@@ -124,6 +170,19 @@ def test_the_comments_and_the_page_agree_with_the_recipe(name):
     epochs = f"{task} {recipe['epochs']}" if "glue" in name else f"| {recipe['epochs']} |"
     for part in (f"| {D:,} | {recipe['d']:,} |", f"| {recipe['length']} |", epochs, recipe["schedule"]):
         assert part in row
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_the_page_has_the_rates_of_a_recipe_for_images(name):
+    recipe, text = recipes._read(name), (recipes.FOLDER / f"{name}.toml").read_text()
+    _, size, task = name.split("/")
+    D = {"vit-base": 147_456, "vit-large": 393_216}[size]
+    assert f"d = {recipe['d']}  # D = {D:,}\n" in text
+    lines = [line.split("|") for line in PAGE.read_text("utf-8").splitlines() if line.startswith(f"| `{task}` |")]
+    ((_, _, data, base, large, *_),) = lines
+    assert f"`{recipe['data']}`" in data
+    rates = (base if size == "vit-base" else large).split(",")
+    assert [float(rate) for rate in rates] == [recipe["theta-rate"], recipe["head-rate"]]
 
 
 def parse(parsed, tmp_path, text, *words):
@@ -165,7 +224,8 @@ def test_a_rate_of_the_command_line_takes_the_place_of_the_other_kind(parsed, tm
         ('task = "text"\nout = "x"\n', "my.toml: there is no setting 'out'"),
         ('task = "text"\nlora-rate = 1.0\ntheta-rate = 1.0\n', "theta-rate takes the place of lora-rate; leave one"),
         ('task = "lm"\n', "my.toml: this recipe is for `unilora finetune lm`."),
-        ('task = "vit"\n', 'my.toml: expected task = "text" or "lm", got \'vit\'.'),
+        ('task = "vit"\n', "my.toml: this recipe is for `unilora finetune vit`."),
+        ('task = "audio"\n', 'my.toml: expected task = "vit", "text" or "lm", got \'audio\'.'),
         ("rank = \n", "my.toml: not TOML (Invalid value (at line 1, column 8))."),
     ],
 )
