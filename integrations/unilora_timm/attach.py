@@ -1,6 +1,7 @@
 """attach: one vector beside a timm model, checked to reach every target."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,15 +9,11 @@ from torch import Tensor, nn
 
 import unilora_torch
 from unilora_core import TargetError
+from unilora_timm.bypassed import through_readers
 from unilora_timm.targets import classifier, find_targets
 from unilora_torch import Adapter, Target
 
-__all__ = ["attach"]
-
-SEPARATE = (
-    " This family calls its qkv once `qkv_bias_separate` is True, with the same result: set it on each attention "
-    "module, or target 'proj' or 'mlp'."
-)
+__all__ = ["attach", "example_of"]
 
 
 def attach(
@@ -30,7 +27,9 @@ def attach(
 ) -> Adapter:
     """Freeze a timm model, put one trainable vector beside its layers, and leave its classifier to train.
 
-    The model is run once, on one image, to check that every target is reached and gives θ_d a gradient.
+    The model is run on one image, to check that every target is reached and gives θ_d a gradient. A layer whose weight
+    the model uses without calling it (``attn.qkv`` of BEiT, EVA-02 and Swin v2) is found out there, and its weight is
+    W + B·A while the module that uses it runs.
 
     Args:
         model: any timm model; changed in place.
@@ -39,53 +38,49 @@ def attach(
         exclude: taken away from ``targets``, by regular expression or list of names.
         modules_to_save: names of modules that train in full and are saved with θ_d; by default the classifier.
         example: (batch, channels, height, width), an input for the check; by default one image of the model's size.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, as in `unilora_torch.attach`.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name``, as in `unilora_torch.attach`.
 
     Returns:
         The adapter, also found at ``model.unilora``.
 
     Raises:
-        TargetError: nothing to adapt, or a layer that the model bypasses (BEiT, EVA-02 and Swin v2 use the weight of
-            ``attn.qkv`` directly); the model is unchanged.
+        TargetError: nothing to adapt, or a target that no gradient reaches; the model is unchanged.
         SpecError: rank or d out of range; the model is unchanged.
     """
     heads = classifier(model) if modules_to_save is None else modules_to_save
     found = find_targets(model, targets, exclude=exclude)
-    adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
-    try:
-        _verify(model, adapter, _example(model) if example is None else example)
-    except BaseException:
-        adapter.detach()
-        raise
+    image = example_of(model) if example is None else example
+    with _past_dead_classifier(model):
+        try:
+            found = through_readers(model, found, lambda: model(image))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            raise TargetError(
+                f"{type(model).__name__}: cannot check that the targets are reached, the model fails on an image of "
+                f"shape {tuple(image.shape)} ({error}); give attach an input that it takes, as example=."
+            ) from error
+        adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
+        try:
+            adapter.verify(image)
+        except BaseException:
+            adapter.detach()
+            raise
     return adapter
 
 
-def _verify(model: nn.Module, adapter: Adapter, image: Tensor) -> None:
-    """`Adapter.verify`, past a classifier of zeros, which lets no gradient through until it has trained a step."""
+@contextlib.contextmanager
+def _past_dead_classifier(model: nn.Module) -> Iterator[None]:
+    """Leave a classifier of zeros out: it lets no gradient through until it has trained a step."""
     heads = [model.get_submodule(name) for name in classifier(model)]
     dead = [head for head in heads if not any(parameter.any() for parameter in head.parameters())]
     handles = [head.register_forward_hook(lambda _module, args, _output: args[0]) for head in dead]
     try:
-        adapter.verify(image)
-    except TargetError as error:
-        bypassed = any(_is_bypassed(model, target) for target in adapter.targets)
-        raise TargetError(f"{error}{SEPARATE if bypassed else ''}") from None
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise TargetError(
-            f"{type(model).__name__}: cannot check that the targets are reached, the model fails on an image of shape "
-            f"{tuple(image.shape)} ({error}); give attach an input that it takes, as example=."
-        ) from error
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _is_bypassed(model: nn.Module, target: Target) -> bool:
-    parent, _, last = target.module.rpartition(".")
-    return last == "qkv" and getattr(model.get_submodule(parent), "qkv_bias_separate", True) is False
-
-
-def _example(model: nn.Module) -> Tensor:
+def example_of(model: nn.Module) -> Tensor:
     """One image (1, channels, height, width) of the size, device and dtype that the model takes; not random."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = config.get("input_size") or (3, 224, 224)

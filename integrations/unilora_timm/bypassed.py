@@ -1,0 +1,148 @@
+"""Layers that a model does not call: which module uses their weight instead, found out by running the model.
+
+BEiT, EVA-02 and Swin v2 compute ``F.linear(x, self.qkv.weight, …)``, and `nn.MultiheadAttention` reads
+``out_proj.weight``: nothing that stands beside such a layer is ever reached. Its weight is a parameter of the module
+that reads it, then, and is W + B·A while that module runs (`unilora_torch.Target`, ``parameter``).
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unilora_torch import Target
+
+__all__ = ["through_readers"]
+
+LAYER = (None, "weight")
+"""`Target.parameter` of a layer: it is adapted beside its weight, or inside it (a convolution with groups)."""
+
+
+def through_readers(model: nn.Module, targets: Iterable[Target], run: Callable[[], Any]) -> tuple[Target, ...]:
+    """The targets, those of bypassed layers as parameters of the modules that read their weights.
+
+    A layer may be called in one mode and bypassed in the other, so the model is run in both. One that is neither
+    called nor read stays as it is; no gradient will reach it.
+
+    Args:
+        run: runs the model once and gives its output.
+    """
+    found = tuple(targets)
+    layers = {target.module for target in found if target.parameter in LAYER}
+    readers: dict[str, str] = {}
+    for training in (False, True):
+        with _mode(model, training):
+            called = _called(model, run)
+            if missed := layers - called:
+                for layer, reader in _readers(model, missed, run).items():
+                    readers[layer] = min(reader, readers.get(layer, reader), key=len)  # the one that holds the other
+    return tuple(
+        _inside(target, readers[target.module]) if target.parameter in LAYER and target.module in readers else target
+        for target in found
+    )
+
+
+def _inside(target: Target, reader: str) -> Target:
+    parameter = f"{target.module}.weight".removeprefix(f"{reader}." if reader else "")
+    return dataclasses.replace(target, module=reader, parameter=parameter)
+
+
+def _called(model: nn.Module, run: Callable[[], Any]) -> set[str]:
+    """The names of the modules that one forward pass calls."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+def _readers(model: nn.Module, layers: Iterable[str], run: Callable[[], Any]) -> dict[str, str]:
+    """Layer → the innermost module above it that reads its weight in one forward pass; absent where none does.
+
+    Each module above a layer puts a copy of its own in the place of the weight while it runs; the copy on which the
+    output depends tells the reader.
+    """
+    copies: list[tuple[str, str, Tensor]] = []
+    handles = []
+    for layer in layers:
+        if isinstance(getattr(model.get_submodule(layer), "weight", None), nn.Parameter):
+            for reader in _above(layer):
+                stand_in = _StandIn(
+                    model.get_submodule(layer), lambda copy, of=(reader, layer): copies.append((*of, copy))
+                )
+                module = model.get_submodule(reader)
+                handles.append(module.register_forward_pre_hook(stand_in.open))
+                handles.append(module.register_forward_hook(stand_in.close, always_call=True))
+    try:
+        with torch.enable_grad():
+            leaves = torch.utils._pytree.tree_leaves(run())
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not outputs or not copies:
+        return {}
+    total = torch.stack([output.float().sum() for output in outputs]).sum()
+    grads = torch.autograd.grad(total, [copy for *_, copy in copies], allow_unused=True)
+    return {layer: reader for (reader, layer, _), grad in zip(copies, grads, strict=True) if grad is not None}
+
+
+class _StandIn:
+    """The forward hooks of a module above a layer: a copy of the layer's weight, while the module runs."""
+
+    def __init__(self, layer: nn.Module, made: Callable[[Tensor], None]):
+        self.layer, self.made = layer, made
+        self.outer: list[Tensor | None] = []
+
+    def open(self, _module: nn.Module, _args: Any) -> None:
+        """Before the module's forward pass."""
+        held = self.layer.__dict__
+        self.outer.append(held.get("weight"))
+        held["weight"] = self.layer.weight.detach().requires_grad_()
+        self.made(held["weight"])
+
+    def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """After it."""
+        outer = self.outer.pop()
+        if outer is None:
+            del self.layer.__dict__["weight"]
+        else:
+            self.layer.__dict__["weight"] = outer
+
+
+def _above(name: str) -> Iterator[str]:
+    """The names of the modules around one, from the nearest to the model itself."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in one mode, with its normalisations in evaluation mode; modes, buffers and random numbers are put
+    back.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    try:
+        with torch.random.fork_rng(devices):
+            for module, _ in modes:
+                module.training = training and not isinstance(module, nn.modules.batchnorm._NormBase)
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
