@@ -115,6 +115,4 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise CommandError(
-            f"another process of this run has ended; see its message ({one_line(error, 120)})"
-        ) from error
+        raise CommandError(f"another process of this run is gone; see its message ({one_line(error, 120)})") from error

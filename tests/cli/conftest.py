@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -177,5 +180,34 @@ def trained(tmp_path_factory, bert, llama, images, tsv, dialogues):
             assert main([str(word) for word in line]) == 0
             made[key] = (folder, tuple(map(str, line)))
         return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """A process that has imported everything; see launcher.py."""
+    words = [sys.executable, str(Path(__file__).with_name("launcher.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def launch(launcher, tmp_path):
+    """launch(*words, processes=1, kill_at=None): the command in processes of their own, in this test's folder; a
+    `Result` of each. With ``kill_at`` they are killed when run/metrics.csv has so many steps.
+    """
+
+    def run(*words, processes=1, kill_at=None):
+        job = {"words": [str(word) for word in words], "folder": str(tmp_path)}
+        launcher.stdin.write(json.dumps(job | {"processes": processes, "kill_at": kill_at}) + "\n")
+        launcher.stdin.flush()
+        codes = json.loads(launcher.stdout.readline())
+        return [
+            Result(code, *((tmp_path / f"{name}.{rank}").read_text() for name in ("out", "err")))
+            for rank, code in enumerate(codes)
+        ]
 
     return run
