@@ -38,13 +38,15 @@ def attach(
         exclude: taken away from ``targets``, by regular expression or list of names.
         modules_to_save: names of modules that train in full and are saved with θ_d; by default the classifier.
         example: (batch, channels, height, width), an input for the check; by default one image of the model's size.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name``, as in `unilora_torch.attach`.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name``: see
+            `unilora_torch.attach`.
 
     Returns:
         The adapter, also found at ``model.unilora``.
 
     Raises:
-        TargetError: nothing to adapt, or a target that no gradient reaches; the model is unchanged.
+        TargetError: nothing to adapt, or a target that no gradient reaches (also where a layer scale or a norm is zero,
+            as in some models with random weights: load the weights first); the model is unchanged.
         SpecError: rank or d out of range; the model is unchanged.
     """
     heads = classifier(model) if modules_to_save is None else modules_to_save
@@ -61,10 +63,36 @@ def attach(
         adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
         try:
             adapter.verify(image)
+        except TargetError as error:
+            hint = _zeros(model, adapter)
+            adapter.detach()
+            raise TargetError(f"{error}{hint}") from None
         except BaseException:
             adapter.detach()
             raise
     return adapter
+
+
+def _zeros(model: nn.Module, adapter: Adapter) -> str:
+    """What may be why no gradient arrives: a scale or a norm that is still zero, as timm starts some."""
+    targets = [target.module.split(".") for target in adapter.targets]
+    beside = {
+        name: max(_shared(name.split("."), target) for target in targets)
+        for name, parameter in model.named_parameters()
+        if not name.endswith("bias") and not parameter.any()
+    }
+    near = [name for name, shared in beside.items() if shared]
+    if not near:
+        return ""
+    return (
+        f" {max(near, key=beside.__getitem__)} is all zeros ({len(near)} such parameters), and what is multiplied by "
+        "it has no gradient: a model with random weights may start so; load its weights before attach."
+    )
+
+
+def _shared(name: list[str], other: list[str]) -> int:
+    """How many parts two names begin with alike."""
+    return next((depth for depth, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), len(other))
 
 
 @contextlib.contextmanager

@@ -72,36 +72,36 @@ def _readers(model: nn.Module, layers: Iterable[str], run: Callable[[], Any]) ->
     Each module above a layer puts a copy of its own in the place of the weight while it runs; the copy on which the
     output depends tells the reader.
     """
-    copies: list[tuple[str, str, Tensor]] = []
+    stand_ins: list[tuple[str, str, _StandIn]] = []
     handles = []
     for layer in layers:
         if isinstance(getattr(model.get_submodule(layer), "weight", None), nn.Parameter):
             for reader in _above(layer):
-                stand_in = _StandIn(
-                    model.get_submodule(layer), lambda copy, of=(reader, layer): copies.append((*of, copy))
-                )
-                module = model.get_submodule(reader)
+                stand_in, module = _StandIn(model.get_submodule(layer)), model.get_submodule(reader)
                 handles.append(module.register_forward_pre_hook(stand_in.open))
                 handles.append(module.register_forward_hook(stand_in.close, always_call=True))
+                stand_ins.append((layer, reader, stand_in))
     try:
         with torch.enable_grad():
             leaves = torch.utils._pytree.tree_leaves(run())
     finally:
         for handle in handles:
             handle.remove()
+    copies = [(layer, reader, copy) for layer, reader, stand_in in stand_ins for copy in stand_in.made]
     outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not outputs or not copies:
         return {}
     total = torch.stack([output.float().sum() for output in outputs]).sum()
     grads = torch.autograd.grad(total, [copy for *_, copy in copies], allow_unused=True)
-    return {layer: reader for (reader, layer, _), grad in zip(copies, grads, strict=True) if grad is not None}
+    return {layer: reader for (layer, reader, _), grad in zip(copies, grads, strict=True) if grad is not None}
 
 
 class _StandIn:
     """The forward hooks of a module above a layer: a copy of the layer's weight, while the module runs."""
 
-    def __init__(self, layer: nn.Module, made: Callable[[Tensor], None]):
-        self.layer, self.made = layer, made
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.made: list[Tensor] = []
         self.outer: list[Tensor | None] = []
 
     def open(self, _module: nn.Module, _args: Any) -> None:
@@ -109,7 +109,7 @@ class _StandIn:
         held = self.layer.__dict__
         self.outer.append(held.get("weight"))
         held["weight"] = self.layer.weight.detach().requires_grad_()
-        self.made(held["weight"])
+        self.made.append(held["weight"])
 
     def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """After it."""

@@ -15,9 +15,9 @@ from unilora_torch.targets import is_conv, is_linear
 __all__ = ["WORDS", "classifier", "find_targets"]
 
 WORDS = {
-    "q": {"q", "q_proj", "wq", "to_query", "query"},
-    "k": {"k", "k_proj", "wk", "to_key", "key"},
-    "v": {"v", "v_proj", "wv", "value"},
+    "q": {"q", "q_proj", "q_proj_weight", "wq", "to_query", "query"},
+    "k": {"k", "k_proj", "k_proj_weight", "wk", "to_key", "key"},
+    "v": {"v", "v_proj", "v_proj_weight", "wv", "value"},
     "qkv": {"qkv", "qkvs", "qkv_proj", "in_proj_weight"},
     "proj": {"proj", "o_proj", "out_proj", "attn_out_proj", "output"},
     "fc1": {"fc1", "fc1_g", "fc1_x", "ln1", "w0", "w1", "gate_proj", "up_proj", "pwconv1"},
@@ -97,12 +97,12 @@ def classifier(model: nn.Module) -> tuple[str, ...]:
 
 
 def _layers(model: nn.Module, exclude: str | Iterable[str]) -> dict[str, Target]:
-    """Name → target of every linear layer, convolution and fused parameter of attention outside the classifier."""
+    """Name → target of every linear layer, convolution and matrix of `nn.MultiheadAttention` outside the classifier."""
     heads = tuple(f"{name}." for name in classifier(model))
     every = unilora_torch.find_targets(
         model, "all-linear", exclude=exclude, all_linear=lambda module: is_linear(module) or is_conv(module)
     )
-    layers = {target.module: target for target in every if not f"{target.module}.".startswith(heads)}
+    layers = {target.name: target for target in every if not f"{target.name}.".startswith(heads)}
     if not layers:
         raise TargetError(f"{type(model).__name__}: no linear layer or convolution is left outside the classifier.")
     return layers
@@ -141,7 +141,7 @@ def _select(model: nn.Module, layers: dict[str, Target], word: str) -> list[Targ
 
 def _means(model: nn.Module, layers: dict[str, Target], name: str, word: str) -> bool:
     """Whether a word means a whole layer."""
-    convolves, (parent, role) = is_conv(model.get_submodule(name)), _role(name)
+    convolves, (parent, role) = is_conv(model.get_submodule(layers[name].module)), _role(name)
     match word:
         case "all-linear":
             return not convolves
@@ -160,7 +160,7 @@ def _means(model: nn.Module, layers: dict[str, Target], name: str, word: str) ->
 
 
 def _role(name: str) -> tuple[str, str]:
-    """The module that a layer serves, and as what: ``blocks.0.attn`` and ``proj`` for ``blocks.0.attn.proj.ln.linear``."""
+    """The module that a layer serves, and as what: ``0.attn`` and ``proj`` for ``0.attn.proj.ln.linear``."""
     parts = name.split(".")
     while len(parts) > 1 and INNER.fullmatch(parts[-1]):
         parts.pop()
