@@ -47,8 +47,36 @@ class _Path:
         self.adapter._unreached.discard(self.targets[0].module)
 
 
-class LowRankPath(_Path):
-    """The forward hook of a linear layer: adds B·A·x to the outputs of each of its targets.
+class _Beside(_Path):
+    """The forward hook of a layer: adds to its outputs what B·A makes of its inputs."""
+
+    def __init__(self, adapter: "Adapter", targets: tuple[Target, ...]):
+        super().__init__(adapter, tuple(sorted(targets, key=lambda target: target.first_row)))
+
+    def factors(self, module: nn.Module, height: int) -> tuple[Tensor, Tensor]:
+        """A (Σr, in) and B (height, Σr) of all targets.
+
+        The blocks of a fused layer are joined: their A stand one below the other, their B on a diagonal, and B·A is
+        zero outside of them.
+        """
+        self._reached()
+        factors = [self.adapter.factors_of(target) for target in self.targets]
+        if self.targets[0].out_features == height:
+            return factors[0]
+        diagonal, row = [], 0
+        for target, (_, B) in zip(self.targets, factors, strict=True):
+            diagonal += [B.new_zeros(target.first_row - row, 0), B]
+            row = target.first_row + target.out_features
+        if row > height:
+            raise TargetError(
+                f"{target.module}: expected {row} outputs or more, this {type(module).__name__} gave {height}; exclude "
+                "it."
+            )
+        return torch.cat([A for A, _ in factors]), torch.block_diag(*diagonal, B.new_zeros(height - row, 0))
+
+
+class LowRankPath(_Beside):
+    """The forward hook of a linear layer: adds B·A·x.
 
     Only the input and the output of the layer are used, so its weight may be quantised, or kept under any name.
     """
@@ -57,16 +85,12 @@ class LowRankPath(_Path):
         """The new output, or None where the adapter is off."""
         if not self.adapter.active:
             return None
-        self._reached()
+        A, B = self.factors(module, output.size(-1))
         x = args[0] if args else next(iter(kwargs.values()))
-        for target in self.targets:
-            A, B = self.adapter.factors_of(target)
-            update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(output.dtype)
-            output = _plus(output, update, target, module)
-        return output
+        return output + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(output.dtype)
 
 
-class EmbeddingPath(_Path):
+class EmbeddingPath(_Beside):
     """The forward hook of an embedding: adds B·A[:, ids].
 
     A[:, ids] is what the embedding itself gives with Aᵀ as its weight, and so has the scale that some embeddings apply.
@@ -76,16 +100,12 @@ class EmbeddingPath(_Path):
         """The new output, or None where the adapter is off."""
         if not self.adapter.active:
             return None
-        self._reached()
-        for target in self.targets:
-            A, B = self.adapter.factors_of(target)
-            rows = forward_with(module, {"weight": A.T.to(output.dtype)}, *args, **kwargs)
-            update = F.linear(rows, B.to(rows.dtype)).to(output.dtype)
-            output = _plus(output, update, target, module)
-        return output
+        A, B = self.factors(module, output.size(-1))
+        rows = forward_with(module, {"weight": A.T.to(output.dtype)}, *args, **kwargs)
+        return output + F.linear(rows, B.to(rows.dtype)).to(output.dtype)
 
 
-class ConvPath(_Path):
+class ConvPath(_Beside):
     """The forward hook of a convolution: adds the 1×1 convolution with B of the convolution with A.
 
     A's rows are kernels of the shape of the layer's own, which the layer's class applies: stride, padding and dilation
@@ -96,17 +116,12 @@ class ConvPath(_Path):
         """The new output, or None where the adapter is off."""
         if not self.adapter.active:
             return None
-        self._reached()
+        kernel = module.kernel_size
+        A, B = self.factors(module, output.size(-1 - len(kernel)))
         x = args[0] if args else next(iter(kwargs.values()))
-        one = (1,) * len(module.kernel_size)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(one) - 1]
-        for target in self.targets:
-            A, B = self.adapter.factors_of(target)
-            kernels = A.to(x.dtype).unflatten(1, (-1, *module.kernel_size))
-            hidden = forward_with(module, {"weight": kernels, "bias": None}, x)
-            update = convolve(hidden, B.to(hidden.dtype).view(*B.shape, *one)).to(output.dtype)
-            output = _plus(output, update, target, module, -1 - len(one))
-        return output
+        hidden = forward_with(module, {"weight": A.to(x.dtype).unflatten(1, (-1, *kernel)), "bias": None}, x)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+        return output + convolve(hidden, B.to(hidden.dtype).view(*B.shape, *(1 for _ in kernel))).to(output.dtype)
 
 
 class WeightPath(_Path):
@@ -131,19 +146,6 @@ class WeightPath(_Path):
         for target in self.targets:
             owner, name = _owner(module, target)
             owner.__dict__.pop(name, None)
-
-
-def _plus(output: Tensor, update: Tensor, target: Target, module: nn.Module, axis: int = -1) -> Tensor:
-    """The update added to its block of the outputs, which lie along one axis."""
-    before, after = target.first_row, output.shape[axis] - target.first_row - target.out_features
-    if after < 0:
-        raise TargetError(
-            f"{target.module}: expected {target.first_row + target.out_features} outputs or more, this "
-            f"{type(module).__name__} gave {output.shape[axis]}; exclude it."
-        )
-    if before or after:
-        update = F.pad(update, (*(0, 0) * (-1 - axis), before, after))
-    return output + update
 
 
 def _sum(weight: Tensor, A: Tensor, B: Tensor, target: Target) -> Tensor:

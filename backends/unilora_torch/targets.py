@@ -1,10 +1,10 @@
 """Which layers are adapted: names in, a checked tuple of `Target` out."""
 
+import dataclasses
 import difflib
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from unilora_torch.replaced import convolves
 
 __all__ = [
     "Target",
+    "attention_targets",
     "block_of",
     "conv_target",
     "embedding_target",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Target:
     """One low-rank update: B·A beside a layer, or beside a block of its outputs; or B·A added to a parameter.
 
@@ -158,6 +159,20 @@ def matrices_in(name: str, weight: Tensor, stacked: bool, transposed: bool = Fal
     return (experts, height, width) if transposed else (experts, width, height)
 
 
+def attention_targets(name: str, module: nn.MultiheadAttention) -> dict[str, Target]:
+    """The `Target` of each of ``"q"``, ``"k"``, ``"v"`` and ``"proj"``, all parameters of the attention: it calls no
+    layer, not even its ``out_proj``.
+    """
+    fused = module.in_proj_weight is not None
+    widths = {"q": module.embed_dim, "k": module.kdim, "v": module.vdim}
+    found = {}
+    for row, (word, width) in enumerate(widths.items()):
+        parameter, first_row = ("in_proj_weight", row * module.embed_dim) if fused else (f"{word}_proj_weight", 0)
+        prefix = f"{name}.{word}".lstrip(".")
+        found[word] = Target(prefix, name, width, module.embed_dim, first_row, parameter=parameter)
+    return found | {"proj": _attention_matrices(name, module)[-1]}
+
+
 def find_targets(
     model: nn.Module,
     targets: str | Iterable[str | Target],
@@ -172,9 +187,10 @@ def find_targets(
     ``mlp.experts.gate_up_proj``.
 
     Args:
-        targets: ``"all-linear"`` (linear layers; no embeddings, convolutions or parameters); or a regular expression
-            that the whole name must match; or a list of names, each of which selects what it equals or what ends in
-            ``.name``; or a list of `Target`, taken as it is.
+        targets: ``"all-linear"`` (linear layers and the matrices of `nn.MultiheadAttention`; no embeddings,
+            convolutions or other parameters); or a regular expression that the whole name must match; or a list of
+            names, each of which selects what it equals or what ends in ``.name``; or a list of `Target`, taken as it
+            is.
         exclude: a regular expression or a list of names, likewise; taken away from the selection.
         to_target: makes the `Target` of a selected module, or raises `TargetError`.
         all_linear: which modules ``"all-linear"`` means.
@@ -192,7 +208,11 @@ def find_targets(
         if given:
             return given
     candidates = _candidates(model, all_linear)
-    linear = [name for name, found in candidates.items() if not isinstance(found, Target) and all_linear(found)]
+    linear = [
+        name
+        for name, found in candidates.items()
+        if (_is_attention(model.get_submodule(found.module)) if isinstance(found, Target) else all_linear(found))
+    ]
     chosen = linear if targets == "all-linear" else [name for name in candidates if _matches(name, targets)]
     kept = [name for name in chosen if not _matches(name, exclude)]
     if not kept:
@@ -268,13 +288,27 @@ def _candidates(model: nn.Module, all_linear: Callable[[nn.Module], bool]) -> di
     """Name → module, or the target that a parameter makes, in the order of `model.named_modules`."""
     found: dict[str, nn.Module | Target] = {}
     for name, module in model.named_modules():
-        if name:
+        if name and name not in found:
             found[name] = module
-        if not all_linear(module):
+        if _is_attention(module):
+            found |= {target.name: target for target in _attention_matrices(name, module)}
+        elif not all_linear(module):
             transposed = getattr(module, "is_transposed", False)  # as transformers marks its experts
             made = (parameter_target(name, key, weight, transposed) for key, weight in _matrices(module).items())
             found |= {target.name: target for target in made}
     return found
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's attention, or one that computes as it does; others may call their layers."""
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+
+def _attention_matrices(name: str, module: nn.MultiheadAttention) -> list[Target]:
+    """The targets of an attention's whole matrices; last that of ``out_proj``, under the layer's name."""
+    own = [parameter_target(name, key, weight) for key, weight in _matrices(module).items() if key.endswith("weight")]
+    out = parameter_target(name, "out_proj.weight", module.out_proj.weight)
+    return [*own, dataclasses.replace(out, name=out.name.removesuffix(".weight"))]
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:

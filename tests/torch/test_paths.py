@@ -202,35 +202,18 @@ def test_parameters_under_torch_compile():
     assert_original(model)
 
 
+def test_layers_that_are_never_called():
+    model, _ = adapted(targets=["qkv"], model=Model(), d=10)
+    with pytest.raises(TargetError, match=r"experts.qkv: the model's forward pass never calls this module"):
+        model(X)
+
+
 def test_verify_sees_parameters():
     model, adapter = adapted("paper", model=Model(), targets=PARTS)
     adapter.verify(X)
     model.experts.forward = lambda x: x.new_ones(*x.shape[:-1], 9)
     with pytest.raises(TargetError, match="up: no gradient reaches θ_d through this target"):
         adapter.verify(X)
-
-
-def test_attention_that_never_calls_its_layers(start):
-    """PyTorch's attention hands both weights to a function."""
-    base = Attention()
-    bypassed, _ = adapted(model=copy.deepcopy(base), targets=["out_proj"], d=20)
-    with pytest.raises(TargetError, match=r"attention.out_proj: the model's forward pass never calls this module"):
-        bypassed(X)
-    inside = [
-        Target("out", "attention", 6, 6, 0, False, "out_proj.weight"),
-        Target("v", "attention", 6, 6, 12, False, "in_proj_weight"),
-    ]
-    model, adapter = adapted(start, model=copy.deepcopy(base), targets=inside, d=20)
-    assert_same(run(model, adapter, X), naive_run(base, adapter, X))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2)
-
-    def forward(self, x):
-        return self.attention(x, x, x, need_weights=False)[0]
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
