@@ -79,7 +79,8 @@ def _readers(model: nn.Module, layers: Iterable[str], run: Callable[[], Any]) ->
             for reader in _above(layer):
                 stand_in, module = _StandIn(model.get_submodule(layer)), model.get_submodule(reader)
                 handles.append(module.register_forward_pre_hook(stand_in.open))
-                handles.append(module.register_forward_hook(stand_in.close, always_call=True))
+                # before another adapter's own hook puts the weight back
+                handles.append(module.register_forward_hook(stand_in.close, prepend=True, always_call=True))
                 stand_ins.append((layer, reader, stand_in))
     try:
         with torch.enable_grad():

@@ -29,7 +29,7 @@ WORDS = {
 }
 """Word → how the layers that it means are called. q, k and v also mean their blocks of a fused layer."""
 
-FUSED = {
+FUSED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qkv", "qkvs", "qkv_proj", "in_proj_weight"), ("q", "k", "v")),
     "kv": ("k", "v"),
     "qk": ("q", "k"),
