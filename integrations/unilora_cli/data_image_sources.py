@@ -12,7 +12,16 @@ from PIL import Image, ImageOps
 
 from unilora_cli.console import CommandError, one_line
 
-__all__ = ["FolderImages", "ImageSource", "TableImages", "TorchImages", "class_folders", "image_files"]
+__all__ = [
+    "FolderImages",
+    "ImageSource",
+    "TableImages",
+    "TorchImages",
+    "class_folders",
+    "image_files",
+    "reason",
+    "undecodable",
+]
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -161,8 +170,17 @@ def _decode(source: Any, name: str) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
             return _in_8_bits(image)
     except Exception as error:  # the readers of Pillow raise errors of all kinds
-        why = one_line(error, 200) if "cannot identify" not in str(error) else "no image format fits its contents"
-        raise CommandError(f"{name}: cannot be decoded as an image ({why}); repair or remove it.") from error
+        raise CommandError(undecodable(name, reason(error))) from error
+
+
+def undecodable(name: str, why: str) -> str:
+    """What is said of an image that cannot be decoded."""
+    return f"{name}: cannot be decoded as an image ({why}); repair or remove it."
+
+
+def reason(error: BaseException) -> str:
+    """Why an image cannot be decoded, in the words of Pillow, but for those that show an object of Python."""
+    return one_line(error, 200) if "cannot identify" not in str(error) else "no image format fits its contents"
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

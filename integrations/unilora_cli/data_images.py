@@ -17,6 +17,8 @@ from unilora_cli.data_image_sources import (
     TorchImages,
     class_folders,
     image_files,
+    reason,
+    undecodable,
 )
 from unilora_cli.data_records import HELD_OUT, Tables, draw, is_local, load_tables, split_off
 from unilora_cli.models import readable_errors
@@ -82,6 +84,10 @@ def load_images(arguments: argparse.Namespace) -> Images:
             raise CommandError(f"{arguments.data}: no image of the class {train.classes[min(lost)]!r} can be decoded.")
         if empty := [part for part in parts if not part.indices]:
             raise CommandError(f"{empty[0].source.name(0)}: none of the images beside it can be decoded either.")
+    elif test is not None:  # read after training only, when it would be late to stop
+        _decodable(parts[-1], arguments.workers, skipped)
+        if skipped:
+            raise CommandError(undecodable(*skipped[0]))
     usable = {id(part.source): part.indices for part in parts}
     kept = usable[id(train)]
     if held_out is None:
@@ -234,7 +240,7 @@ class _Probe(Dataset):
         try:
             self.part.source.open(index)
         except CommandError as error:
-            return index, str(error.__cause__ or error)
+            return index, reason(error.__cause__ or error)
         return index, ""
 
 

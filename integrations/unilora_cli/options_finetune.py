@@ -161,7 +161,8 @@ that datasets can load). Model: a name that timm knows, hf-hub:NAME, or a local 
         "--bad-images",
         choices=("stop", "skip"),
         default="stop",
-        help="an image that does not decode ends the run; or all are decoded once before, and such are left out",
+        help="an image that does not decode ends the run (one to test on, before it begins); or all are decoded once "
+        "before, and such are left out",
     )
     _augmentation(parser.add_argument_group("augmentation and regularisation, with the names that timm gives them"))
 

@@ -283,6 +283,14 @@ def test_bad_images_are_left_out_if_asked(vit, folder):
     assert f"{bad[0]}: cannot be decoded as an image (" in result.err or f"{bad[1]}: cannot" in result.err
 
 
+def test_a_bad_image_to_test_on_is_found_before_training(vit, folder):
+    (folder / "test/red/1.png").write_bytes(b"no image")
+    result = vit("--data", folder)
+    assert result.code == 1
+    assert f"error: {folder}/test/red/1.png: cannot be decoded as an image (no image format" in result.err
+    assert not Path("run").exists()
+
+
 def test_too_many_bad_images(load, folder):
     spoil(folder)
     for path in (folder / "train/red").iterdir():
