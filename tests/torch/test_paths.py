@@ -325,6 +325,22 @@ def test_merging_into_few_bits_is_refused(dtype):
         adapter.merge()
 
 
+@pytest.mark.parametrize("rows", [(0, 8), (8, 0, 5), (4,), (0, 4, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_a_fused_layer_leave_its_other_outputs_alone(rows, dtype, start):
+    base = nn.Sequential(nn.Linear(6, 12), nn.Identity()).to(dtype)
+    heights = {0: 4, 4: 4, 5: 2, 8: 4}
+    blocks = [Target(f"b{row}", "0", 6, heights[row], row) for row in rows]
+    model, adapter = adapted(start, model=copy.deepcopy(base), targets=blocks, rank=2, d=15)
+    x = X.to(dtype)
+    found, wanted = run(model, adapter, x), naive_run(base, adapter, x)
+    for a, b in zip(found, wanted, strict=True):
+        exact = dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-4 if exact else 0.05, atol=1e-5 if exact else 0.2)
+    outside = [i for i in range(12) if not any(row <= i < row + heights[row] for row in rows)]
+    assert torch.equal(found[0][..., outside], base(x)[..., outside])
+
+
 # ---- embeddings -----------------------------------------------------------------------------------------------------
 
 
