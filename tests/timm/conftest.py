@@ -46,7 +46,7 @@ def tiny():
 
     def make(name="vit_tiny_patch16_224", num_classes=3, **changes):
         torch.manual_seed(0)
-        config = CONFIGS[name] | changes
+        config = CONFIGS.get(name, {}) | changes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # timm's own, about names that moved
             model = timm.create_model(name, pretrained=False, num_classes=num_classes, **config).eval()
