@@ -12,7 +12,9 @@ __all__ = ["add_finetune", "add_recipes", "complete"]
 
 WRITES = """
 Writes to the output folder: adapter.safetensors (theta_d, the trained head, and what they belong to), metrics.csv
-(loss and rate of each step), metrics.json (settings and results) and loss.png.
+(loss and rate of each step), summary.csv (a line per epoch), metrics.json (settings and results) and loss.png. A run
+that was interrupted or killed goes on with --resume. With `torchrun --nproc-per-node 2 -m unilora_cli` in the place of
+`unilora`, two processes share each step.
 """
 
 VIT_WRITES = """
