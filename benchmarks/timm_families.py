@@ -65,11 +65,11 @@ MEMBERS: dict[str, dict] = {
     "hieradet_small": {"stages": (1, 1, 2, 1), "embed_dim": 32, "global_att_blocks": (3,)},
     "levit_128s": {},
     "levit_conv_128s": {},
-    "mvitv2_tiny": {"depths": (1, 1, 1, 1), "img_size": 64, "image": 64},
-    "mvitv2_base_cls": {"depths": (1, 1, 1, 1), "embed_dims": 24, "img_size": 64, "image": 64},
+    "mvitv2_tiny": {"img_size": 64, "image": 64},
+    "mvitv2_small_cls": {"img_size": 64, "image": 64},
     "naflexvit_base_patch16_gap": {"embed_dim": 96, "depth": 2, "num_heads": 3},
     "naflexvit_base_patch16_map": {"embed_dim": 96, "depth": 2, "num_heads": 3},
-    "nest_tiny": {"depths": (1, 1, 1)},
+    "nest_tiny": {},
     "pit_ti_224": {},
     "pvt_v2_b0": {"image": 96},
     "pvt_v2_b2_li": {"depths": (1, 1, 1, 1)},
@@ -94,7 +94,7 @@ MEMBERS: dict[str, dict] = {
     "vit_relpos_small_patch16_224": SMALL,
     "vit_srelpos_small_patch16_224": SMALL,
     "samvit_base_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3, "global_attn_indexes": (1,)},
-    "volo_d1_224": {"layers": (1, 1, 1, 1)},
+    "volo_d1_224": {"img_size": 64, "image": 64},
     "xcit_nano_12_p16_224": {"depth": 2},
     # hybrids
     "botnet26t_256": {"img_size": 128, "image": 128},
@@ -130,8 +130,8 @@ MEMBERS: dict[str, dict] = {
     # MLPs and other mixers
     "mambaout_femto": {"image": 96},
     "mixer_s32_224": {},
-    "gmlp_ti16_224": {"num_blocks": 2},
-    "resmlp_12_224": {"num_blocks": 2},
+    "gmlp_ti16_224": {"img_size": 64},
+    "resmlp_12_224": {"img_size": 64},
     "sequencer2d_s": {"layers": (1, 1, 1, 1)},
     # convolutions
     "test_byobnet": {"image": 96},
@@ -139,7 +139,7 @@ MEMBERS: dict[str, dict] = {
     "test_efficientnet": {"image": 96},
     "test_nfnet": {"image": 96},
     "test_resnet": {"image": 96},
-    "convmixer_768_32": {"depth": 2, "image": 96},
+    "convmixer_768_32": {"image": 64},
     "inception_next_atto": {"image": 96},
     "mobilenetv3_small_050": {"image": 96},
     "regnetx_002": {"image": 96},
@@ -370,6 +370,27 @@ to the largest value, are {logits:.0e} and {gradient:.0e} over all rows.
 ## Refused
 
 {reasons}
+
+## The words of `targets`
+
+* `"q"`, `"k"`, `"v"`: layers of that name, or their blocks of a fused `qkv`, `kv`, `qk`, `qkv_proj`, `in_proj`, or of
+  `in_proj_weight` of `nn.MultiheadAttention`. Some families keep each head's q, k and v together (MaxViT, CoAtNet,
+  LeViT, TinyViT, EfficientFormer, HaloNet, EfficientViT of MIT): they have no such blocks, and `"qkv"` instead.
+* `"qkv"`, `"proj"`: the fused layer whole, and what attention ends with.
+* `"fc1"`, `"fc2"`, `"mlp"`: the layers of the MLPs, also where they are 1×1 convolutions; not squeeze-and-excitation.
+* `"patch_embed"`, `"conv"`, `"all-linear"`: what makes patches of the image, or the stem; every convolution; every
+  linear layer. The classifier is in none of them: it trains in full.
+
+Without `targets`: q and v; where a model has none outside of its pooling, `"qkv"`, else `"mlp"`, else all layers.
+Attention that pools the features has the same words.
+
+## What `attach` runs
+
+The model, on one image: in training mode, in evaluation mode, and once for the gradients. Modes, buffers and random
+numbers are put back. The image has the size of the model's `pretrained_cfg` or `img_size`; a model that needs another
+takes it as `example=`. A layer whose weight is read without being called is found out there, and so is a target that no
+gradient reaches. A norm or a layer scale of zeros, as some families start with random weights, is such a case: load the
+weights before `attach`. `load` runs nothing: the file says where each update belongs.
 """
 
 HOW = {"beside": "beside", "in the weight": "in its weight", "in the caller's weight": "in its caller"}

@@ -33,12 +33,11 @@ MEMBERS = {  # name → changes, and a size of image where the model takes any
     "hieradet_small": {"stages": (1, 1, 2, 1), "embed_dim": 24, "global_att_blocks": (3,)},
     "lambda_resnet26t": {"size": 128},
     "mobilevit_xxs": {"size": 64},
-    "mvitv2_tiny": {**ONES, "img_size": 64, "size": 64},
+    "mvitv2_tiny": {"img_size": 64, "size": 64},
     "naflexvit_base_patch16_map": {"embed_dim": 32, "depth": 1, "num_heads": 2},
-    "nest_tiny": {"depths": (1, 1, 1), "embed_dims": (32, 32, 32), "num_heads": (2, 2, 2)},
+    "nest_tiny": {},
     "pit_ti_224": {},
     "pvt_v2_b0": {**ONES, "size": 64},
-    "resnet50_clip": {},
     "samvit_base_patch16_224": {"depth": 1, "embed_dim": 32, "num_heads": 2},
     "shvit_s1": {"size": 128},
     "swin_tiny_patch4_window7_224": {"embed_dim": 24, **ONES},
@@ -53,7 +52,7 @@ MEMBERS = {  # name → changes, and a size of image where the model takes any
     "vit_dwee_patch16_reg1_gap_256": VIT,
     "vit_dpwee_patch16_reg1_gap_256": VIT,
     "vit_relpos_small_patch16_224": VIT,
-    "volo_d1_224": {"layers": (1, 1, 1, 1)},
+    "volo_d1_224": {"img_size": 64, "size": 64},
     "xcit_nano_12_p16_224": {"depth": 1, "size": 64},
 }
 BY_HEAD = {  # every head's parts lie together: there are no such blocks
