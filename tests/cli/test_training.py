@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,12 @@ pytest.importorskip("timm")
 @pytest.fixture
 def text(unilora, bert, tsv):
     return lambda *words: unilora("finetune", "text", "--model", bert, "--data", tsv, "--device", "cpu", *words)
+
+
+@pytest.fixture
+def vit(unilora, vit_model, images):
+    words = (*vit_model, "--data", images, "--augment", "none", "--batch-size", 5, "--device", "cpu")
+    return lambda *more: unilora("finetune", "vit", *words, *more)
 
 
 @pytest.fixture
@@ -189,6 +196,42 @@ def test_the_best_perplexity_is_the_lowest(lm, monkeypatch):
     assert results()["final"]["perplexity"] == 4.0
 
 
+# ---- stopping early --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("best", 2), ("last", 4)])
+def test_training_stops_where_the_metric_gets_no_better(text, monkeypatch, keep, kept):
+    from unilora_cli import loop
+
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.9])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(scores)})
+    result = text("--epochs", 5, "--patience", 2, "--keep", keep, "--out", "run")
+    assert result.code == 0, result.err
+    why = "after epoch 4: accuracy has not been better than in epoch 2"
+    assert f"stopped early      {why}" in result.out
+    metrics = results()
+    assert (metrics["status"], metrics["stopped_early"], metrics["final"]["epoch"]) == ("finished", why, kept)
+    assert len(losses("run")) == metrics["plan"]["steps"] * 4 // 5
+
+
+def test_a_resumed_run_remembers_how_long_it_has_waited(text, monkeypatch):
+    from unilora_cli import loop
+
+    scores = iter([0.3, 0.2, Interrupted(), 0.1, 0.9])
+
+    def evaluated(*_):
+        score = next(scores)
+        if isinstance(score, Interrupted):
+            raise score
+        return {"loss": 1.0, "accuracy": score}
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    words = ("--epochs", 5, "--patience", 2, "--out", "run")
+    assert text(*words).code == 130
+    assert text(*words, "--resume").code == 0
+    assert results()["stopped_early"] == "after epoch 3: accuracy has not been better than in epoch 1"
+
+
 # ---- going on ---------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +343,103 @@ def test_gradient_checkpointing_changes_no_number(lm):
     assert lm("--max-steps", 3, "--gradient-checkpointing", "--out", "again").code == 0
     assert losses("again") == losses("plain")
     assert torch.equal(theta("again"), theta("plain"))
+
+
+def test_gradient_checkpointing_of_timm_changes_no_number(vit):
+    assert vit("--max-steps", 3, "--out", "plain").code == 0
+    assert vit("--max-steps", 3, "--gradient-checkpointing", "--out", "again").code == 0
+    assert losses("again") == losses("plain")
+    assert torch.equal(theta("again"), theta("plain"))
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "a model of one's own"])
+def test_a_model_without_gradient_checkpointing(name):
+    import timm
+
+    from unilora_cli.adapting import checkpoint_activations
+    from unilora_cli.console import CommandError
+
+    model = timm.create_model(name) if name.startswith("pit") else torch.nn.Linear(2, 2)
+    with pytest.raises(CommandError, match=f"^--gradient-checkpointing: timm has none for {name}; leave it out"):
+        checkpoint_activations(model, name)
+
+
+def test_float16_trains_as_float32_does(vit):
+    words = ("--epochs", 2, "--max-grad-norm", 1.0, "--lora-rate", 1e-3, "--out")
+    assert vit(*words, "full").code == 0
+    result = vit(*words, "half", "--fp16")
+    assert result.code == 0, result.err
+    assert "10 on cpu, float16 autocast\n" in result.out
+    assert losses("half") != losses("full")
+    assert losses("half") == pytest.approx(losses("full"), rel=1e-2)
+    assert "skipped_steps" not in results("half")
+
+
+def test_gradients_that_overflow_float16_are_left_out_and_told(vit, monkeypatch):
+    """From a scale of 2^40 it takes many halvings; until then no step is taken, and the warmup does not go on."""
+    from unilora_cli import loop
+
+    scaler = loop.torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *words, **options: scaler(*words, **options | {"init_scale": 2.0**40})
+    )
+    result = vit("--fp16", "--epochs", 8, "--max-grad-norm", 1.0, "--warmup", 0.5, "--out", "run")
+    assert result.code == 0, result.err
+    skipped = results()["skipped_steps"]
+    assert 5 < skipped < 39
+    assert f"skipped steps      {skipped} of 40: their gradient overflowed float16" in result.out
+    with Path("run/metrics.csv").open() as file:
+        rates = [float(row["rate"]) for row in csv.DictReader(file)]
+    assert len(set(rates[: skipped + 1])) == 1
+    assert rates[skipped + 1] > rates[0]
+    assert all(map(math.isfinite, losses("run")))
+    assert not torch.equal(theta("run"), torch.from_numpy(read_adapter("run/adapter.safetensors").spec.init()))
+
+
+def test_one_kind_of_autocast_only(vit):
+    assert vit("--fp16", "--bf16").err == (
+        "unilora: error: --fp16 and --bf16 exclude each other; where a recipe sets one, take it back: --no-bf16.\n"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+def test_a_compiled_model_trains_as_the_plain_one(vit):
+    """Also with a last batch that is smaller; the adapter is that of the model itself."""
+    assert vit("--epochs", 2, "--out", "plain").code == 0
+    result = vit("--epochs", 2, "--compile", "aot_eager", "--out", "compiled")
+    assert result.code == 0, result.err
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert losses("compiled") == pytest.approx(losses("plain"), rel=1e-4)
+    torch.testing.assert_close(theta("compiled"), theta("plain"), rtol=1e-3, atol=1e-5)
+    names = [read_adapter(f"{run}/adapter.safetensors").tensors.keys() for run in ("plain", "compiled")]
+    assert names[0] == names[1]
+
+
+def test_a_backend_that_torch_does_not_have(vit):
+    assert "--compile fast: torch has no such backend; it has " in vit("--compile", "fast", "--out", "run").err
+    assert not Path("run").exists()
+
+
+def test_a_summary_of_the_epochs_has_the_columns_of_timm(vit):
+    assert vit("--epochs", 2, "--out", "run").code == 0
+    with Path("run/summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_accuracy", "lr"]
+    for row, known in zip(rows, results()["epochs"], strict=True):
+        assert [float(row[name]) for name in ("epoch", "train_loss", "eval_loss", "eval_accuracy")] == [
+            known[name] for name in ("epoch", "train_loss", "loss", "accuracy")
+        ]
+        assert float(row["train_loss"]) == pytest.approx(
+            sum(losses("run")[known["step"] - 5 : known["step"]]) / 5, rel=1e-4
+        )
+
+
+def test_the_plan_says_how_many_examples_make_a_step(vit):
+    result = vit("--accumulate", 3, "--max-steps", 1, "--out", "run")
+    assert "batch             15 examples per step = 5 × 3 batches\n" in result.out
+    assert results()["plan"]["batch"] == 15
 
 
 def test_a_part_of_a_split(unilora, bert, tmp_path, sentences, monkeypatch):
