@@ -3,6 +3,7 @@
     UNILORA_DATA=... python benchmarks/vision_tasks.py base --base FOLDER   # the base: once, into a folder of yours
     UNILORA_DATA=... python benchmarks/vision_tasks.py sweep --base FOLDER  # rates, on a seed outside the table
     UNILORA_DATA=... python benchmarks/vision_tasks.py run --base FOLDER    # five seeds, at the sweep's best rates
+    UNILORA_DATA=... python benchmarks/vision_tasks.py why --base FOLDER    # digits: other rates, d, rank, more epochs
     python benchmarks/vision_tasks.py table                                 # into docs/benchmarks-vision.md
     python benchmarks/vision_tasks.py plot                                  # into results/vision_tasks.png
 
@@ -120,9 +121,24 @@ def table_jobs() -> list[dict]:
     ]
 
 
+def variants() -> list[dict]:
+    """Where the distance to LoRA on the digits comes from: the rate, d and r, or the number of steps."""
+    rates = [
+        {"task": "digits", "method": method, "rate": rate, "seed": SWEEP_SEED}
+        for rate in RATES["lora"]
+        for method in ("lora", "unilora")
+    ]
+    rate = best_rate("lora")
+    cases = [{"method": method, "epochs": 15} for method in ("unilora", "lora")]
+    cases += [{"method": "unilora", "d": D // 4}, {"method": "unilora", "rank": 8}]
+    return rates + [{"task": "digits", "rate": rate, **case, "seed": seed} for case in cases for seed in SEEDS[:3]]
+
+
 def best_rate(method: str) -> float:
     """The rate with the best figure of the sweep; the smaller one where two are equal."""
-    rows = [row for row in _rows() if _case(row) == (SWEEP_TASK, method, None, None) and row["seed"] == SWEEP_SEED]
+    rows = [
+        row for row in _rows() if _case(row) == (SWEEP_TASK, method, None, None, None) and row["seed"] == SWEEP_SEED
+    ]
     return max(sorted(rows, key=lambda row: row["rate"]), key=lambda row: row["accuracy"])["rate"]
 
 
@@ -142,9 +158,8 @@ def run_one(job: dict, base: Path) -> dict:
     model.load_state_dict(load_file(base / "base.safetensors"))
     model.reset_classifier(given.classes)
     model, groups, save = _adapt(model, job, job["rate"] if job["method"] == "head" else HEAD_RATE)
-    seconds, losses = fit(
-        model, groups, given.pool[order[:EXAMPLES]], EPOCHS, BATCH, seed=seed, augmented=given.augmented
-    )
+    chosen, epochs = given.pool[order[:EXAMPLES]], job.get("epochs", EPOCHS)
+    seconds, losses = fit(model, groups, chosen, epochs, BATCH, seed=seed, augmented=given.augmented)
     adapter, head = (sum(p.numel() for p in group["params"]) for group in groups)
     return {
         **job,
@@ -163,8 +178,8 @@ def _adapt(model: nn.Module, job: dict, head_rate: float) -> tuple[nn.Module, li
     """The adapted model, the optimiser's two groups (adapter and head), and what saves both into a folder."""
     method, rate = job["method"], job["rate"]
     if method == "unilora":
-        adapter = unilora_timm.attach(model, seed=job["seed"], rank=job.get("rank", RANK))
-        assert job.get("rank") or adapter.spec.D == D
+        adapter = unilora_timm.attach(model, rank=job.get("rank", RANK), d=job.get("d", "auto"), seed=job["seed"])
+        assert "rank" in job or adapter.spec.D == D
         return model, adapter.parameter_groups(rate, head_rate), lambda folder: adapter.save(folder / "a.safetensors")
     if method == "peft-unilora":
         d = job.get("d", D // 16)
@@ -342,29 +357,37 @@ def run(jobs: list[dict], base: Path, part: str) -> None:
 
 
 def table() -> None:
-    """The sweep, and means and standard deviations over seeds, as Markdown, into the page."""
-    lines = [f"| method | {SWEEP_TASK}, seed {SWEEP_SEED}: rate → accuracy |", "|---|---|"]
-    for method in RATES:
-        rows = [row for row in _rows() if row["method"] == method and row["seed"] == SWEEP_SEED]
-        figures = [f"{row['rate']:g} → {row['accuracy']:.3f}" for row in sorted(rows, key=lambda row: row["rate"])]
-        lines.append(f"| {method} | {', '.join(figures)} |")
-    lines += [
-        "",
-        f"| method | rate | {' | '.join(TASKS)} | adapter | head | bytes | seconds of CPU |",
-        "|---|---|" + "---|" * (len(TASKS) + 4),
-    ]
-    for case, (first, *others) in summary().items():
-        rows = [first, *others]
-        figures = [_spread([row["accuracy"] for row in rows if row["task"] == name]) for name in TASKS]
-        heads, sizes = ([_first(rows, name, field) for name in TASKS] for field in ("head", "bytes"))
-        seconds = [statistics.median([row["seconds"] for row in rows if row["task"] == name]) for name in TASKS]
-        lines.append(
-            f"| {_title(case)} | {first['rate']:g} | {' | '.join(figures)} | {first['adapter']:,} "
-            f"| {' / '.join(heads)} | {' / '.join(sizes)} | {' / '.join(f'{s:.0f}' for s in seconds)} |"
-        )
+    """The sweeps, and means and standard deviations over seeds, as Markdown, into the page."""
+    main, others = summary()
+    lines = [*_sweeps(SWEEP_TASK, list(RATES)), "", *_means(main, TASKS)]
+    lines += ["", *_sweeps("digits", ["lora", "unilora"]), "", *_means(others, ("digits",))]
     text = DOC.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     DOC.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after, encoding="utf-8")
+
+
+def _sweeps(name: str, methods: list[str]) -> list[str]:
+    lines = [f"| method | {name}, seed {SWEEP_SEED}: rate → accuracy |", "|---|---|"]
+    for method in methods:
+        rows = [row for row in _rows() if _case(row)[:2] == (name, method) and row["seed"] == SWEEP_SEED]
+        figures = [f"{row['rate']:g} → {row['accuracy']:.3f}" for row in sorted(rows, key=lambda row: row["rate"])]
+        lines.append(f"| {method} | {', '.join(figures)} |")
+    return lines
+
+
+def _means(cases: dict[tuple, list[dict]], tasks: tuple[str, ...]) -> list[str]:
+    lines = [f"| method | rate | {' | '.join(tasks)} | adapter | head | bytes | seconds of CPU |"]
+    lines.append("|---|---|" + "---|" * (len(tasks) + 4))
+    for case, rows in cases.items():
+        parts = [[row for row in rows if row["task"] == name] for name in tasks]
+        figures = [_spread([row["accuracy"] for row in part]) for part in parts]
+        seconds = [f"{statistics.median(row['seconds'] for row in part):.0f}" for part in parts]
+        heads, sizes = ([f"{part[0][field]:,}" for part in parts] for field in ("head", "bytes"))
+        lines.append(
+            f"| {_title(case)} | {rows[0]['rate']:g} | {' | '.join(figures)} | {rows[0]['adapter']:,} "
+            f"| {' / '.join(heads)} | {' / '.join(sizes)} | {' / '.join(seconds)} |"
+        )
+    return lines
 
 
 def plot() -> None:
@@ -376,7 +399,7 @@ def plot() -> None:
 
     figure, axes = plt.subplots(2, len(TASKS), figsize=(10, 7.5))
     for (above, below), name in zip(axes.T, TASKS, strict=True):
-        for number, (case, every) in enumerate(summary().items()):
+        for number, (case, every) in enumerate(summary()[0].items()):
             rows = [row for row in every if row["task"] == name]
             values = [row["accuracy"] for row in rows]
             mean, spread, style = statistics.mean(values), statistics.stdev(values), {"color": f"C{number}"}
@@ -393,22 +416,21 @@ def plot() -> None:
     figure.savefig(RESULTS / "vision_tasks.png", dpi=110)
 
 
-def summary() -> dict[tuple, list[dict]]:
-    """(method, rank, d) → the runs of the table's seeds, by the number of trained numbers."""
+def summary() -> tuple[dict[tuple, list[dict]], dict[tuple, list[dict]]]:
+    """(method, rank, d, epochs) → its runs, by trained numbers; first the cases of both tasks, then the others."""
     cases: dict[tuple, list[dict]] = {}
-    for row in _rows():
+    for row in sorted(_rows(), key=lambda row: row["adapter"]):
         if row["seed"] in SEEDS:
             cases.setdefault(_case(row)[1:], []).append(row)
-    return dict(sorted(cases.items(), key=lambda case: case[1][0]["adapter"]))
+    both = {case for case, rows in cases.items() if {row["task"] for row in rows} == set(TASKS)}
+    main = {case: rows for case, rows in cases.items() if case in both}
+    return main, {case: rows for case, rows in cases.items() if case not in both}
 
 
 def _title(case: tuple) -> str:
-    method, rank, d = case
-    return method + (f", r = {rank}" if rank else "") + (f", d = {d}" if d else "")
-
-
-def _first(rows: list[dict], name: str, field: str) -> str:
-    return f"{next(row[field] for row in rows if row['task'] == name):,}"
+    method, rank, d, epochs = case
+    parts = {"r": rank, "d": d, "epochs": epochs}
+    return ", ".join([method, *(f"{name} = {value}" for name, value in parts.items() if value)])
 
 
 def _spread(values: list[float]) -> str:
@@ -418,7 +440,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _case(row: dict) -> tuple:
-    return tuple(row.get(name) for name in ("task", "method", "rank", "d"))
+    return tuple(row.get(name) for name in ("task", "method", "rank", "d", "epochs"))
 
 
 def _key(row: dict) -> tuple:
@@ -431,7 +453,7 @@ def _rows() -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["base", "sweep", "run", "table", "plot"])
+    parser.add_argument("what", choices=["base", "sweep", "run", "why", "table", "plot"])
     parser.add_argument("--base", type=Path, help="folder of the base's weights, outside the repository")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run, from the I-th (default: all)")
     arguments = parser.parse_args()
@@ -444,4 +466,5 @@ if __name__ == "__main__":
         if arguments.what == "base":
             train_base(arguments.base)
         else:
-            run(sweep() if arguments.what == "sweep" else table_jobs(), arguments.base, arguments.part)
+            jobs = {"sweep": sweep, "run": table_jobs, "why": variants}[arguments.what]()
+            run(jobs, arguments.base, arguments.part)
