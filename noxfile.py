@@ -89,7 +89,7 @@ def timm(session: nox.Session) -> None:
 @nox.session
 def cli(session: nox.Session) -> None:
     """The command `unilora`."""
-    session.install(".[cli,onnx]", ONNX_RUNTIME, PEFT, "bitsandbytes>=0.49", *PYTEST)
+    session.install("--compile-bytecode", ".[cli,onnx]", ONNX_RUNTIME, PEFT, "bitsandbytes>=0.49", *PYTEST)
     pytest(session, "tests/cli", *TOP_LEVEL)
 
 
