@@ -131,7 +131,7 @@ def variants() -> list[dict]:
     rate = best_rate("lora")
     cases = [{"method": method, "epochs": 15} for method in ("unilora", "lora")]
     cases += [{"method": "unilora", "d": D // 4}, {"method": "unilora", "rank": 8}]
-    return rates + [{"task": "digits", "rate": rate, **case, "seed": seed} for case in cases for seed in SEEDS[:3]]
+    return rates + [{"task": "digits", "rate": rate, **case, "seed": seed} for seed in SEEDS[:3] for case in cases]
 
 
 def best_rate(method: str) -> float:
