@@ -9,7 +9,6 @@ import torch
 from timm.models import save_for_hf
 
 import unilora_timm
-from unilora_timm.saving import merged, save_onnx
 
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64, depth=2).eval()
@@ -20,11 +19,12 @@ with torch.no_grad():
 
 folder = Path(tempfile.mkdtemp())
 config = {"label_names": ["daisy", "rose", "tulip"]}
-save_for_hf(merged(model), folder, model_config=config, safe_serialization=True)  # push_to_hf_hub takes it, too
+plain = unilora_timm.merged(model)  # push_to_hf_hub takes it, too
+save_for_hf(plain, folder, model_config=config, safe_serialization=True)
 plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 print(f"as a checkpoint: {(plain(images) - logits).abs().max():.1e} from the adapted model")
 
-save_onnx(model, folder / "model.onnx")
+unilora_timm.save_onnx(model, folder / "model.onnx")
 session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 (found,) = session.run(["logits"], {"images": images.numpy()})
 print(f"as ONNX:         {(torch.from_numpy(found) - logits).abs().max():.1e}")

@@ -2,11 +2,12 @@
 
 model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=10)
 adapter = unilora_timm.attach(model)
-optimiser = timm.optim.create_optimizer_v2(adapter.parameter_groups(lora_rate=1e-3), opt="adamw")
+optimizer = timm.optim.create_optimizer_v2(adapter.parameter_groups(lora_rate=1e-3), opt="adamw")  # import timm.optim
 """
 
 from unilora_timm.attach import attach
+from unilora_timm.saving import merged, save_onnx
 from unilora_timm.targets import classifier, find_targets
 from unilora_torch import Adapter, Target, load
 
-__all__ = ["Adapter", "Target", "attach", "classifier", "find_targets", "load"]
+__all__ = ["Adapter", "Target", "attach", "classifier", "find_targets", "load", "merged", "save_onnx"]
