@@ -3,7 +3,7 @@
     UNILORA_DATA=... python benchmarks/vision_tasks.py base --base FOLDER   # the base: once, into a folder of yours
     UNILORA_DATA=... python benchmarks/vision_tasks.py sweep --base FOLDER  # rates, on a seed outside the table
     UNILORA_DATA=... python benchmarks/vision_tasks.py run --base FOLDER    # five seeds, at the sweep's best rates
-    UNILORA_DATA=... python benchmarks/vision_tasks.py why --base FOLDER    # digits: other rates, d, rank, more epochs
+    UNILORA_DATA=... python benchmarks/vision_tasks.py why --base FOLDER    # other rates, d and r, and more epochs
     python benchmarks/vision_tasks.py table                                 # into docs/benchmarks-vision.md
     python benchmarks/vision_tasks.py plot                                  # into results/vision_tasks.png
 
@@ -122,16 +122,17 @@ def table_jobs() -> list[dict]:
 
 
 def variants() -> list[dict]:
-    """Where the distance to LoRA on the digits comes from: the rate, d and r, or the number of steps."""
+    """Where the distance to LoRA comes from: the rate, d and r, or the number of steps."""
     rates = [
         {"task": "digits", "method": method, "rate": rate, "seed": SWEEP_SEED}
         for rate in RATES["lora"]
         for method in ("lora", "unilora")
     ]
+    cases = [("digits", {"method": "unilora", "d": D // 4}), ("digits", {"method": "unilora", "rank": 8})]
+    cases += [("others", {"method": "unilora", "d": D // 4})]
+    cases += [("digits", {"method": method, "epochs": 15}) for method in ("unilora", "lora")]
     rate = best_rate("lora")
-    cases = [{"method": method, "epochs": 15} for method in ("unilora", "lora")]
-    cases += [{"method": "unilora", "d": D // 4}, {"method": "unilora", "rank": 8}]
-    return rates + [{"task": "digits", "rate": rate, **case, "seed": seed} for seed in SEEDS[:3] for case in cases]
+    return rates + [{"task": name, "rate": rate, **case, "seed": seed} for name, case in cases for seed in SEEDS]
 
 
 def best_rate(method: str) -> float:
@@ -402,7 +403,8 @@ def plot() -> None:
         for number, (case, every) in enumerate(summary()[0].items()):
             rows = [row for row in every if row["task"] == name]
             values = [row["accuracy"] for row in rows]
-            mean, spread, style = statistics.mean(values), statistics.stdev(values), {"color": f"C{number}"}
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            mean, style = statistics.mean(values), {"color": f"C{number}"}
             if rows[0]["adapter"]:
                 above.errorbar(rows[0]["adapter"], mean, spread, fmt="o", capsize=3, label=_title(case), **style)
             else:
@@ -435,6 +437,8 @@ def _title(case: tuple) -> str:
 
 def _spread(values: list[float]) -> str:
     """Mean ± standard deviation, and how many seeds it is of, where some are missing."""
+    if len(values) < 2:
+        return ", ".join(f"{value:.3f} (1 seed)" for value in values) or "-"
     count = "" if len(values) == len(SEEDS) else f" ({len(values)} seeds)"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}{count}"
 
