@@ -73,7 +73,7 @@ def is_linear(module: nn.Module) -> bool:
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return False
     weight = getattr(module, "weight", None)  # some modules that hold other things have such sizes, too
-    inside = any(is_linear(child) for child in module.modules() if child is not module)
+    inside = any(is_conv(child) or is_linear(child) for child in module.modules() if child is not module)
     return not inside and (not isinstance(weight, Tensor) or weight.dim() == 2)
 
 

@@ -309,6 +309,9 @@ def test_what_is_linear():
     assert not is_linear(stacked)
     assert not is_linear(nn.Bilinear(2, 3, 4))
     assert not is_linear(nn.Embedding(2, 3))
+    mlp = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1))
+    mlp.in_features, mlp.out_features = 2, 3
+    assert not is_linear(mlp)  # its convolutions are what it computes with
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
