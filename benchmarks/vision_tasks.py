@@ -398,7 +398,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(TASKS), figsize=(10, 7.5))
+    figure, axes = plt.subplots(2, len(TASKS), figsize=(10, 7.5), layout="constrained")
     for (above, below), name in zip(axes.T, TASKS, strict=True):
         for number, (case, every) in enumerate(summary()[0].items()):
             rows = [row for row in every if row["task"] == name]
@@ -413,8 +413,7 @@ def plot() -> None:
             below.plot(range(1, len(curve) + 1), curve, ".-", label=_title(case), **style)
         above.set(title=name, xscale="log", xlabel="trained numbers beside the head", ylabel="held-out accuracy")
         below.set(xlabel="epoch", ylabel="training loss, mean of seeds", xticks=range(1, EPOCHS + 1))
-    axes[0, 0].legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(RESULTS / "vision_tasks.png", dpi=110)
 
 
