@@ -4,9 +4,6 @@ import warnings
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the tests of the timm integration need torch")
-timm = pytest.importorskip("timm", reason="the tests of the timm integration need timm")
-
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4)}
 CONFIGS = {
@@ -31,8 +28,16 @@ CONFIGS = {
 }
 
 
+def pytest_collect_file():
+    """Skips the folder; a conftest that skips itself is an error where the folder is named on the command line."""
+    for name in ("torch", "timm"):
+        pytest.importorskip(name, reason=f"the tests of the timm integration need {name}")
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -43,6 +48,8 @@ def _quiet_and_seeded():
 @pytest.fixture(scope="session")
 def tiny():
     """tiny(name, **changes): a model of three classes, the same random weights at each call, in eval mode."""
+    import timm
+    import torch
 
     def make(name="vit_tiny_patch16_224", num_classes=3, **changes):
         torch.manual_seed(0)
@@ -60,12 +67,15 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def images():
+    import torch
+
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
 def move():
     """move(adapter): as if it had been trained; the same change for the same adapter."""
+    import torch
 
     def change(adapter):
         generator = torch.Generator().manual_seed(2)
