@@ -128,7 +128,8 @@ def variants() -> list[dict]:
         for rate in RATES["lora"]
         for method in ("lora", "unilora")
     ]
-    cases = [("digits", {"method": "unilora", "d": D // 4}), ("digits", {"method": "unilora", "rank": 8})]
+    cases = [(name, {"method": "unilora", "rank": rank, "d": D // 16}) for rank in (16, 1) for name in reversed(TASKS)]
+    cases += [("digits", {"method": "unilora", "d": D // 4}), ("digits", {"method": "unilora", "rank": 8})]
     cases += [("others", {"method": "unilora", "d": D // 4})]
     cases += [("digits", {"method": method, "epochs": 15}) for method in ("unilora", "lora")]
     rate = best_rate("lora")
