@@ -215,11 +215,10 @@ def tried(base: nn.Module, x: Tensor, targets: str | None) -> dict:
         adapter.save(Path(folder) / "a.safetensors")
         unilora_timm.load(fresh, Path(folder) / "a.safetensors")
     with torch.no_grad():
-        assert torch.equal(fresh(x), model(x)), "the loaded adapter gives other logits"
+        logits = model(x)
+        assert torch.equal(fresh(x), logits), "the loaded adapter gives other logits"
         adapter.merge()
         merged, plain = model(x), base(x)
-        adapter.unmerge()
-        logits = model(x)
     modes = [how(target) for target in adapter.targets]
     return {
         "targets": len(modes),
@@ -420,13 +419,13 @@ def write_doc(results: dict) -> None:
     rows = results["families"]
     tried = [(row, name, row[name]) for row in rows for name in SELECTIONS if row[name]]
     refused = [(row["member"], name, found["refused"]) for row, name, found in tried if "refused" in found]
-    errors = [found for *_, found in tried if "refused" not in found]
+    measured = [found for *_, found in tried if "refused" not in found]
     double = "gradient in float64"
     chaotic = [row["member"] for row, _, found in tried if double in found]
     page = PAGE.format(
         **{name: results["machine"][name] for name in ("timm", "torch", "peft")},
-        logits=max(found["logits"] for found in errors),
-        gradient=max(found.get(double, found["gradient"]) for found in errors),
+        logits=max(found["logits"] for found in measured),
+        gradient=max(found.get(double, found["gradient"]) for found in measured),
         chaotic=len(chaotic),
         members_of_chaos=", ".join(f"`{member}`" for member in dict.fromkeys(chaotic)),
         members=len(rows),

@@ -69,6 +69,14 @@ def parsed():
     return lambda *words: parse([str(word) for word in words])
 
 
+@pytest.fixture
+def data_cache(tmp_path, monkeypatch):
+    """What `datasets` prepares goes into the test's folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """An image folder: train/ of 3 colours × 8, val/ of 3 × 4."""

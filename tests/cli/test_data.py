@@ -10,13 +10,8 @@ import pytest
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("timm")
 
+pytestmark = pytest.mark.usefixtures("data_cache")
 QUICK = ("--max-steps", 1, "--device", "cpu", "--out", "run")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture

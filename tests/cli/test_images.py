@@ -19,14 +19,9 @@ models = pytest.importorskip("unilora_cli.models")
 sources = pytest.importorskip("unilora_cli.data_image_sources")
 CommandError = models.CommandError
 
+pytestmark = pytest.mark.usefixtures("data_cache")
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 60), "red": (220, 30, 40)}
 TINY = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture

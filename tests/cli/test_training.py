@@ -442,10 +442,10 @@ def test_the_plan_says_how_many_examples_make_a_step(vit):
     assert results()["plan"]["batch"] == 15
 
 
-def test_a_part_of_a_split(unilora, bert, tmp_path, sentences, monkeypatch):
+@pytest.mark.usefixtures("data_cache")
+def test_a_part_of_a_split(unilora, bert, tmp_path, sentences):
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = datasets.Dataset.from_list([{"text": sentence, "label": label} for sentence, label in sentences])
     datasets.DatasetDict(train=data, test=data, other=data.select(range(4))).save_to_disk(tmp_path / "data")
     words = ("finetune", "text", "--model", bert, "--data", tmp_path / "data", "--device", "cpu", "--max-steps", 1)

@@ -185,7 +185,7 @@ def test_the_check_leaves_modes_random_numbers_and_statistics_alone(tiny):
 
 @pytest.mark.parametrize("size", [{"in_chans": 1}, {"img_size": (32, 16), "in_chans": 4}, {"dynamic_img_size": True}])
 def test_the_check_finds_an_input_that_fits(tiny, size):
-    unilora_timm.attach(tiny(**size))
+    assert unilora_timm.attach(tiny(**size)).active
 
 
 def test_a_model_that_needs_another_input_says_so(tiny):
