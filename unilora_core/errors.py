@@ -9,11 +9,23 @@ __all__ = [
     "UniLoraError",
     "UnknownVersionError",
     "ValuesError",
+    "printable",
 ]
 
 
+def printable(text: str) -> str:
+    """The text with every character that does not print as Python escapes it (``\\x1b``), lines kept.
+
+    Names and strings that come from a file end up in messages and on terminals, which act on control characters.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class UniLoraError(Exception):
-    """Base class of every error raised on purpose by unilora."""
+    """Base class of every error raised on purpose by unilora. Its text is `printable`, whatever a file is called."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SpecError(UniLoraError, ValueError):

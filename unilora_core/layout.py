@@ -8,12 +8,16 @@ import hashlib
 import json
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from unilora_core._namespace import Array, array_namespace
 from unilora_core.errors import SpecError, ValuesError
+from unilora_core.schema import shown
 
 __all__ = ["Layout"]
 
@@ -39,8 +43,7 @@ class Layout:
         if not self.factors:
             raise SpecError("Layout: expected at least one factor, got none.")
         if len(self.shapes) < len(self.factors):
-            names = [name for name, _ in self.factors]
-            twice = next(name for name in names if names.count(name) > 1)
+            (twice, _), *_ = Counter(name for name, _ in self.factors).most_common(1)
             raise SpecError(f"Layout: the name {twice!r} occurs twice; every factor needs a name of its own.")
 
     @cached_property
@@ -118,6 +121,17 @@ class Layout:
         return cls((name, shape) for name, shape in data)
 
 
+def integer(value: object) -> int:
+    """A Python integer of an integer of any library.
+
+    Raises:
+        TypeError: it is none; True and False are truth values, and 1.0 is a measurement.
+    """
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{value!r} is a truth value")
+    return operator.index(value)  # type: ignore[arg-type]
+
+
 def _checked(factor: tuple[str, Iterable[int]]) -> tuple[str, Shape]:
     try:
         name, shape = factor
@@ -126,9 +140,14 @@ def _checked(factor: tuple[str, Iterable[int]]) -> tuple[str, Shape]:
     if not isinstance(name, str) or not name:
         raise SpecError(f"Layout: a factor's name must be a non-empty string, got {name!r}.")
     try:
-        sizes = tuple(operator.index(size) for size in shape)
+        sizes = tuple(integer(size) for size in shape)
     except TypeError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise SpecError(f"Layout: the shape of {name!r} must be a sequence of positive integers, got {shape!r}.")
+        raise SpecError(f"Layout: the shape of {name!r} must be a sequence of positive integers, got {shown(shape)}.")
+    numbers = 1
+    for size in sizes:
+        numbers *= size
+        if numbers >= 2**63:  # no array has so many; seen before the product becomes slow to compute
+            raise SpecError(f"Layout: {name!r} has more than 2^63 numbers.")
     return name, sizes

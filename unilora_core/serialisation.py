@@ -3,11 +3,9 @@
 The format is specified in ``docs/format.md``.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,8 @@ from unilora_core.errors import (
     UnknownVersionError,
     ValuesError,
 )
+from unilora_core.files import write_file
+from unilora_core.schema import parse_json
 from unilora_core.spec import ProjectionSpec
 
 __all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
@@ -61,15 +61,17 @@ def save_adapter(
     """Write an adapter, atomically: until the new file is whole, an old one at ``path`` stays as it is.
 
     Args:
-        theta_d: (d,), anything `numpy.asarray` takes; stored as float32.
+        theta_d: (d,) real numbers, anything `numpy.asarray` takes; stored as float32.
         tensors: extra tensors by name, stored in their own dtype.
         metadata: extra strings by name.
 
     Raises:
-        ValuesError: θ_d has another shape, or holds NaN or infinity; an extra name is taken, or what it names is no
-            array of numbers, or no string.
-        OSError: the folder cannot be written.
+        ValuesError: θ_d has another shape, or holds no real numbers, NaN or infinity, or an extra tensor does; an extra
+            name is taken, or what it names is no array of numbers, or no string.
+        OSError: the file cannot be written; it names the path.
     """
+    if (kind := np.asarray(theta_d).dtype).kind in "bcOSU":
+        raise ValuesError(f"save_adapter: {path}: expected theta_d of real numbers, got {kind}.")
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and named below
         theta = np.asarray(theta_d, dtype=np.float32, order="C")
     _check_values(theta, spec, f"save_adapter: {path}")
@@ -83,6 +85,7 @@ def save_adapter(
     extra = dict(metadata or {})
     if arrays.keys() & {THETA, "__metadata__"} or extra.keys() & {*header, "checksum"}:
         raise ValuesError(f"save_adapter: the names {THETA!r}, '__metadata__', 'checksum', {sorted(header)} are taken.")
+    _check_finite(arrays, f"save_adapter: {path}")
     arrays = {THETA: theta, **arrays}
     header |= extra
     try:
@@ -90,7 +93,7 @@ def save_adapter(
         data = _in_order(save(arrays, metadata=header))
     except (SafetensorError, TypeError, UnicodeEncodeError) as error:
         raise ValuesError(f"save_adapter: {path}: an extra tensor or string cannot be stored: {error}") from error
-    _write_atomically(Path(path), data)
+    write_file(path, data)
 
 
 def load_adapter(path: str | os.PathLike) -> tuple[ProjectionSpec, np.ndarray]:
@@ -108,7 +111,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         AdapterFileError: an extra tensor in bfloat16, where ml_dtypes is not imported.
         UnknownVersionError: a format or an algorithm that this version does not know.
         MismatchError: the layout in the file is not the one its fingerprint was made of.
-        ValuesError: θ_d has another shape than the spec says, or holds NaN or infinity.
+        ValuesError: θ_d has another shape than the spec says, or holds NaN or infinity, or an extra tensor does.
     """
     path = Path(path)
     if not path.is_file():
@@ -137,6 +140,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         raise CorruptFileError(f"{path}: there is no tensor {THETA!r} in it.")
     theta_d = arrays.pop(THETA)
     _check_values(theta_d, spec, str(path))
+    _check_finite(arrays, str(path))
     return AdapterFile(spec, theta_d, arrays, header)
 
 
@@ -156,10 +160,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 def _spec(path: Path, text: str) -> ProjectionSpec:
     try:
-        return ProjectionSpec.from_json(json.loads(text))
+        return ProjectionSpec.from_json(parse_json(text, "spec"))
     except UnknownVersionError as error:
         raise UnknownVersionError(f"{path}: {error}") from error
-    except (SpecError, ValueError, TypeError, RecursionError) as error:
+    except (SpecError, CorruptFileError) as error:
         raise CorruptFileError(f"{path}: the header's spec cannot be read: {error}") from error
 
 
@@ -171,6 +175,15 @@ def _check_values(theta_d: np.ndarray, spec: ProjectionSpec, where: str) -> None
             f"{where}: {bad} of the {spec.d} values of theta_d are NaN or infinite; training diverged "
             "(a lower learning rate, or gradient clipping), so nothing was written or loaded."
         )
+
+
+def _check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    for name, array in arrays.items():
+        if array.dtype.kind in "fcV" and (bad := int(np.count_nonzero(~np.isfinite(array)))):  # V: bfloat16
+            raise ValuesError(
+                f"{where}: {bad} of the {array.size} values of {name} are NaN or infinite; training diverged, so "
+                "nothing was written or loaded."
+            )
 
 
 def _native(array: Array) -> np.ndarray:
@@ -199,27 +212,3 @@ def _in_order(data: bytes) -> bytes:
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the target, flush to the disk, then rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    """The process's umask (mkstemp makes files private; an adapter should be as readable as any other file)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -4,7 +4,6 @@ P ∈ R^{D×d}: row i is one-hot at column g(i), column j is scaled by 1/√n_j,
 Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1.
 """
 
-import operator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -12,8 +11,9 @@ import numpy as np
 
 from unilora_core import grouping as _grouping
 from unilora_core._namespace import Array, standard
-from unilora_core.errors import SpecError, UnknownVersionError
-from unilora_core.layout import Layout
+from unilora_core.errors import CorruptFileError, SpecError, UnknownVersionError
+from unilora_core.layout import Layout, integer
+from unilora_core.schema import shown, typed
 
 __all__ = ["PAPER_BOUND", "ProjectionSpec"]
 
@@ -52,7 +52,7 @@ class ProjectionSpec:
     def __post_init__(self):
         for field in ("d", "seed"):
             try:
-                object.__setattr__(self, field, operator.index(getattr(self, field)))
+                object.__setattr__(self, field, integer(getattr(self, field)))
             except TypeError:
                 raise SpecError(f"ProjectionSpec: {field} must be an integer, got {getattr(self, field)!r}.") from None
         if not isinstance(self.layout, Layout):
@@ -78,7 +78,8 @@ class ProjectionSpec:
                 raise SpecError(
                     f"ProjectionSpec: start='identity' must tell A from B; {stray!r} ends in neither .A nor .B."
                 )
-        if not (isinstance(self.bound, (int, float)) and SMALLEST <= self.bound <= LARGEST):
+        number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
+        if not (number and SMALLEST <= self.bound <= LARGEST):
             raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {self.bound!r}.")
 
     @property
@@ -137,26 +138,43 @@ class ProjectionSpec:
 
         Raises:
             SpecError: a field is missing, unknown or out of range.
-            UnknownVersionError: the grouping, its version or the start is not known to this version of unilora.
+            UnknownVersionError: the grouping, its version or the start is not known to this version of unilora,
+                whatever other fields there are.
         """
-        fields = {"layout", "d", "seed", "grouping", "grouping_version", "start", "bound"}
-        if not isinstance(data, dict) or set(data) != fields:
-            found = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise SpecError(f"ProjectionSpec: expected the fields {sorted(fields)}, got {found}.")
-        values = dict(data)
-        name, version = values["grouping"], values.pop("grouping_version")
-        algorithm = _grouping.ALGORITHMS.get(name) if isinstance(name, str) else None
-        if algorithm is None or algorithm.version != version or values["start"] not in STARTS:
-            raise UnknownVersionError(
-                f"ProjectionSpec: grouping {name!r} version {version!r} with start {values['start']!r} "
-                f"is not known here (known: {_known_groupings()}; starts: {', '.join(STARTS)}); "
-                "a newer unilora may read it."
-            )
-        return cls(**values | {"layout": Layout.from_json(values["layout"])})
+        said = data if isinstance(data, dict) else {}
+        if {"grouping", "grouping_version", "start"} <= said.keys():
+            name, version, start = said["grouping"], said["grouping_version"], said["start"]
+            algorithm = _grouping.ALGORITHMS.get(name) if isinstance(name, str) else None
+            same = algorithm is not None and type(version) is int and version == algorithm.version
+            if not same or start not in STARTS:
+                raise UnknownVersionError(
+                    f"ProjectionSpec: grouping {shown(name)} version {shown(version)} with start {shown(start)} is not "
+                    f"known here (known: {_known_groupings()}; starts: {', '.join(STARTS)}); a newer unilora may read "
+                    "it."
+                )
+        try:
+            fields = vars(typed(_Fields, data, "ProjectionSpec"))
+        except CorruptFileError as error:
+            raise SpecError(str(error)) from None
+        del fields["grouping_version"]
+        return cls(**fields | {"layout": Layout(fields["layout"])})
 
     @property
     def _problem(self) -> _grouping.Problem:
         return _grouping.Problem(self.D, self.d, self.seed)
+
+
+@dataclass
+class _Fields:
+    """What `ProjectionSpec.to_json` writes."""
+
+    layout: tuple[tuple[str, tuple[int, ...]], ...]
+    d: int
+    seed: int
+    grouping: str
+    grouping_version: int
+    start: str
+    bound: float
 
 
 def _known_groupings() -> str:

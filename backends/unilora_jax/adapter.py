@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from unilora_core import MismatchError, ProjectionSpec, TargetError, ValuesError, rates, save_adapter
+from unilora_core.header import write_targets
 from unilora_core.lora import lora_config, lora_state
-from unilora_core.targets import write_targets
 from unilora_jax.factors import Factors
 from unilora_jax.lowrank import LowRank, evaluate
 from unilora_jax.projection import check, explicit_sharding

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from unilora_core import MismatchError, ProjectionSpec, SpecError, TargetError, read_adapter
+from unilora_core.header import TargetRow, read_header
 from unilora_core.lora import lora_layout
 from unilora_core.rates import planned_spec
-from unilora_core.targets import TargetRow, read_targets
 from unilora_jax.adapter import Adapter
 from unilora_jax.factors import factors_of
 from unilora_jax.targets import (
@@ -101,13 +101,13 @@ def load(
         MismatchError: the file belongs to another model; the message names the leaf, expected and found.
     """
     file = read_adapter(path)
-    rows, modules_to_save = read_targets(path, file)
-    targets = _targets_for(path, params, rows, rename, stacked)
+    header = read_header(path, file)
+    targets = _targets_for(path, params, header.targets, rename, stacked)
     _check_fits(params, targets)
-    if modules_to_save or file.tensors:
+    if header.modules_to_save or file.tensors:
         warnings.warn(
-            f"{path}: the file also holds {', '.join(modules_to_save or sorted(file.tensors))}, trained with θ_d; put "
-            "unilora_core.read_adapter(path).tensors into the parameters.",
+            f"{path}: the file also holds {', '.join(header.modules_to_save or sorted(file.tensors))}, trained with "
+            "θ_d; put unilora_core.read_adapter(path).tensors into the parameters.",
             stacklevel=2,
         )
     return _adapter(params, file.spec, targets, groups), jnp.asarray(file.theta_d)

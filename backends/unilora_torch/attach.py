@@ -15,9 +15,9 @@ from unilora_core import (
     TargetError,
     read_adapter,
 )
+from unilora_core.header import read_header
 from unilora_core.lora import lora_layout
 from unilora_core.rates import planned_spec
-from unilora_core.targets import read_targets
 from unilora_torch import base
 from unilora_torch.adapter import NAME, Adapter, adapters, check_name
 from unilora_torch.checks import check_parameter, check_targets
@@ -194,8 +194,9 @@ def contents(
     path: str | os.PathLike, file: AdapterFile, model: nn.Module
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """The targets and the modules to save that a file names, as this model stores its weights."""
-    rows, modules_to_save = read_targets(path, file)
-    return tuple(target_of(row, submodule(model, row.module, str(path))) for row in rows), modules_to_save
+    header = read_header(path, file)
+    targets = tuple(target_of(row, submodule(model, row.module, str(path))) for row in header.targets)
+    return targets, header.modules_to_save
 
 
 def tensors_of(file: AdapterFile) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from unilora_core import TargetError
-from unilora_core.targets import TargetRow
+from unilora_core.header import TargetRow
 from unilora_torch.replaced import convolves
 
 __all__ = [
@@ -235,7 +235,7 @@ def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
 
 
 def row_of(target: Target) -> tuple:
-    """What a file's header says of a target (`unilora_core.targets.write_targets`)."""
+    """What a file's header says of a target (`unilora_core.header.write_targets`)."""
     row = (target.name, target.module, target.first_row, target.transposed)
     return row if target.parameter is None else (*row, target.parameter)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from unilora_cli.console import CommandError, say
 from unilora_cli.models import AUTO, Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
 from unilora_core import read_adapter
-from unilora_core.targets import read_targets
+from unilora_core.header import read_header
 
 __all__ = ["run"]
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"--onnx goes with models of timm; {base.name!r} is one of transformers.")
     else:
         written = _merge_transformers(base, arguments.file, folder)
-    count, size = len(read_targets(arguments.file, file)[0]), sum(path.stat().st_size for path in folder.iterdir())
+    count, size = len(read_header(arguments.file, file).targets), sum(path.stat().st_size for path in folder.iterdir())
     say(f"merged {count} targets of {base.name} into {arguments.out}: {size:,} bytes. Load it with\n  {written}")
     if not base.pretrained and not base.checkpoint:
         say(

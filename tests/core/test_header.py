@@ -5,7 +5,7 @@ import pytest
 
 from unilora_core import CorruptFileError, Layout, ProjectionSpec, read_adapter, save_adapter
 from unilora_core.lora import lora_layout
-from unilora_core.targets import TargetRow, read_targets, write_targets
+from unilora_core.header import TargetRow, read_header, write_targets
 
 LAYERS = [("q", 5, 7), ("up", 5, 6, 3), ("shift", 4, 2, 0)]
 ROWS = [("q", "attn.q", 2, True), ("up", "experts", 0, False, "up"), ("shift", "", 0, False, "shift")]
@@ -31,9 +31,9 @@ def test_the_layout_of_stacked_matrices():
 
 
 def test_rows_come_back(tmp_path):
-    found, modules_to_save = read_targets(*file_with(tmp_path, lora_layout(LAYERS, rank=2), ROWS))
-    assert modules_to_save == ("head",)
-    assert found == (
+    header = read_header(*file_with(tmp_path, lora_layout(LAYERS, rank=2), ROWS))
+    assert header.modules_to_save == ("head",)
+    assert header.targets == (
         TargetRow("q", "attn.q", 2, 5, 7, 2, True),
         TargetRow("up", "experts", 2, 5, 6, 0, False, "up", 3),
         TargetRow("shift", "", 2, 4, 2, 0, False, "shift"),
@@ -54,4 +54,4 @@ def test_rows_come_back(tmp_path):
 )
 def test_rows_that_do_not_fit(tmp_path, shapes, row):
     with pytest.raises(CorruptFileError, match="its targets do not fit its layout"):
-        read_targets(*file_with(tmp_path, Layout(shapes), [row]))
+        read_header(*file_with(tmp_path, Layout(shapes), [row]))

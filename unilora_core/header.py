@@ -1,0 +1,246 @@
+"""Everything that a file's header says beside its spec: which layers the factors belong to, and which base model.
+
+A file may come from anybody, so each entry has a schema. What it says of its base is a name, a class and a closed list
+of harmless settings; code, tokens, devices, quantisation and further paths are for the caller to give.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from unilora_core.errors import CorruptFileError
+from unilora_core.schema import parse_json, shown, typed
+from unilora_core.serialisation import AdapterFile
+
+__all__ = [
+    "SETTINGS",
+    "BaseArguments",
+    "BaseIdentity",
+    "Header",
+    "TargetRow",
+    "read_header",
+    "read_identity",
+    "write_targets",
+]
+
+SETTINGS: Mapping[str, Any] = {
+    **dict.fromkeys(("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "dropout"), float),
+    **dict.fromkeys(("embd_pdrop", "hidden_dropout_prob", "resid_pdrop"), float),
+    **dict.fromkeys(("attn_drop_rate", "drop_path_rate", "drop_rate", "patch_drop_rate", "proj_drop_rate"), float),
+    **dict.fromkeys(("depth", "in_chans", "num_classes", "num_labels"), int),
+    "global_pool": Literal["", "avg", "avgmax", "map", "max", "token"],
+    "ignore_mismatched_sizes": bool,
+    "img_size": int | tuple[int, int],
+    "pad_token_id": int,
+    "problem_type": Literal["multi_label_classification", "regression", "single_label_classification"],
+}
+"""The settings of a base model that a file may state, and their types: of timm's `create_model` and of transformers'
+`from_pretrained`."""
+
+LARGEST = {"depth": 256, "in_chans": 256, "img_size": 4096, "num_classes": 2**20, "num_labels": 2**20}
+"""What a setting that decides a model's size may be at most."""
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One pair of factors, ``name.A`` (rank, in_features) and ``name.B`` (out_features, rank).
+
+    Attributes:
+        module: the layer's name.
+        first_row: where the adapted outputs start in the layer's.
+        transposed: the weight is stored (in, out), as in transformers' Conv1D.
+        parameter: the name of the parameter inside ``module`` that B·A is added to; None for a layer.
+        experts: 0, or how many matrices the factors stack along a first axis.
+    """
+
+    name: str
+    module: str
+    rank: int
+    in_features: int
+    out_features: int
+    first_row: int = 0
+    transposed: bool = False
+    parameter: str | None = None
+    experts: int = 0
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What tells the base model apart, as the PyTorch backend writes it.
+
+    Attributes:
+        kind: the name of its class.
+        name: its name or path; None where it has none.
+        embeddings: the shapes of its embeddings.
+        values: some of its values, bfloat16 in base64.
+    """
+
+    kind: str
+    name: str | None
+    embeddings: tuple[tuple[int, int], ...]
+    values: str
+
+
+@dataclass(frozen=True)
+class BaseArguments:
+    """How the command `unilora` built the base model.
+
+    Attributes:
+        arguments: settings, of those in `SETTINGS` and others; see `Header.settings`.
+        pretrained: for timm: pretrained weights; else random ones, which ``seed`` fixes.
+        checkpoint: for timm: the file that the weights came from.
+        seed: of whatever the base model leaves to chance, such as a new head.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = True
+    checkpoint: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says beside its spec and its tensors.
+
+    Attributes:
+        targets: which layer each pair of factors belongs to.
+        modules_to_save: the modules that were trained in full.
+        base: what tells the base model apart; None where the file does not say.
+        base_model: its name or path; None likewise.
+        base_class: its class in transformers; None likewise.
+        task: what it does; None likewise.
+        labels: the names of its classes, in the order of its outputs.
+        base_arguments: how it was built.
+        where: the file, for messages.
+    """
+
+    targets: tuple[TargetRow, ...]
+    modules_to_save: tuple[str, ...]
+    base: BaseIdentity | None
+    base_model: str | None
+    base_class: str | None
+    task: Literal["vit", "text", "lm"] | None
+    labels: tuple[str, ...]
+    base_arguments: BaseArguments
+    where: str
+
+    def settings(self, given: Iterable[str] = ()) -> dict[str, Any]:
+        """The settings of the base model that the file states, but for those that the caller gives.
+
+        Args:
+            given: the names of what the caller gives by themselves: the file's value is left out.
+
+        Raises:
+            CorruptFileError: a setting that only the caller may give, or a value of another type or size.
+        """
+        said = {name: value for name, value in self.base_arguments.arguments.items() if name not in set(given)}
+        if strange := sorted(said.keys() - SETTINGS.keys()):
+            raise CorruptFileError(
+                f"{self.where}: it asks for {strange[0]} = {shown(said[strange[0]])} of its base model, which a file "
+                f"cannot decide; if it is meant, give {strange[0]} yourself (a keyword of from_pretrained, --model-arg "
+                "of the command)."
+            )
+        return {name: _setting(f"{self.where}: base_arguments.{name}", name, value) for name, value in said.items()}
+
+
+Entry = tuple[str, str, int, bool] | tuple[str, str, int, bool, str]
+"""A target in the file: name, module, first row, transposed, and the parameter if it is one."""
+
+
+def write_targets(rows: Iterable[Entry], modules_to_save: Iterable[str] = ()) -> dict[str, str]:
+    """The header's entries for the targets and the modules that were trained in full."""
+    return {"targets": json.dumps([list(row) for row in rows]), "modules_to_save": json.dumps(list(modules_to_save))}
+
+
+def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
+    """What a file says; without an entry for the targets, there is one per pair of factors.
+
+    Raises:
+        CorruptFileError: an entry has another structure, or does not fit the layout; the message names it.
+    """
+    said = file.metadata
+
+    def entry(name: str, kind: Any, default: Any) -> Any:
+        return typed(kind, parse_json(said[name], f"{path}: {name}"), f"{path}: {name}") if name in said else default
+
+    task = said.get("task")
+    return Header(
+        targets=_targets(path, file),
+        modules_to_save=_names(f"{path}: modules_to_save", entry("modules_to_save", tuple[str, ...], ())),
+        base=read_identity(said["base"], f"{path}: base") if "base" in said else None,
+        base_model=said.get("base_model"),
+        base_class=said.get("base_class"),
+        task=None if task is None else typed(Literal["vit", "text", "lm"], task, f"{path}: task"),
+        labels=entry("labels", tuple[str, ...], ()),
+        base_arguments=entry("base_arguments", BaseArguments, BaseArguments()),
+        where=str(path),
+    )
+
+
+def _targets(path: str | os.PathLike, file: AdapterFile) -> tuple[TargetRow, ...]:
+    where, shapes = f"{path}: its targets do not fit its layout", file.spec.layout.shapes
+    said = parse_json(file.metadata.get("targets", "null"), where)
+    entries = typed(tuple[Entry, ...] | None, said or None, where)
+    names = [name.removesuffix(".A") for name in shapes if name.endswith(".A")]
+    rows = []
+    for name, *entry in entries or [(name, name, 0, False) for name in names]:
+        if f"{name}.A" not in shapes or f"{name}.B" not in shapes:
+            raise CorruptFileError(f"{where}: it has no factors {name}.A and {name}.B.")
+        rows.append(_row(where, shapes[f"{name}.A"], shapes[f"{name}.B"], name, *entry))
+    if len(shapes) != 2 * len(rows) or len({row.name for row in rows}) < len(rows):
+        raise CorruptFileError(
+            f"{where}: {len(shapes)} factors, but {len(rows)} targets; expected two for each, and each once."
+        )
+    return tuple(rows)
+
+
+def _row(
+    where: str,
+    A: tuple[int, ...],
+    B: tuple[int, ...],
+    name: str,
+    module: str,
+    first_row: int,
+    transposed: bool,
+    parameter: str | None = None,
+) -> TargetRow:
+    """A (*experts, rank, in) and B (*experts, out, rank) with an entry of the header."""
+    most = 2 + (parameter is not None)
+    if not 2 <= len(A) <= most or (*A[:-2], B[-2] if len(B) > 1 else 0, A[-2]) != B:
+        raise CorruptFileError(f"{where}: the factors of {name!r} have the shapes {A} and {B}.")
+    experts = A[0] if len(A) == 3 else 0
+    return TargetRow(name, module, A[-2], A[-1], B[-2], first_row, transposed, parameter, experts)
+
+
+def _names(where: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names) or "" in names:
+        raise CorruptFileError(f"{where}: expected the names of different modules, got {shown(names)}.")
+    return names
+
+
+def _setting(where: str, name: str, value: Any) -> Any:
+    value = typed(SETTINGS[name], value, where)
+    sizes = value if isinstance(value, tuple) else (value,)
+    if name in LARGEST and not all(1 <= size <= LARGEST[name] for size in sizes):
+        raise CorruptFileError(f"{where}: expected sizes from 1 to {LARGEST[name]}, got {value!r}.")
+    return value
+
+
+def read_identity(text: str, where: str) -> BaseIdentity:
+    """The entry ``base``, as the PyTorch backend writes it.
+
+    Raises:
+        CorruptFileError: it has another structure.
+    """
+    said = typed(dict[str, Any], parse_json(text, where), where)
+    identity = typed(BaseIdentity, {"kind" if key == "class" else key: value for key, value in said.items()}, where)
+    try:
+        whole = len(base64.b64decode(identity.values, validate=True)) % 2 == 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise CorruptFileError(f"{where}: its values are not pairs of bytes in base64.")
+    return identity
