@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
-from unilora_core.targets import write_targets
+from unilora_core.header import write_targets
 from unilora_torch.base import identity
 from unilora_torch.checks import plain_weight, weight_of, without_idle_experts
 from unilora_torch.heads import check_apart
