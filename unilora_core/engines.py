@@ -4,9 +4,9 @@ Read in November 2026: vLLM 0.33.0, SGLang 0.5.23, LoRAX (main), llama.cpp's con
 it). An engine that only logs a warning and then serves without a part of the adapter counts as one that refuses it.
 """
 
-import json
 import os
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +15,25 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from unilora_core.errors import AdapterFileError, CorruptFileError, SpecError
+from unilora_core.errors import AdapterFileError, CorruptFileError, SpecError, printable
+from unilora_core.files import alone
+from unilora_core.schema import read_json, shown, typed
 
-__all__ = ["ENGINES", "Engine", "Lora", "check", "read_lora", "refuse", "served_rank", "serving"]
+__all__ = ["ENGINES", "Engine", "Lora", "check", "read_lora", "refuse", "served_rank", "serving", "verdicts"]
+
+FIELDS: Mapping[str, Any] = {
+    **dict.fromkeys(("base_model_name_or_path", "bias", "peft_type", "task_type"), str | None),
+    **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_dora", "use_qalora", "use_rslora"), bool | None),
+    "alora_invocation_tokens": tuple[int, ...] | None,
+    "alpha_pattern": dict[str, int | float] | None,
+    "layer_replication": tuple[tuple[int, int], ...] | None,
+    "lora_alpha": int | float | None,
+    "modules_to_save": tuple[str, ...] | None,
+    "r": int | None,
+    "target_modules": str | tuple[str, ...] | None,
+    "target_parameters": tuple[str, ...] | None,
+}
+"""The fields of ``adapter_config.json`` that are looked at, and their types; what PEFT adds to them may be anything."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be: MaxLoRARanks in vllm/config/lora.py."""
@@ -29,12 +45,15 @@ SGLANG_LAYERS |= {"q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj"}
 """The layers that it has buffers for: get_normalized_target_modules and get_hidden_dim in sglang/srt/lora/utils.py."""
 
 
+A_AND_B = (".lora_A.weight", ".lora_B.weight")
+
+
 @dataclass(frozen=True)
 class Lora:
     """A LoRA folder, as far as engines look at it.
 
     Attributes:
-        config: ``adapter_config.json``.
+        config: those of the `FIELDS` that ``adapter_config.json`` has.
         shapes: name → shape of each tensor in ``adapter_model.safetensors``.
     """
 
@@ -44,8 +63,7 @@ class Lora:
     @property
     def ranks(self) -> dict[str, int]:
         """Layer → the rows of its A."""
-        ends = ".lora_A.weight"
-        return {_layer(name): shape[0] for name, shape in self.shapes.items() if name.endswith(ends)}
+        return {_layer(name): shape[0] for name, shape in self.shapes.items() if name.endswith(A_AND_B[0])}
 
     @property
     def others(self) -> list[str]:
@@ -77,19 +95,24 @@ def check(folder: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     Raises:
         FileNotFoundError, CorruptFileError: see `read_lora`.
     """
-    lora = read_lora(folder)
+    return verdicts(read_lora(folder))
+
+
+def verdicts(lora: Lora) -> dict[str, tuple[str, ...]]:
+    """As `check`, of a folder that was read."""
     return {name: _reasons(engine, lora) for name, engine in ENGINES.items()}
 
 
 def serving(engine: str, folder: str | os.PathLike, lora: Lora) -> str:
-    """The command that serves a LoRA folder.
+    """The command that serves a LoRA folder, in words of a POSIX shell.
 
     Raises:
         SpecError: no such engine.
     """
-    base = lora.config.get("base_model_name_or_path") or "BASE"
-    config = f"--base {base}" if Path(base).is_dir() else f"--base-model-id {base}"
-    return _engine(engine).command.format(folder=folder, base=base, config=config, rank=lora.config.get("r"))
+    name = lora.config.get("base_model_name_or_path") or "BASE"
+    base, rank = _word(name), lora.config.get("r")
+    config = f"--base {base}" if os.path.isdir(name) else f"--base-model-id {base}"
+    return _engine(engine).command.format(folder=_word(os.fspath(folder)), base=base, config=config, rank=rank)
 
 
 def refuse(lora: Lora, engine: str) -> None:
@@ -118,24 +141,27 @@ def read_lora(folder: str | os.PathLike) -> Lora:
 
     Raises:
         FileNotFoundError: ``adapter_config.json`` or ``adapter_model.safetensors`` is missing.
-        CorruptFileError: one of them cannot be read.
+        CorruptFileError: one of them cannot be read, or a field or a factor is of another type or shape; by name.
     """
-    config_path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    for path in (config_path, weights):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; give a LoRA folder, as export_lora or PEFT writes it.")
+    config, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    with alone(folder, shared=True):
+        for path in (config, weights):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; give a LoRA folder, as export_lora or PEFT writes it.")
+        said, shapes = read_json(config), _shapes(weights)
+    return Lora({key: typed(FIELDS[key], said[key], f"{config}: {key}") for key in FIELDS if key in said}, shapes)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no object")
-    except ValueError as error:
-        raise CorruptFileError(f"{config_path}: not a JSON object ({error}).") from error
-    try:
-        with safe_open(weights, framework="numpy") as file:
+        with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CorruptFileError(f"{weights}: not a whole safetensors file ({error}); fetch it again.") from error
-    return Lora(config, shapes)
+    except (SafetensorError, UnicodeDecodeError, OverflowError) as error:
+        raise CorruptFileError(f"{path}: not a whole safetensors file ({error!s:.200}); fetch it again.") from error
+    for name, shape in shapes.items():
+        if name.endswith(A_AND_B) and len(shape) < 2:
+            raise CorruptFileError(f"{path}: {_short(name)}: expected a matrix, got the shape {shape}.")
+    return shapes
 
 
 def _engine(name: str) -> Engine:
@@ -153,7 +179,18 @@ def _layer(name: str) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(_short, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _short(name: str) -> str:
+    """A name from a file for a message: on one line, and without control characters."""
+    return shown(name)[1:-1]
+
+
+def _word(text: str) -> str:
+    """One word of a shell, whatever the text is, and no option."""
+    text = printable(text).replace("\n", "\\n")
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 # ---- every engine ---------------------------------------------------------------------------------------------------
@@ -162,10 +199,10 @@ def _some(names: list[str]) -> str:
 def _is_lora(lora: Lora) -> Iterator[str]:
     kind = lora.config.get("peft_type")
     if kind != "LORA":
-        yield f"peft_type is {kind!r}, expected 'LORA'; `unilora convert --to lora` writes one."
+        yield f"peft_type is {shown(kind)}, expected 'LORA'; `unilora convert --to lora` writes one."
     for field in ("r", "lora_alpha"):
-        if not isinstance(lora.config.get(field), (int, float)) or lora.config[field] <= 0:
-            yield f"{field} is {lora.config.get(field)!r}, expected a number above 0."
+        if (value := lora.config.get(field)) is None or value <= 0:
+            yield f"{field} is {shown(value)}, expected a number above 0."
     if not lora.config.get("target_modules"):
         yield "target_modules is missing."
     if not lora.ranks:
@@ -184,14 +221,15 @@ def _is_lora(lora: Lora) -> Iterator[str]:
             "a full checkpoint instead."
         )
     if (bias := lora.config.get("bias", "none")) != "none":
-        yield f"bias is {bias!r}, expected 'none'."
+        yield f"bias is {shown(bias)}, expected 'none'."
 
 
 def _no_other_tensors(what: str) -> Rule:
     def rule(lora: Lora) -> Iterator[str]:
         if others := lora.others:
+            saved = lora.config.get("modules_to_save")
             yield (
-                f"{_some(others)} (modules_to_save = {lora.config.get('modules_to_save')}): {what} "
+                f"{_some(others)} (modules_to_save = {shown(saved and list(saved))}): {what} "
                 "Merge the adapter into a full checkpoint instead."
             )
 
@@ -203,7 +241,7 @@ def _one_rank(what: str) -> Rule:
         ranks, r = lora.ranks, lora.config.get("r")
         odd = sorted(layer for layer, rank in ranks.items() if rank != r)
         if odd or lora.config.get("alpha_pattern"):
-            where = f"{odd[0]} has rank {ranks[odd[0]]} and r is {r}" if odd else "alpha_pattern is set"
+            where = f"{_short(odd[0])} has rank {ranks[odd[0]]} and r is {shown(r)}" if odd else "alpha_pattern is set"
             yield f"{where}; {what} Export it again: export_lora gives every layer the same rank."
 
     return rule
@@ -221,7 +259,7 @@ def _vllm_rank(lora: Lora) -> Iterator[str]:
     """PEFTHelper.validate_legal in vllm/lora/peft_helper.py; MaxLoRARanks in vllm/config/lora.py."""
     largest = max([lora.config.get("r") or 0, *lora.ranks.values()])
     if largest > VLLM_RANKS[-1]:
-        yield f"the rank is {largest}, the largest --max-lora-rank is {VLLM_RANKS[-1]}."
+        yield f"the rank is {shown(largest)}, the largest --max-lora-rank is {VLLM_RANKS[-1]}."
 
 
 def _vllm_names(lora: Lora) -> Iterator[str]:
@@ -247,7 +285,7 @@ def _sglang_targets(lora: Lora) -> Iterator[str]:
     """get_normalized_target_modules and get_hidden_dim in sglang/srt/lora/utils.py."""
     targets = lora.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
-        yield f"target_modules is {targets!r}, expected a list of names or 'all-linear'."
+        yield f"target_modules is {shown(targets)}, expected a list of names or 'all-linear'."
     ends = {layer.rsplit(".", 1)[-1] for layer in lora.ranks}
     if unknown := sorted(ends - SGLANG_FUSED.keys() - SGLANG_LAYERS):
         yield f"it has no buffers for layers named {_some(unknown)}, only for {sorted(SGLANG_LAYERS)}."
@@ -269,10 +307,10 @@ def _sglang_fused(lora: Lora) -> Iterator[str]:
     for parent, ends in sorted(blocks.items()):
         qkv = ends & {"q_proj", "k_proj", "v_proj"}
         if qkv and not {"q_proj", "v_proj"} <= qkv:
-            yield f"{parent}: {_some(sorted(qkv))} alone; it joins q, k and v and expects q_proj and v_proj."
+            yield f"{_short(parent)}: {_some(sorted(qkv))} alone; it joins q, k and v and expects q_proj and v_proj."
             return
         if "up_proj" in ends and "gate_proj" not in ends:
-            yield f"{parent}: up_proj without gate_proj, with which it would be joined."
+            yield f"{_short(parent)}: up_proj without gate_proj, with which it would be joined."
             return
 
 
@@ -283,12 +321,13 @@ def _lorax_every_layer(lora: Lora) -> Iterator[str]:
     """LoraWeights.load in lorax_server/adapters/lora.py: a kind of layer that is missing anywhere is left out."""
     layers: dict[str, set[int]] = defaultdict(set)
     for layer in lora.ranks:
-        if match := re.match(r"(.*?)\.(\d+)\.(.*)", layer):
+        if match := re.match(r"(.*?)\.([0-9]{1,9})\.(.*)", layer):
             layers[f"{match[1]}.*.{match[3]}"].add(int(match[2]))
     last = max((max(found) for found in layers.values()), default=0)
     for kind, found in sorted(layers.items()):
-        if missing := sorted(set(range(last + 1)) - found):
-            yield f"{kind}: not in layer {missing[0]}; it serves a kind of layer only where every layer has it."
+        missing = next((i for i, number in enumerate(sorted(found)) if i != number), len(found))
+        if missing <= last:
+            yield f"{_short(kind)}: not in layer {missing}; it serves a kind of layer only where every layer has it."
             return
 
 
@@ -311,10 +350,11 @@ def _llama_cpp_base(lora: Lora) -> Iterator[str]:
 
 def _llama_cpp_tied_head(lora: Lora) -> Iterator[str]:
     """modify_tensors in convert_lora_to_gguf.py, and llama.cpp issue 9065."""
-    path = Path(str(lora.config.get("base_model_name_or_path"))) / "config.json"
-    if not any("lm_head" in layer for layer in lora.ranks) or not path.is_file():
+    if not (base := lora.config.get("base_model_name_or_path")) or not any("lm_head" in layer for layer in lora.ranks):
         return
-    if json.loads(path.read_text(encoding="utf-8")).get("tie_word_embeddings"):
+    if not os.path.isfile(path := os.path.join(base, "config.json")):
+        return
+    if typed(bool | None, read_json(path).get("tie_word_embeddings"), f"{path}: tie_word_embeddings"):
         yield "lm_head is adapted, but tied to the embeddings in the base model; the converter stops there."
 
 

@@ -1,12 +1,17 @@
 """check, refuse: which engines take a LoRA folder, and the field or tensor at which each would stop."""
 
 import json
+import shlex
+import sys
+import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from unilora_core import AdapterFileError, CorruptFileError, SpecError, engines
+from unilora_core.files import new_files
 from unilora_core.lora import lora_config, lora_state
 
 LLAMA = [f"model.layers.{i}.self_attn.{end}" for i in range(2) for end in ("q_proj", "v_proj")]
@@ -139,13 +144,164 @@ def test_damaged_folders(folder):
     (path / TENSORS).write_bytes((path / TENSORS).read_bytes()[:-4])
     with pytest.raises(CorruptFileError, match="not a whole safetensors file"):
         engines.check(path)
-    for text in ("{", "[]"):
+    for text, message in {
+        "{": "not JSON that can be read",
+        "[]": r"expected a JSON object, got \[\]",
+        "[" * 10**5: "not JSON that can be read",
+        '{"r": 1, "r": 2}': r"not JSON that can be read \(the name 'r' occurs twice",
+    }.items():
         (path / CONFIG).write_text(text)
-        with pytest.raises(CorruptFileError, match="not a JSON object"):
+        with pytest.raises(CorruptFileError, match=rf"adapter_config\.json: {message}"):
             engines.check(path)
+    (path / CONFIG).write_bytes(b'{"r": "\xff"}')
+    with pytest.raises(CorruptFileError, match=r"adapter_config\.json: not a JSON file in UTF-8"):
+        engines.check(path)
     (path / TENSORS).unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors: no such file; give a LoRA folder"):
         engines.check(path)
+
+
+WRONG = {
+    "r": ("8", 8.5, True, [8], {}),
+    "lora_alpha": ("8", True, [8]),
+    "target_modules": (5, True, {"q_proj": 1}, [1], [["q_proj"]]),
+    "modules_to_save": ({"a": 1}, "lm_head", 1, [None]),
+    "base_model_name_or_path": (["a"], 1, {"a": 1}, True),
+    "bias": (1, [], {"a": 1}),
+    "peft_type": (["LORA"], 1),
+    "alpha_pattern": ([1], "a", {"a": "b"}),
+    "use_dora": ("yes", 1),
+    "task_type": (["CAUSAL_LM"],),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_field_of_another_type_is_refused_by_its_name(folder, field, value):
+    with pytest.raises(CorruptFileError, match=rf"adapter_config\.json: {field}.*: expected .*, got "):
+        engines.check(folder(**{field: value}))
+
+
+def test_a_field_that_nobody_looks_at_may_be_anything(folder):
+    assert refusing(folder(corda_config=[{"a": [1]}], eva_config="x", new={"of": "tomorrow"})) == set()
+
+
+def test_the_base_models_config_is_checked_as_well(folder, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for text, message in {
+        '{"tie_word_embeddings": "yes"}': "tie_word_embeddings: expected true or false",
+        "[" * 10**5: "not JSON that can be read",
+    }.items():
+        (base / "config.json").write_text(text)
+        with pytest.raises(CorruptFileError, match=rf"base/config\.json: {message}"):
+            engines.check(folder([*LLAMA, "lm_head"], base_model_name_or_path=str(base)))
+
+
+NUMBERS = {"999999999999": False, "99999999": True, "9" * 5000: False, "²": False}  # those that are a layer's
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_number_in_a_name_costs_nothing(folder, number):
+    """A folder of a few hundred bytes once made a set of all numbers below that one."""
+    path = folder([*LLAMA, f"model.layers.{number}.self_attn.q_proj"])
+    tracemalloc.start()
+    reasons = engines.check(path)["lorax"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert any("not in layer 2; it serves" in reason for reason in reasons) is NUMBERS[number]
+
+
+def calls(work):
+    """How many functions of Python a call enters and how many lines it runs; the same on every machine."""
+    count = 0
+
+    def trace(*_):
+        nonlocal count
+        count += 1
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def test_the_work_is_linear_in_the_folder(folder):
+    """Eight times the layers, in which every kind of layer has gaps: some eight times the lines."""
+    steps = []
+    for count in (100, 800):
+        path = folder([f"model.layers.{2 * i}.self_attn.{end}" for i in range(count) for end in ("q_proj", "v_proj")])
+        steps.append(calls(lambda path=path: engines.check(path)))
+    assert steps[1] < 9 * steps[0]
+
+
+def test_long_names_do_not_backtrack(folder):
+    long = ["a." + "1" * 50_000, "layers." * 10_000, ".lora_" * 10_000, "1.layers.2" * 5_000]
+    assert refusing(folder([*LLAMA, *long])) >= {"sglang"}
+    for reasons in engines.check(folder([*LLAMA, *long])).values():
+        assert all(len(reason) < 1000 for reason in reasons)
+
+
+def test_a_factor_that_is_no_matrix(folder):
+    path = folder()
+    for shape in ((), (8,)):
+        save_file({"base_model.model.a.lora_A.weight": np.zeros(shape, np.float32)}, path / TENSORS)
+        with pytest.raises(CorruptFileError, match=r"a\.lora_A\.weight: expected a matrix, got the shape \("):
+            engines.check(path)
+
+
+EVIL = "x; touch RAN; $(touch RAN) `touch RAN` '\n\x1b[31m"
+
+
+def test_what_is_printed_for_pasting_is_quoted(folder, tmp_path):
+    lora = engines.read_lora(folder(base_model_name_or_path=EVIL))
+    for name in engines.ENGINES:
+        command = engines.serving(name, f"{tmp_path}/{EVIL}", lora)
+        words = shlex.split(command)
+        assert any(word.endswith(r"x; touch RAN; $(touch RAN) `touch RAN` '\n\x1b[31m") for word in words)
+        assert command.isprintable()
+    lora = engines.read_lora(folder(base_model_name_or_path="--trust-remote-code"))
+    assert engines.serving("vllm", "--f", lora).startswith("vllm serve ./--trust-remote-code --enable-lora ")
+    lora = engines.read_lora(folder())
+    assert engines.serving("sglang", "my lora", lora).endswith("--enable-lora --lora-paths adapter='my lora'")
+
+
+def test_reasons_are_lines_without_control_characters(folder):
+    modules = [f"layers.{i}.{EVIL}" for i in range(4)]
+    found = engines.check(folder(modules, extra=[EVIL], bias=EVIL, peft_type=EVIL, modules_to_save=[EVIL]))
+    reasons = [reason for reasons in found.values() for reason in reasons]
+    assert reasons
+    assert all(reason.isprintable() for reason in reasons)
+
+
+def test_a_folder_that_is_being_written_is_read_whole(folder):
+    """The config of rank 4 beside the tensors of rank 8 is never seen: who reads waits for who writes, and so back."""
+    path, both = folder(), {}
+    for rank in (4, 8):
+        folder(rank=rank)
+        both[rank] = [(path / name).read_bytes() for name in (TENSORS, CONFIG)]
+    done, seen = threading.Event(), []
+
+    def read():
+        while not done.is_set():
+            lora = engines.read_lora(path)
+            seen.append({lora.config["r"], *lora.ranks.values()})
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for turn in range(50):
+            with new_files(path / TENSORS, path / CONFIG) as new:
+                for file, data in zip(new, both[(4, 8)[turn % 2]], strict=True):
+                    file.write_bytes(data)
+    finally:
+        done.set()
+        reader.join()
+    assert seen
+    assert all(len(ranks) == 1 for ranks in seen)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
