@@ -5,6 +5,7 @@ its writer while it lives, so that the next writer there can tell the leftovers 
 """
 
 import contextlib
+import errno
 import filecmp
 import os
 import re
@@ -20,9 +21,10 @@ try:
 except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "new_files", "new_folder", "write_file"]
+__all__ = ["alone", "new_files", "new_folder", "refuse_filled", "write_file"]
 
 PREFIX = ".unilora-"
+LEFTOVER = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{16}}")
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -36,27 +38,30 @@ def new_files(*paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
     """Paths to write to in the ``with``; the files take the places of ``paths`` at its end, if no error ends it.
 
     Several files belong together and appear together: the last one is what makes them whole, so, unless it stays the
-    same, it is taken away before the first of the others changes, and comes last.
+    same beside a single other, it is taken away before the first of the others changes, and comes last.
 
     Args:
-        paths: where the files shall be; a symbolic link stays one, and what it points to is replaced.
+        paths: where the files shall be; a symbolic link stays one, and what it points to is replaced. Who may read and
+            write an old file may do so with the new one.
 
     Raises:
         OSError: a file cannot be written; it names the path. The old files are as they were.
     """
     places = [Path(os.path.realpath(path)) for path in paths]
-    with contextlib.ExitStack() as stack, _naming(paths[0]):
+    with contextlib.ExitStack() as stack, _naming(*paths):
         folders = {p.parent: stack.enter_context(_temporary(p.parent)) for p in dict.fromkeys(places)}
         new = tuple(folders[place.parent] / place.name for place in places)
         yield new
         for file in new:
             _flush(file)
-        *others, (last, place) = zip(new, places, strict=True)
-        with alone(place.parent):
-            if others and not _same(last, place):
-                place.unlink(missing_ok=True)
-            for file, where in (*others, (last, place)):
-                os.replace(file, where)
+        *others, last = pairs = list(zip(new, places, strict=True))
+        with alone(places[-1].parent):
+            for file, place in pairs:
+                _like(place, file)
+            if len(others) > 1 or (others and not _same(*last)):
+                places[-1].unlink(missing_ok=True)
+            for file, place in pairs:
+                os.replace(file, place)
 
 
 @contextlib.contextmanager
@@ -64,12 +69,12 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder to fill in the ``with``; it takes the place of ``path`` at its end, if no error ends it.
 
     Raises:
-        FileExistsError: ``path`` holds something.
+        FileExistsError: ``path`` holds something, or is the current folder, which cannot be replaced.
         OSError: something cannot be written; it names the path. ``path`` is as it was.
     """
     place = Path(os.path.realpath(path))
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise FileExistsError(f"{path}: exists and is not an empty folder; choose another.")
+    if place.exists() and (not place.is_dir() or any(place.iterdir()) or place.samefile(os.curdir)):
+        raise FileExistsError(f"{path}: exists and is not an empty folder, or is the current one; choose another.")
     with _naming(path), _temporary(place.parent) as new:
         whole = new / place.name
         whole.mkdir()
@@ -78,8 +83,20 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         if place.exists():
+            shutil.copymode(place, whole)
             place.rmdir()
         whole.rename(place)
+
+
+def refuse_filled(path: str | os.PathLike) -> None:
+    """Refuse a folder that holds something, before the work that would fill it.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or a folder that is not empty.
+    """
+    place = Path(path)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise FileExistsError(f"{path}: exists and is not an empty folder; choose another.")
 
 
 @contextlib.contextmanager
@@ -89,16 +106,14 @@ def _temporary(parent: Path) -> Iterator[Path]:
     _tidy(parent)
     while True:
         path = parent / f"{PREFIX}{secrets.token_hex(8)}"
-        path.mkdir()
-        handle = _locked(path, wait=True)
-        if path.exists():  # else another writer tidied it away before it was locked
-            break
-        _release(handle)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        _release(handle)
+        try:
+            path.mkdir()
+            with _lock(path):
+                if path.exists():  # else another writer tidied it away before it was locked
+                    yield path
+                    return
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -108,41 +123,35 @@ def alone(folder: str | os.PathLike, shared: bool = False) -> Iterator[None]:
     Args:
         shared: for readers of several files that belong together; others may read, too.
     """
-    handle = _locked(Path(folder), wait=True, shared=shared)
-    try:
+    with _lock(Path(folder), shared=shared):
         yield
-    finally:
-        _release(handle)
 
 
 def _tidy(folder: Path) -> None:
     """Take away what writers that were killed left behind."""
     for path in folder.glob(f"{PREFIX}*"):
-        handle = _locked(path, wait=False)
+        if LEFTOVER.fullmatch(path.name):
+            with _lock(path, wait=False) as held:
+                if held:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Holds the lock of a folder during the ``with``, and gives whether it could be had."""
+    handle, held = None, False
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # another holds it, or the file system has no locks
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+                held = True
+        yield held
+    finally:
         if handle is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            _release(handle)
-
-
-def _locked(path: Path, wait: bool, shared: bool = False) -> int | None:
-    """A handle that holds the lock of a file or folder until it is released; None where it cannot be had."""
-    if fcntl is None:
-        return None
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # another holds it, or the file system has no locks
-        os.close(handle)
-        return None
-    return handle
-
-
-def _release(handle: int | None) -> None:
-    if handle is not None:
-        os.close(handle)
+            if held:  # said, because a process that was forked meanwhile holds the handle, too
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
 
 
 def _flush(file: Path) -> None:
@@ -150,20 +159,31 @@ def _flush(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
+def _like(old: Path, new: Path) -> None:
+    """Give a new file the permissions of the old one in its place, which must be no folder."""
+    if old.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(old))
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copymode(old, new)
+
+
 def _same(new: Path, old: Path) -> bool:
     return old.is_file() and filecmp.cmp(new, old, shallow=False)
 
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
+def _naming(*paths: str | os.PathLike) -> Iterator[None]:
     """Errors of the operating system that name no file, or a temporary one, name the path that was asked for."""
     try:
         yield
     except SafetensorError as error:
         if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(paths[0])) from error
     except OSError as error:
-        if error.errno is None or (error.filename is not None and PREFIX not in str(error.filename)):
+        temporary = error.filename is not None and LEFTOVER.search(str(error.filename))
+        if error.errno is None or (error.filename is not None and not temporary):
             raise
+        names = {os.path.basename(os.path.realpath(path)): path for path in paths}
+        path = names.get(os.path.basename(error.filename or ""), paths[0])
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
