@@ -3,7 +3,7 @@
 import argparse
 
 from unilora_cli.console import say
-from unilora_core.engines import ENGINES, check, read_lora, refuse, serving
+from unilora_core.engines import ENGINES, Lora, read_lora, refuse, serving, verdicts
 
 __all__ = ["describe", "run"]
 
@@ -12,21 +12,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what each engine says to the folder.
 
     Raises:
+        FileNotFoundError, CorruptFileError: no LoRA folder.
         AdapterFileError: the engine that the user named would not serve it.
     """
-    say(describe(arguments.folder))
+    lora = read_lora(arguments.folder)
+    say(describe(arguments.folder, lora))
     if arguments.engine:
-        refuse(read_lora(arguments.folder), arguments.engine)
+        refuse(lora, arguments.engine)
 
 
-def describe(folder: str) -> str:
-    """A paragraph per engine: how it serves the folder, or every reason why it would not.
-
-    Raises:
-        FileNotFoundError, CorruptFileError: no LoRA folder.
-    """
-    lora, lines = read_lora(folder), []
-    for name, reasons in check(folder).items():
+def describe(folder: str, lora: Lora) -> str:
+    """A paragraph per engine: how it serves the folder, or every reason why it would not."""
+    lines = []
+    for name, reasons in verdicts(lora).items():
         lines.append(f"{name} ({ENGINES[name].version}): {'no' if reasons else 'yes'}")
         lines += [f"  - {reason}" for reason in reasons] or [f"  {serving(name, folder, lora)}"]
     return "\n".join(lines)

@@ -1,11 +1,14 @@
-"""What the command prints, and its own error."""
+"""What the command prints, and its own error. Whatever a file says is printed escaped: see `printable`."""
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from unilora_core import UniLoraError
+from unilora_core.errors import printable
 
-__all__ = ["CommandError", "number", "one_line", "say", "table"]
+__all__ = ["CommandError", "number", "one_line", "path_of", "say", "table"]
 
 
 class CommandError(UniLoraError):
@@ -13,15 +16,19 @@ class CommandError(UniLoraError):
 
 
 def say(text: str = "") -> None:
-    """Print a line (or several)."""
-    sys.stdout.write(f"{text}\n")
+    """Print a line (or several); tabs are kept, as line breaks are."""
+    sys.stdout.write("\t".join(map(printable, text.split("\t"))) + "\n")
     sys.stdout.flush()
 
 
 def one_line(error: BaseException | str, limit: int = 600) -> str:
     """A message without line breaks, cut where it gets long; the type's name where there is no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]} …"
+    return _cut(printable(" ".join(str(error).split())) or type(error).__name__, limit)
+
+
+def path_of(text: str) -> Path:
+    """A path that the user gave, ``~`` at its start replaced."""
+    return Path(os.path.expanduser(text))
 
 
 def number(value: object) -> str:
@@ -34,7 +41,7 @@ def number(value: object) -> str:
 def table(rows: Iterable[Sequence[object]], indent: str = "  ") -> str:
     """Columns of equal width; the first is flush left, the others are flush right where they hold numbers."""
     rows = [tuple(row) for row in rows]
-    cells = [[number(value) for value in row] for row in rows]
+    cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [all(isinstance(row[i], (int, float)) for row in rows[1:]) for i in range(len(widths))]
     lines = (
@@ -42,3 +49,12 @@ def table(rows: Iterable[Sequence[object]], indent: str = "  ") -> str:
         for row in cells
     )
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A value on one line; a long one is cut, or all others in its column would be filled up to it."""
+    return _cut(printable(number(value)).replace("\n", "\\n"), 600)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} …"

@@ -1,17 +1,15 @@
 """`unilora convert`: adapter files, plain LoRA folders, and PEFT's Uni-LoRA folders."""
 
 import argparse
-import json
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from unilora_cli.console import CommandError, say
+from unilora_cli.console import CommandError, path_of, say
 from unilora_cli.models import Base, build, load_adapter, remembered
 from unilora_core import read_adapter
-from unilora_core.engines import check
+from unilora_core.engines import check, read_lora
+from unilora_core.header import BaseArguments, Header, read_header
 
 __all__ = ["run"]
 
@@ -25,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         CommandError: the source does not fit the wanted format.
     """
-    source = Path(arguments.source).expanduser()
+    source = path_of(arguments.source)
     if not source.exists():
         raise CommandError(f"{arguments.source}: no such adapter file or folder.")
     if source.is_dir() != (arguments.to == "unilora"):
@@ -37,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _from_file(source: Path, arguments: argparse.Namespace) -> None:
-    base = remembered(read_adapter(source).metadata, arguments, str(source))
+    base = remembered(read_header(source, read_adapter(source)), arguments)
     if arguments.to == "peft-unilora" and base.kind == "vit":
         raise CommandError("PEFT's Uni-LoRA folders are for transformers models; for a timm model use --to lora.")
     model, _ = build(base)
@@ -62,40 +60,33 @@ def _from_peft(source: Path, arguments: argparse.Namespace) -> None:
     model, _ = build(base)
     adapter = load_peft(model, source)
     names = getattr(model.config, "id2label", None) if base.kind == "text" else None
-    labels = tuple(names[i] for i in sorted(names)) if names else ()
+    labels = tuple(str(names[i]) for i in sorted(names)) if names else ()
     adapter.save(arguments.out, metadata=Base(base.kind, base.name, labels, base.arguments).metadata())
     _report(arguments, adapter, Path(arguments.out))
 
 
 def _peft_base(source: Path, arguments: argparse.Namespace) -> Base:
     """The base model, from the folder's config and the command line; the number of classes from the saved head."""
-    try:
-        config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CommandError(f"{source}: there is no adapter_config.json in it, so it is no PEFT folder.") from None
-    except ValueError as error:
-        raise CommandError(f"{source / 'adapter_config.json'}: not JSON ({error}).") from error
-    base = remembered(_known(config), arguments, str(source))
-    if base.kind == "text" and "num_labels" not in base.arguments and (classes := _classes(source)):
-        return replace(base, arguments=base.arguments | {"num_labels": classes})
-    return base
+    found = read_lora(source)
+    kind: Any = arguments.kind or KINDS.get(found.config.get("task_type") or "")
+    classes = _classes(found.shapes.values()) if kind == "text" else 0
+    said = Header(
+        targets=(),
+        modules_to_save=(),
+        base=None,
+        base_model=found.config.get("base_model_name_or_path"),
+        base_class=None,
+        task=kind,
+        labels=(),
+        base_arguments=BaseArguments({"num_labels": classes} if classes else {}),
+        where=str(source),
+    )
+    return remembered(said, arguments)
 
 
-def _known(config: dict[str, Any]) -> dict[str, str]:
-    known = {"task": KINDS.get(str(config.get("task_type"))), "base_model": config.get("base_model_name_or_path")}
-    return {key: value for key, value in known.items() if value}
-
-
-def _classes(folder: Path) -> int:
+def _classes(shapes: Iterable[tuple[int, ...]]) -> int:
     """The outputs of the saved head; 0 without one. A head of several layers narrows to its classes."""
-    if not (folder / WEIGHTS).is_file():
-        return 0  # load_peft says what is missing
-    try:
-        with safe_open(folder / WEIGHTS, framework="numpy") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-    except SafetensorError as error:
-        raise CommandError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); fetch it again.") from error
-    return min((shape[0] for shape in shapes if len(shape) == 2), default=0)
+    return min((shape[0] for shape in shapes if len(shape) == 2 and all(shape)), default=0)
 
 
 def _report(arguments: argparse.Namespace, adapter: Any, written: Path) -> None:

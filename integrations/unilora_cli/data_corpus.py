@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unilora_cli.console import CommandError
+from unilora_cli.console import CommandError, path_of
 from unilora_cli.data_records import load_tables, opened, suffix
 
 __all__ = ["Chat", "Corpus", "read_corpora"]
@@ -149,7 +149,7 @@ def _chat(turns: Any, where: str) -> Chat:
 
 
 def _read(source: str) -> Corpus:
-    path = Path(source).expanduser()
+    path = path_of(source)
     if not path.is_file():
         raise CommandError(f"{source}: no such file.")
     with opened(path) as file:

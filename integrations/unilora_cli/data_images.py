@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from unilora_cli.console import CommandError
+from unilora_cli.console import CommandError, path_of
 from unilora_cli.data_image_sources import (
     FolderImages,
     ImageSource,
@@ -116,7 +116,7 @@ def _sources(arguments: argparse.Namespace) -> Sources:
     if arguments.data.startswith("hfds/"):
         hub = argparse.Namespace(**vars(arguments) | {"data": arguments.data.removeprefix("hfds/")})
         return _from_tables(hub)
-    folder = Path(arguments.data).expanduser()
+    folder = path_of(arguments.data)
     if is_local(arguments.data) and not folder.exists():
         raise CommandError(f"{arguments.data}: no such folder.")
     if folder.is_dir() and _is_image_folder(folder, arguments.train_split):
@@ -132,7 +132,7 @@ def _from_folder(arguments: argparse.Namespace, folder: Path) -> Sources:
     def chosen(data: str | None, split: str | None, usual: Sequence[str]) -> Path | None:
         """The folder that the options name, or the first of the usual ones that is there."""
         if data:
-            path = Path(data).expanduser()
+            path = path_of(data)
             path = path / split if split else path
         elif split:
             path = folder / split
@@ -189,7 +189,7 @@ def _from_torchvision(arguments: argparse.Namespace) -> Sources:
         raise CommandError(f"{arguments.data} wants the folder that it is in, or goes to: --data-dir FOLDER.")
     if other := arguments.eval_data or arguments.test_data:
         raise CommandError(f"{other}: data of torchvision are parted by --eval-split and --test-split.")
-    root = Path(arguments.data_dir).expanduser()
+    root = path_of(arguments.data_dir)
 
     def part(split: str | None, usual: str = "") -> TorchImages | None:
         if not (split or usual):

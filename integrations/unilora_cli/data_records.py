@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from unilora_cli.console import CommandError
+from unilora_cli.console import CommandError, path_of
 from unilora_cli.models import readable_errors
 
 __all__ = ["Tables", "column", "draw", "is_local", "load_tables", "opened", "split_off", "suffix"]
@@ -122,7 +122,7 @@ def draw(n: int, size: int | None, seed: int) -> list[int]:
 
 def _load(source: str, subset: str | None) -> dict[str, Any]:
     """Split → records; a file has one lone table."""
-    path = Path(source).expanduser()
+    path = path_of(source)
     if is_local(source) and not path.exists():
         raise CommandError(f"{source}: no such file or folder.")
     if reader := READERS.get(suffix(path)) if path.is_file() else None:

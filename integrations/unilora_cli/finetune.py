@@ -11,7 +11,7 @@ import torch
 
 from unilora_cli import checkpoint, distributed, loop
 from unilora_cli.adapting import checkpoint_activations
-from unilora_cli.console import CommandError, one_line, say, table
+from unilora_cli.console import CommandError, one_line, path_of, say, table
 from unilora_cli.loading import prepare
 from unilora_cli.plan import plan_of, rows_of
 from unilora_cli.report import ADAPTER, Recorder
@@ -117,7 +117,7 @@ def _output_folder(arguments: argparse.Namespace) -> Path:
             number += 1
             folder = Path("runs", f"{stem}-{number}")
         return folder
-    folder = Path(arguments.out).expanduser()
+    folder = path_of(arguments.out)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{arguments.out}: this is a file; --out wants a folder.")
     if (folder / ADAPTER).exists() and not (arguments.overwrite or arguments.resume):

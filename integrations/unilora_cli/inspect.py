@@ -11,25 +11,22 @@ import numpy as np
 
 from unilora_cli.console import say, table
 from unilora_core import AdapterFile, read_adapter
+from unilora_core.header import Header, read_header
+from unilora_core.serialisation import FORMAT_VERSION
 
 __all__ = ["describe", "run"]
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a description of a file."""
-    facts = describe(arguments.file)
-    say(json.dumps(facts, indent=2) if arguments.json else _text(facts))
+    file = read_adapter(arguments.file)
+    header = read_header(arguments.file, file)
+    facts = describe(arguments.file, file)
+    say(json.dumps(facts, indent=2) if arguments.json else _text(facts, header))
 
 
-def describe(path: str) -> dict[str, Any]:
-    """Everything that `unilora inspect --json` prints.
-
-    Raises:
-        AdapterFileError: a damaged file, or one of an unknown version; and what else `read_adapter` raises.
-    """
-    from unilora_core.serialisation import FORMAT_VERSION
-
-    file = read_adapter(path)
+def describe(path: str, file: AdapterFile) -> dict[str, Any]:
+    """Everything that `unilora inspect --json` prints."""
     spec = file.spec.to_json()
     head = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(file.tensors.items())}
     size, head_bytes = Path(path).stat().st_size, sum(tensor.nbytes for tensor in file.tensors.values())
@@ -74,18 +71,17 @@ def _statistics(theta_d: np.ndarray) -> dict[str, float]:
     }
 
 
-def _text(facts: dict[str, Any]) -> str:
-    known = facts["metadata"]
+def _text(facts: dict[str, Any], header: Header) -> str:
     rows = [
         ("file", f"{facts['file']} ({facts['bytes']:,} bytes; as LoRA this would be {facts['bytes_as_lora']:,} bytes)")
     ]
-    if "base_model" in known:
-        rows.append(("base model", f"{known['base_model']} ({known.get('task', 'unknown task')})"))
-    if labels := json.loads(known.get("labels", "[]")):
+    if header.base_model is not None:
+        rows.append(("base model", f"{header.base_model} ({header.task or 'unknown task'})"))
+    if labels := header.labels:
         rows.append(("labels", f"{len(labels)}: " + ", ".join(labels[:10]) + (" …" if len(labels) > 10 else "")))
-    algorithm, theta = facts["algorithm"], facts["theta_d"]
+    algorithm, theta, writer = facts["algorithm"], facts["theta_d"], facts["metadata"].get("written_by")
     rows += [
-        ("format", f"version {facts['format_version']}, written by {known.get('written_by', 'an unnamed program')}"),
+        ("format", f"version {facts['format_version']}, written by {writer or 'an unnamed program'}"),
         ("projection", f"{algorithm['grouping']} version {algorithm['version']}, seed {facts['seed']}"),
         ("numbers", f"d = {facts['d']:,} trained for D = {facts['D']:,} LoRA parameters: D/d = {facts['D/d']:.4g}"),
         ("start", f"{facts['start']}, U(-{facts['bound']:.4g}, {facts['bound']:.4g})"),

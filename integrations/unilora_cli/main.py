@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from unilora_cli import options, options_finetune, recipes
 from unilora_cli.console import one_line
 from unilora_core import UniLoraError, __version__
+from unilora_core.errors import printable
 
 __all__ = ["build_parser", "main", "parse"]
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in EXTRAS:
             raise
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(printable(traceback.format_exc()))
         sys.stderr.write(f"unilora: error{_process()}: {_message(error)}\n")
         return 1
     return 0

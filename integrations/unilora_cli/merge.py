@@ -1,11 +1,13 @@
 """`unilora merge`: a plain model with the adapter in its weights."""
 
 import argparse
+import json
 from pathlib import Path
 
-from unilora_cli.console import CommandError, say
+from unilora_cli.console import CommandError, path_of, say
 from unilora_cli.models import AUTO, Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
 from unilora_core import read_adapter
+from unilora_core.files import new_folder, refuse_filled
 from unilora_core.header import read_header
 
 __all__ = ["run"]
@@ -15,21 +17,21 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the merged model.
 
     Raises:
-        CommandError: the base model is not known or cannot be built; the output folder is not empty; ``--onnx`` without
-            the packages it needs, or for a model that torch cannot export. The folder is left as it was then.
+        CommandError: the base model is not known or cannot be built; ``--onnx`` without the packages it needs, or for a
+            model that torch cannot export.
+        FileExistsError: the output folder is not empty. In each case it is left as it was.
     """
-    folder = Path(arguments.out).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CommandError(f"{arguments.out}: exists and is not an empty folder; choose another --out.")
-    file = read_adapter(arguments.file)
-    base = remembered(file.metadata, arguments, arguments.file)
+    folder = path_of(arguments.out)
+    refuse_filled(folder)
+    header = read_header(arguments.file, read_adapter(arguments.file))
+    base = remembered(header, arguments)
     if base.kind == "vit":
         written = _merge_timm(base, arguments.file, folder, arguments.onnx)
     elif arguments.onnx:
         raise CommandError(f"--onnx goes with models of timm; {base.name!r} is one of transformers.")
     else:
         written = _merge_transformers(base, arguments.file, folder)
-    count, size = len(read_header(arguments.file, file).targets), sum(path.stat().st_size for path in folder.iterdir())
+    count, size = len(header.targets), sum(path.stat().st_size for path in folder.iterdir())
     say(f"merged {count} targets of {base.name} into {arguments.out}: {size:,} bytes. Load it with\n  {written}")
     if not base.pretrained and not base.checkpoint:
         say(
@@ -43,15 +45,14 @@ def _merge_transformers(base: Base, file: str, folder: Path) -> str:
 
     from unilora_transformers.merging import merge_checkpoint
 
-    config, tokens = dict(base.arguments), tokenizer(base)
+    config, tokens = base.trust | base.arguments, tokenizer(base)
     if base.kind == "text" and getattr(config_of(base), "pad_token_id", None) is None:
         tokens.pad_token = tokens.pad_token or tokens.eos_token
         config["pad_token_id"] = tokens.pad_token_id  # as in training: decoders find the last token of a text by it
-    with readable_errors(f"cannot merge into {base.name!r}"):
-        merge_checkpoint(file, base.name, folder, config=config, progress=lambda files: tqdm(files, unit="file"))
-    tokens.save_pretrained(folder)
-    auto = AUTO[base.kind]
-    return f'transformers.{auto}.from_pretrained("{folder}")'
+    with new_folder(folder) as new, readable_errors(f"cannot merge into {base.name!r}"):
+        merge_checkpoint(file, base.name, new, config=config, progress=lambda files: tqdm(files, unit="file"))
+        tokens.save_pretrained(new)
+    return f"transformers.{AUTO[base.kind]}.from_pretrained({json.dumps(str(folder))})"
 
 
 def _merge_timm(base: Base, file: str, folder: Path, onnx: bool) -> str:
@@ -67,9 +68,10 @@ def _merge_timm(base: Base, file: str, folder: Path, onnx: bool) -> str:
             raise CommandError(f"--onnx: {error}") from error
     model, _ = build(base)
     load_adapter(base, model, file).detach(merge=True)
-    if onnx:  # first, so that a model that cannot be exported leaves nothing behind
-        with readable_errors(f"--onnx: cannot export {base.name!r}"):
-            save_onnx(model, folder / "model.onnx")
     config = {"label_names": list(base.labels)} if base.labels else None
-    save_for_hf(model, folder, model_config=config, model_args=base.arguments, safe_serialization=True)
-    return f'timm.create_model("local-dir:{folder}", pretrained=True)'
+    with new_folder(folder) as new:
+        if onnx:
+            with readable_errors(f"--onnx: cannot export {base.name!r}"):
+                save_onnx(model, new / "model.onnx")
+        save_for_hf(model, new, model_config=config, model_args=base.arguments, safe_serialization=True)
+    return f"timm.create_model({json.dumps(f'local-dir:{folder}')}, pretrained=True)"

@@ -1,16 +1,25 @@
-"""The base model of an adapter: how it is built, and how an adapter file remembers that."""
+"""The base model of an adapter: how it is built, and how an adapter file remembers that.
+
+A file may come from anybody. It names a base and states settings from a closed list (`unilora_core.header`); nothing
+that runs code, or opens what lies elsewhere, follows from a file alone.
+"""
 
 import argparse
 import contextlib
+import errno
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unilora_cli.console import CommandError, one_line
+from unilora_cli.console import CommandError, one_line, path_of
 from unilora_core import UniLoraError, __version__
+from unilora_core.header import Header
+from unilora_core.schema import shown
 
 __all__ = [
     "AUTO",
@@ -27,6 +36,12 @@ __all__ = [
 
 AUTO = {"lm": "AutoModelForCausalLM", "text": "AutoModelForSequenceClassification"}
 """The class of transformers that loads a kind of base model."""
+
+HUB = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+TIMM = re.compile(rf"(?i:hf[-_]hub:)?{HUB.pattern}(@[\w./-]+)?", re.ASCII)
+"""Names of models that a file may give: of the hub, and for timm its own, too."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,13 @@ class Base:
         """Whether the model gives one number."""
         return self.arguments.get("problem_type") == "regression"
 
+    @property
+    def trust(self) -> dict[str, Any]:
+        """For `from_pretrained`: code beside the weights runs only if ``--model-arg trust_remote_code=true`` is given;
+        else transformers refuses such a model, and never asks.
+        """
+        return {"trust_remote_code": self.arguments.get("trust_remote_code", False)}
+
     def metadata(self) -> dict[str, str]:
         """The strings that an adapter file keeps; `remembered` reads them."""
         how = {name: getattr(self, name) for name in ("arguments", "pretrained", "checkpoint", "seed")}
@@ -68,24 +90,40 @@ class Base:
         }
 
 
-def remembered(metadata: dict[str, str], arguments: argparse.Namespace, where: str) -> Base:
-    """The base model that a file's metadata names, with what the command line says put over it.
+def remembered(said: Header, arguments: argparse.Namespace) -> Base:
+    """The base model that a file names, with what the command line says put over it.
 
     Raises:
-        CommandError: neither the file nor the command line says what the base model is.
+        CommandError: neither the file nor the command line says what the base model is, or only the command line may.
+        CorruptFileError: the file states a setting that it may not; see `Header.settings`.
     """
-    kind, name = arguments.kind or metadata.get("task"), arguments.model or metadata.get("base_model")
+    kind, name, how = arguments.kind or said.task, arguments.model or said.base_model, said.base_arguments
     if not name:
-        raise CommandError(f"{where} does not say what its base model is; add --model NAME and --kind vit, text or lm.")
-    if kind not in ("vit", "text", "lm"):
-        raise CommandError(f"{where} does not say what kind of model {name!r} is; add --kind vit, text or lm.")
-    try:
-        labels = tuple(map(str, json.loads(metadata.get("labels", "[]"))))
-        base = Base(kind, name, labels, **json.loads(metadata.get("base_arguments", "{}")))
-    except (ValueError, TypeError) as error:
-        raise CommandError(f"{where}: what it says of its base model cannot be read ({error}).") from error
-    given = base.arguments | dict(arguments.model_arg)
-    return replace(base, arguments=given, checkpoint=arguments.checkpoint or base.checkpoint)
+        raise CommandError(
+            f"{said.where} does not say what its base model is; add --model NAME and --kind vit, text or lm."
+        )
+    if kind is None:
+        raise CommandError(f"{said.where} does not say what kind of model {name!r} is; add --kind vit, text or lm.")
+    if not arguments.model:
+        _check_name(kind, name, said.where)
+    if kind == "vit" and how.checkpoint and not arguments.checkpoint:
+        raise CommandError(
+            f"{said.where}: the weights of its base came from a file, {shown(how.checkpoint)}, which is not opened on "
+            "its word; add --checkpoint PATH."
+        )
+    given = dict(arguments.model_arg)
+    settings = said.settings(given) | given
+    return Base(kind, name, said.labels, settings, how.pretrained, arguments.checkpoint, how.seed)
+
+
+def _check_name(kind: str, name: str, where: str) -> None:
+    """A file names a model, or a folder of one, and no other file, address or source."""
+    folder, names = (name.removeprefix("local-dir:"), TIMM) if kind == "vit" else (name, HUB)
+    if not os.path.isdir(folder) and (os.path.lexists(name) or not names.fullmatch(name)):
+        raise CommandError(
+            f"{where}: it says that its base model is {shown(name)}, which is neither the name of a model nor a folder "
+            "here; add --model NAME."
+        )
 
 
 def build(base: Base, **loading: Any) -> tuple[Any, list[str]]:
@@ -100,8 +138,8 @@ def build(base: Base, **loading: Any) -> tuple[Any, list[str]]:
     """
     import torch
 
-    torch.manual_seed(base.seed)
-    with readable_errors(f"cannot build the model {base.name!r}"):
+    with readable_errors(f"cannot build the model {base.name!r}"), _weights_only():
+        torch.manual_seed(base.seed)
         return _build_timm(base) if base.kind == "vit" else _build_transformers(base, loading)
 
 
@@ -120,10 +158,8 @@ def tokenizer(base: Base) -> Any:
     Raises:
         CommandError: there is none.
     """
-    from transformers import AutoTokenizer
-
     with readable_errors(f"cannot load the tokenizer of {base.name!r}"):
-        return AutoTokenizer.from_pretrained(base.name)
+        return _transformers().AutoTokenizer.from_pretrained(base.name, **base.trust)
 
 
 def config_of(base: Base) -> Any:
@@ -132,10 +168,8 @@ def config_of(base: Base) -> Any:
     Raises:
         CommandError: there is none.
     """
-    from transformers import AutoConfig
-
     with readable_errors(f"cannot build the model {base.name!r}"):
-        return AutoConfig.from_pretrained(base.name)
+        return _transformers().AutoConfig.from_pretrained(base.name, **base.trust)
 
 
 def pad_with(model: Any, tokens: Any) -> int:
@@ -155,7 +189,33 @@ def readable_errors(what: str) -> Iterator[None]:
     except (UniLoraError, ModuleNotFoundError):
         raise
     except Exception as error:  # timm, transformers and datasets raise errors of all kinds, down to AssertionError
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
         raise CommandError(f"{what}: {one_line(error, 400)}") from error
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """A pickle holds weights or is refused; timm before 1.0.27 runs whatever one in a model's folder says."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _transformers() -> Any:
+    """The package, which from now on says nothing but errors."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 def _build_timm(base: Base) -> tuple[Any, list[str]]:
@@ -180,7 +240,7 @@ def _build_from_file(base: Base, name: str, options: dict[str, Any]) -> Any:
 
     from unilora_timm.targets import classifier
 
-    file = Path(str(base.checkpoint)).expanduser()
+    file = path_of(str(base.checkpoint))
     if not file.is_file():
         raise CommandError(f"{base.checkpoint}: no such checkpoint file.")
     if file.suffix == ".npz":  # Google's own format, which timm takes as a whole or refuses
@@ -204,11 +264,8 @@ def _build_from_file(base: Base, name: str, options: dict[str, Any]) -> Any:
 
 
 def _build_transformers(base: Base, loading: dict[str, Any]) -> tuple[Any, list[str]]:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    options = loading | base.arguments
+    transformers = _transformers()
+    options = loading | base.trust | base.arguments
     if base.kind == "lm":
         auto = getattr(transformers, AUTO["lm"])
     else:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unilora_cli.console import CommandError, say, table
+from unilora_cli.console import CommandError, path_of, say, table
 from unilora_cli.defaults import DEFAULTS
 
 __all__ = ["FOLDER", "fill_in", "run", "shipped"]
@@ -81,7 +81,7 @@ def _path(name: str) -> Path:
     """A shipped recipe by its name, or a file."""
     if name in shipped():
         return FOLDER / f"{name}.toml"
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.suffix != ".toml" or not path.is_file():
         what = "there is no such file" if path.suffix == ".toml" else "there is no recipe of this name"
         raise CommandError(f"{name}: {what}; `unilora recipes` lists those that there are.")

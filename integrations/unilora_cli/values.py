@@ -5,6 +5,8 @@ import ast
 import re
 from typing import Any
 
+from unilora_core.schema import shown
+
 __all__ = [
     "assignment",
     "auto_or_positive",
@@ -27,7 +29,7 @@ def _number(text: str, kind: type, check: Any, wanted: str) -> Any:
     except ValueError:
         value = None
     if value is None or not check(value):
-        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {shown(text)}")
     return value
 
 
@@ -61,7 +63,7 @@ def span(text: str) -> tuple[float, float]:
     words = text.split(",")
     values = tuple(part(word) for word in words) if len(words) == 2 else ()
     if len(values) != 2 or not 0 < values[0] <= values[1]:
-        raise argparse.ArgumentTypeError(f"expected two numbers from 0 to 1, the lower first, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected two numbers from 0 to 1, the lower first, got {shown(text)}")
     return values
 
 
@@ -95,8 +97,10 @@ def assignment(text: str) -> tuple[str, Any]:
     """KEY=VALUE, the value as Python reads it, else a string."""
     key, equals, value = text.partition("=")
     if not (key.isidentifier() and equals):
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {shown(text)}")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return key, {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    except (RecursionError, MemoryError) as error:
+        raise argparse.ArgumentTypeError(f"{key}: a value nested too deeply, {shown(value)}") from error

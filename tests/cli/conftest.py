@@ -70,6 +70,18 @@ def parsed():
 
 
 @pytest.fixture
+def base_of(parsed):
+    """base_of(file, *words): the base model of an adapter file, as `unilora merge` finds it with these words."""
+    from unilora_cli.models import remembered
+    from unilora_core import read_adapter
+    from unilora_core.header import read_header
+
+    return lambda file, *words: remembered(
+        read_header(file, read_adapter(file)), parsed("merge", file, "--out", "x", *words)
+    )
+
+
+@pytest.fixture
 def data_cache(tmp_path, monkeypatch):
     """What `datasets` prepares goes into the test's folder."""
     datasets = pytest.importorskip("datasets")

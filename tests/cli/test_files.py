@@ -90,11 +90,11 @@ def test_debug_shows_the_traceback(unilora, tmp_path):
 # ---- merge ------------------------------------------------------------------------------------------------------
 
 
-def adapted(parsed, file):
+def adapted(base_of, file, *words):
     """The base model of a file with the adapter in it."""
     from unilora_cli import models
 
-    base = models.remembered(read_adapter(file).metadata, parsed("merge", file, "--out", "x"), str(file))
+    base = base_of(file, *words)
     model, _ = models.build(base)
     models.load_adapter(base, model, file)
     return model.eval()
@@ -108,7 +108,7 @@ def logits(model, x):
     return getattr(output, "logits", output)
 
 
-def test_a_merged_timm_model_is_a_plain_one(unilora, trained, parsed, tmp_path):
+def test_a_merged_timm_model_is_a_plain_one(unilora, trained, base_of, tmp_path):
     timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
     file = trained("vit")[0] / ADAPTER
     result = unilora("merge", file, "--out", "merged")
@@ -118,12 +118,12 @@ def test_a_merged_timm_model_is_a_plain_one(unilora, trained, parsed, tmp_path):
     plain = timm.create_model(f"local-dir:{tmp_path}/merged", pretrained=True).eval()
     assert not hasattr(plain, "unilora")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(logits(plain, x), logits(adapted(parsed, file), x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(plain, x), logits(adapted(base_of, file), x), atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["label_names"] == ["blue", "green", "red"]
 
 
-def test_a_merged_timm_model_is_a_base_for_the_next_adapter(unilora, trained, images, parsed):
+def test_a_merged_timm_model_is_a_base_for_the_next_adapter(unilora, trained, images, base_of):
     pytest.importorskip("timm")
     from safetensors.numpy import load_file
 
@@ -137,12 +137,12 @@ def test_a_merged_timm_model_is_a_base_for_the_next_adapter(unilora, trained, im
     for out, source in sources.items():
         result = unilora("finetune", "vit", *source, *sizes, *words, "--out", out)
         assert result.code == 0, result.err
-        model = adapted(parsed, f"{out}/{ADAPTER}")
+        model = adapted(base_of, f"{out}/{ADAPTER}", *(source[2:] if out == "checkpoint" else ()))
         wanted = load_file("merged/model.safetensors")["blocks.1.attn.qkv.weight"]
         assert np.array_equal(model.get_submodule("blocks.1.attn.qkv").weight.detach().numpy(), wanted)
 
 
-def test_merge_writes_onnx_with_the_same_logits(unilora, trained, parsed, tmp_path):
+def test_merge_writes_onnx_with_the_same_logits(unilora, trained, base_of, tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript", reason="writing ONNX needs onnx and onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="reading the ONNX file back needs onnxruntime")
@@ -151,7 +151,7 @@ def test_merge_writes_onnx_with_the_same_logits(unilora, trained, parsed, tmp_pa
     assert result.code == 0, result.err
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {"config.json", "model.onnx", "model.safetensors"}
     session = runtime.InferenceSession("merged/model.onnx", providers=["CPUExecutionProvider"])
-    model = adapted(parsed, file)
+    model = adapted(base_of, file)
     for batch in (1, 3):
         x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
         found = torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
@@ -174,7 +174,7 @@ def test_merge_refuses_onnx_that_it_cannot_write(unilora, trained, tmp_path, mon
 
 
 @pytest.mark.parametrize("kind", ["text", "lm"])
-def test_a_merged_transformers_model_is_a_plain_one(unilora, trained, parsed, kind):
+def test_a_merged_transformers_model_is_a_plain_one(unilora, trained, base_of, kind):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     file = trained(kind)[0] / ADAPTER
     result = unilora("merge", file, "--out", "merged")
@@ -184,7 +184,7 @@ def test_a_merged_transformers_model_is_a_plain_one(unilora, trained, parsed, ki
     plain, report = getattr(transformers, name).from_pretrained("merged", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x = torch.tensor([[5, 6, 7, 8, 13, 14], [6, 7, 5, 9, 10, 17]])
-    torch.testing.assert_close(logits(plain.eval(), x), logits(adapted(parsed, file), x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(plain.eval(), x), logits(adapted(base_of, file), x), atol=1e-5, rtol=1e-5)
     assert transformers.AutoTokenizer.from_pretrained("merged")("the film")["input_ids"]
     if kind == "text":
         assert plain.config.id2label == {0: "bad", 1: "good"}
@@ -288,7 +288,7 @@ PEFT_LIKE = ("--grouping", "numpy-shuffle", "--start", "paper")
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("kind", ["text", "lm"])
-def test_convert_to_lora_gives_the_same_logits_in_peft(unilora, trained, parsed, kind, tmp_path):
+def test_convert_to_lora_gives_the_same_logits_in_peft(unilora, trained, base_of, kind, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from unilora_cli import models
 
@@ -296,14 +296,14 @@ def test_convert_to_lora_gives_the_same_logits_in_peft(unilora, trained, parsed,
     result = unilora("convert", file, "--to", "lora", "lora")
     assert result.code == 0, result.err
     assert "→ lora (lora): " in result.out
-    base = models.remembered(read_adapter(file).metadata, parsed("merge", file, "--out", "x"), str(file))
+    base = base_of(file)
     model = peft.PeftModel.from_pretrained(models.build(base)[0], tmp_path / "lora").eval()
     x = torch.tensor([[5, 6, 7, 8, 13, 14], [6, 7, 5, 9, 10, 17]])
-    torch.testing.assert_close(logits(model, x), logits(adapted(parsed, file), x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model, x), logits(adapted(base_of, file), x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["text", "lm"])
-def test_convert_to_peft_and_back(unilora, trained, kind, parsed):
+def test_convert_to_peft_and_back(unilora, trained, kind, base_of):
     torch = pytest.importorskip("torch")
     file = trained(kind, *PEFT_LIKE)[0] / ADAPTER
     base = json.loads(json.dumps(read_adapter(file).metadata))["base_model"]
@@ -313,7 +313,7 @@ def test_convert_to_peft_and_back(unilora, trained, kind, parsed):
     assert back.code == 0, back.err
     assert np.array_equal(read_adapter("back.safetensors").theta_d, read_adapter(file).theta_d)
     x = torch.tensor([[5, 6, 7, 8, 13, 14]])
-    torch.testing.assert_close(logits(adapted(parsed, "back.safetensors"), x), logits(adapted(parsed, file), x))
+    torch.testing.assert_close(logits(adapted(base_of, "back.safetensors"), x), logits(adapted(base_of, file), x))
 
 
 def test_convert_refuses_what_it_cannot_do(unilora, trained, tmp_path, small):
@@ -323,7 +323,7 @@ def test_convert_refuses_what_it_cannot_do(unilora, trained, tmp_path, small):
         (tmp_path / "none", "out", "--to", "lora"): "no such adapter file or folder",
         (text, "out", "--to", "unilora"): "--to unilora starts from a PEFT folder",
         (tmp_path / "folder", "out", "--to", "lora"): "--to lora starts from an adapter file",
-        (tmp_path / "folder", "out", "--to", "unilora"): "there is no adapter_config.json in it",
+        (tmp_path / "folder", "out", "--to", "unilora"): "folder/adapter_config.json: no such file; give a LoRA folder",
         (text, "out", "--to", "peft-unilora"): "numpy-shuffle",
         (vit, "out", "--to", "peft-unilora"): "for a timm model use --to lora",
         (text, "out", "--to", "peft-unilora", "--engine", "vllm"): "--engine and --rank go with --to lora",

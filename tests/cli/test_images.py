@@ -173,9 +173,8 @@ def test_data_of_torchvision_that_cannot_be_used(load, folder, tmp_path):
             load("--data", data, *words)
 
 
-def test_the_test_data_are_scored_with_the_adapter_that_is_kept(unilora, vit_model, parsed, folder):
+def test_the_test_data_are_scored_with_the_adapter_that_is_kept(unilora, vit_model, parsed, base_of, folder):
     from unilora_cli import loop, vit
-    from unilora_core import read_adapter
 
     line = ("finetune", "vit", *vit_model, "--data", folder, "--keep", "best", "--epochs", 3, "--batch-size", 8)
     line += ("--head-rate", 0.5, "--device", "cpu", "--out", "run")
@@ -184,7 +183,7 @@ def test_the_test_data_are_scored_with_the_adapter_that_is_kept(unilora, vit_mod
     assert "test              6 examples, scored once at the end" in result.out
     assert "test accuracy" in result.out
     task = vit.task(parsed(*line))
-    base = models.remembered(read_adapter("run/adapter.safetensors").metadata, parsed("merge", "x", "--out", "x"), "x")
+    base = base_of("run/adapter.safetensors")
     task.model, _ = models.build(base)
     models.load_adapter(base, task.model, "run/adapter.safetensors")
     task.held_out = task.test

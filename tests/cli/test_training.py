@@ -109,7 +109,7 @@ def scored(tmp_path, sentences):
     return path
 
 
-def test_a_regression_learns_and_its_file_gives_the_same_model_again(unilora, bert, scored, parsed):
+def test_a_regression_learns_and_its_file_gives_the_same_model_again(unilora, bert, scored, parsed, base_of):
     from unilora_cli import loop, models, text
 
     line = ("finetune", "text", "--model", bert, "--data", scored, "--eval-data", scored, "--regression")
@@ -120,7 +120,7 @@ def test_a_regression_learns_and_its_file_gives_the_same_model_again(unilora, be
     assert set(final) == {"loss", "train_loss", "epoch", "step", "pearson", "spearman"}
     assert final["pearson"] > 0.7
     file = Path("run/adapter.safetensors")
-    base = models.remembered(read_adapter(file).metadata, parsed("merge", file, "--out", "x"), str(file))
+    base = base_of(file)
     model, _ = models.build(base)
     assert model.config.num_labels == 1
     models.load_adapter(base, model, file)
