@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
 from unilora_core.header import write_targets
 from unilora_torch.base import identity
+from unilora_torch.calls import Handle, surround
 from unilora_torch.checks import plain_weight, weight_of, without_idle_experts
 from unilora_torch.heads import check_apart
+from unilora_torch.live import Live, alone
 from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
 from unilora_torch.reach import add_checks
@@ -40,8 +42,11 @@ class Adapter(nn.Module):
         modules_to_save: names of modules that train in full and are saved with θ_d, such as a classifier.
         base: what tells the base model apart, for files; see `unilora_torch.base.identity`.
         merged: whether the base weights hold B·A at the moment.
-        enabled: whether it acts; see `switch` and `disabled`.
+        enabled: whether it acts, in this thread or asyncio task; see `switch` and `disabled`.
         strength: what its B·A is multiplied by where several adapters act together; see `switch`.
+
+    The model can be called by many threads at once. What would change the weights or the hooks under them (`merge`,
+    `unmerge`, `swap`, `detach`, `switch`, `verify`) is refused while another thread is calling it.
     """
 
     theta_d: nn.Parameter
@@ -59,9 +64,8 @@ class Adapter(nn.Module):
         origin = self._tables.origin  # drawing it takes a while, so it is not done twice
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
         self.to(device_of(model, targets))
-        self.merged, self.enabled, self.strength = False, True, 1.0
-        self._current: dict[str, Tensor] | None = None
-        self._unreached = {target.module for target in targets}
+        self._live = Live(self, (target.module for target in targets))
+        self._unreached = self._live.unreached
         self._kept_heads: dict[str, Tensor] | None = None
         self._originals: dict[str, Tensor] = {}
         # read here once: torch.compile cannot trace the cached properties' lock
@@ -69,10 +73,13 @@ class Adapter(nn.Module):
         self.base = identity(model, (*modules_to_save, *adapters(model)))
         self._root = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
         self._was_trainable = _trainable(model)
-        self._handles = [model.register_forward_pre_hook(self._open)]
-        self._handles += add_paths(self, model, targets)
-        self._handles += add_checks(self, model, targets)
-        self._handles.append(model.register_forward_hook(self._close, always_call=True))
+        self._claim: contextlib.AbstractContextManager[None] | None = None
+        self._handles: list[Handle] = []
+        try:
+            self._register()
+        except BaseException:
+            self._unregister()
+            raise
 
     def __repr__(self) -> str:
         return f"Adapter({self.summary()})"
@@ -99,15 +106,8 @@ class Adapter(nn.Module):
         return self()
 
     def factors_of(self, target: Target) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), times `strength`, of one target.
-
-        Inside the model's forward pass they are views of one θ_D, projected once for all targets. Elsewhere (a
-        submodule called alone, or recomputed by gradient checkpointing) they are projected alone. Autograd saves the
-        same tensors on both ways, so that non-reentrant checkpointing accepts the one for the other.
-        """
-        factors = self(target) if self._current is None else self._current
-        A, B = factors[f"{target.name}.A"], factors[f"{target.name}.B"]
-        return A, B if self.strength == 1 else B * self.strength
+        """A (r, in) and B (out, r), times `strength`, of one target; see `Live.factors_of`."""
+        return self._live.factors_of(target)
 
     def _factors(self, names: tuple[str, str] | None) -> dict[str, Tensor]:
         if self.theta_d.dtype != torch.float32:
@@ -136,15 +136,42 @@ class Adapter(nn.Module):
             return shaped(B @ A, target, weight)
 
     @property
+    def enabled(self) -> bool:
+        """Whether it is switched on, and not disabled in this thread or asyncio task."""
+        return self._live.enabled
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weights hold B·A at the moment."""
+        return self._live.merged
+
+    @property
+    def strength(self) -> float:
+        """What its B·A is multiplied by."""
+        return self._live.strength
+
+    @property
     def active(self) -> bool:
         """Whether the low-rank paths add to the outputs: not disabled, not merged."""
-        return self.enabled and not self.merged
+        return self._live.acts()
 
-    def _open(self, _module: nn.Module, _args: Any) -> None:
-        self._current = self() if self.active else None
+    def _register(self) -> None:
+        """The hooks, each with its handle in `_handles` as soon as it is there."""
+        model, live = self._root[0], self._live
+        self._handles.append(surround(model, live))
+        self._handles.append(model.register_forward_pre_hook(live.open))
+        add_paths(live, model, self.targets, self._handles)
+        add_checks(live, model, self.targets, self._handles)
+        self._handles.append(model.register_forward_hook(live.close, always_call=True))
 
-    def _close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self._current = None
+    def _unregister(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _alone(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """See `live.alone`."""
+        model = self._root[0]
+        return alone(model, {self._live: None} | {other._live: None for other in adapters(model).values()}, what)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -179,23 +206,12 @@ class Adapter(nn.Module):
                 "verify: the adapter is merged or disabled, so no gradient reaches θ_d; unmerge it first."
             )
         model, loss = self._root[0], self.theta_d.new_zeros((), requires_grad=True)
-        was_training = [module for module in model.modules() if module.training]
-        seen: dict[str, Tensor] = {}
-        try:
-            model.eval()
-            with torch.enable_grad():
-                handle = model.register_forward_pre_hook(lambda *_: seen.update(self._current or {}))
-                try:
-                    output = model(*args, **kwargs)
-                finally:
-                    handle.remove()
-                for tensor in _floats(output):
-                    noise = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).cos()
-                    loss = loss + (tensor.float() * noise).sum()
-                grads = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
-        finally:
-            for module in was_training:
-                module.training = True
+        with self._alone("verify"), torch.enable_grad(), _evaluating(model), self._live.watching() as seen:
+            output = model(*args, **kwargs)
+            for tensor in _floats(output):
+                noise = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).cos()
+                loss = loss + (tensor.float() * noise).sum()
+            grads = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
         alive = {name for name, grad in zip(seen, grads, strict=True) if grad is not None and grad.any()}
         names = {target.name: bool({f"{target.name}.A", f"{target.name}.B"} & alive) for target in self.targets}
         dead = without_idle_experts(names)
@@ -217,17 +233,47 @@ class Adapter(nn.Module):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model's outputs inside the ``with`` (merged weights are taken out and put back)."""
-        enabled, merged = self.enabled, self.merged
-        if merged:
-            self.unmerge()
-        self.enabled = False
+        """The base model's outputs inside the ``with``, in this thread or asyncio task only.
+
+        Those of a merged adapter are in the weights, which all threads see: they are taken out and put back, and until
+        then the calls of other threads are refused. Where some overlap, the last one that ends puts them back.
+
+        Raises:
+            TargetError: the adapter is merged, and another thread is calling the model.
+        """
         try:
-            yield
-        finally:
-            self.enabled = enabled
-            if merged:
-                self.merge()
+            try:
+                with self._live.off.holds(True):
+                    if self.merged:
+                        self._take_out()
+                    else:
+                        self._live.acts()  # where another thread has just taken it out, this one is refused
+                    yield
+            finally:
+                self._put_back()
+        finally:  # again, where an interrupt kept the first from being done
+            self._put_back()
+
+    def _take_out(self) -> None:
+        """What is merged, until `_put_back`."""
+        claim = self._alone("disabled() of a merged adapter")
+        claim.__enter__()
+        self._claim = claim
+        self.unmerge()
+
+    def _put_back(self) -> None:
+        """What was taken out, if it was, and once nobody has the adapter disabled any more."""
+        claim = self._claim
+        if claim is None or self._live.off.open:
+            return
+        try:
+            self.merge()
+        except Exception:
+            claim.__exit__(None, None, None)
+            self._claim = None
+            raise
+        claim.__exit__(None, None, None)
+        self._claim = None
 
     def merge(self) -> None:
         """Add B·A to each target's weight, once; a copy of the original weights is kept for `unmerge`.
@@ -236,8 +282,10 @@ class Adapter(nn.Module):
 
         Raises:
             TargetError: a quantised weight, which cannot take the update; or another adapter is merged, whose
-                `unmerge` would take this one's update out as well.
-            ValuesError: θ_d holds NaN or infinity. Nothing has changed then.
+                `unmerge` would take this one's update out as well; or another thread is calling the model, or has the
+                adapter disabled.
+            ValuesError: θ_d holds NaN or infinity, or the sum does in the weight's dtype. In each case nothing has
+                changed, also after an interrupt.
         """
         if self.merged:
             return
@@ -247,22 +295,59 @@ class Adapter(nn.Module):
                 raise TargetError(
                     f"merge: the adapter {name!r} is merged; unmerge it, or detach(merge=True) it, first."
                 )
-        weights = {weight_name(target): plain_weight(self._root[0], target) for target in self.targets}
-        originals = {name: weight.detach().clone() for name, weight in weights.items()}
-        with torch.no_grad():
-            for target in self.targets:
-                name = weight_name(target)
-                block = block_of(weights[name], target)
-                block.copy_(block_of(originals[name], target).float() + self.delta_weight(target))
-        self._originals, self.merged = originals, True
+        if self._live.off.open:
+            raise TargetError(
+                "merge: it is disabled inside a `with`, which promises the base; leave that first."
+            )
+        with self._alone("merge"):
+            weights = {weight_name(target): plain_weight(self._root[0], target) for target in self.targets}
+            originals = {name: weight.detach().clone() for name, weight in weights.items()}
+            try:
+                self._originals = originals
+                for target in self.targets:
+                    self._add(target, weights[weight_name(target)])
+                self._live.merged = True
+            except BaseException:
+                self._restore()
+                raise
+
+    @torch.no_grad()
+    def _add(self, target: Target, weight: Tensor) -> None:
+        """B·A of one target to its block of the weight."""
+        block = block_of(weight, target)
+        was_finite = block.isfinite()
+        block.copy_(block.float() + self.delta_weight(target))
+        if lost := int((was_finite & ~block.isfinite()).sum()):
+            raise ValuesError(
+                f"merge: {target.name}: {lost} of {block.numel()} weights would be infinite or NaN in {weight.dtype}, "
+                "whose range the update leaves; merge into the base in float32 or bfloat16. Nothing was changed."
+            )
 
     def unmerge(self) -> None:
-        """Put the original weights back, bit for bit."""
-        with torch.no_grad():
-            for name, original in self._originals.items():
-                owner, _, key = name.rpartition(".")
-                getattr(self._root[0].get_submodule(owner), key).copy_(original)
-        self._originals, self.merged = {}, False
+        """Put the original weights back, bit for bit.
+
+        Raises:
+            TargetError: another thread is calling the model.
+        """
+        if self.merged:
+            with self._alone("unmerge"):
+                self._restore()
+
+    def _restore(self) -> None:
+        """The original weights; an interrupt lets it begin again, so that it is never half done."""
+        try:
+            self._copy_originals()
+        except BaseException:
+            self._copy_originals()
+            raise
+
+    @torch.no_grad()
+    def _copy_originals(self) -> None:
+        for name, original in self._originals.items():
+            owner, _, key = name.rpartition(".")
+            getattr(self._root[0].get_submodule(owner), key).copy_(original)
+        self._live.merged = False
+        self._originals = {}
 
     def rename(self, name: str) -> None:
         """Give the adapter another name among the model's submodules, and so in its `state_dict`.
@@ -272,21 +357,44 @@ class Adapter(nn.Module):
         """
         model = self._root[0]
         check_name(model, name)
-        delattr(model, self.name)
-        model.add_module(name, self)
+        renamed = {key: child for key, child in model._modules.items() if child is not self} | {name: self}
+        model._modules = renamed  # at once, so that an interrupt leaves it with one name
 
     def swap(self, path: str | os.PathLike) -> None:
         """Put the adapter of a file in this one's place; see `unilora_torch.attach.swap`."""
         from unilora_torch.attach import swap
 
-        swap(self, path)
+        before, theta_d = self.spec, self.theta_d.detach().clone()
+        heads = {name: tensor.detach().clone() for name, tensor in self.heads().items()}
+        with self._alone("swap"):
+            try:
+                swap(self, path)
+            except BaseException:
+                self._undo_swap(before, theta_d, heads)
+                raise
+
+    def _undo_swap(self, spec: ProjectionSpec, theta_d: Tensor, heads: Mapping[str, Tensor]) -> None:
+        if self.spec is not spec:
+            self.reseed(spec)
+        with torch.no_grad():
+            self.theta_d.copy_(theta_d)
+            for name, tensor in self.heads().items():
+                tensor.copy_(heads[name])
 
     def reseed(self, spec: ProjectionSpec) -> None:
         """Take the P of another spec of the same layout, d and start, in place."""
-        for table, new in zip(self._tables, Tables.of(spec), strict=True):
+        before, self.spec = self.spec, spec
+        try:
+            self._fill_tables(Tables.of(spec))
+        except BaseException:
+            self._fill_tables(Tables.of(before))
+            self.spec = before
+            raise
+
+    def _fill_tables(self, tables: Tables) -> None:
+        for table, new in zip(self._tables, tables, strict=True):
             if table is not None:
                 table.copy_(new)
-        self.spec = spec
 
     def detach(self, merge: bool = False) -> None:
         """Take the adapter off: the base model is as before `attach`, but for the values of `modules_to_save`.
@@ -295,24 +403,29 @@ class Adapter(nn.Module):
             merge: leave B·A in the base weights for good.
 
         Raises:
-            TargetError, ValuesError: it cannot be merged (see `merge`); it is still on the model then.
+            TargetError, ValuesError: it cannot be merged (see `merge`), or another thread is calling the model; it is
+                still on the model then.
         """
+        with self._alone("detach"):
+            (self.merge if merge else self.unmerge)()
+            try:
+                self._take_off()
+            except BaseException:  # what has begun is brought to its end
+                self._take_off()
+                raise
+
+    def _take_off(self) -> None:
         model = self._root[0]
-        if merge:
-            self.merge()
-            self._originals, self.merged = {}, False
-        else:
-            self.unmerge()
-        for handle in self._handles:
-            handle.remove()
-        delattr(model, self.name)
-        others = adapters(model).values()
-        still = {name for other in others for name in other._saved_parameters()}
+        self._unregister()
+        others = {name: child for name, child in adapters(model).items() if child is not self}
+        model._modules = {name: child for name, child in model._modules.items() if child is not self}
+        still = {name for other in others.values() for name in other._saved_parameters()}
         for name in self._saved_parameters().keys() - still:
             model.get_parameter(name).requires_grad_(False)
         if not others:
             for name in self._was_trainable:
                 model.get_parameter(name).requires_grad_(True)
+        self._originals, self._live.merged = {}, False
 
     # ---- files --------------------------------------------------------------------------------------------------
 
@@ -367,7 +480,7 @@ class Adapter(nn.Module):
         self.unmerge()
         if self._kept_heads is None:
             self._kept_heads = {name: tensor.detach().clone() for name, tensor in self.heads().items()}
-        self.enabled = False
+        self._live.on = False
         self.theta_d.requires_grad_(False)
         for parameter in self._saved_parameters().values():
             parameter.requires_grad_(False)
@@ -377,7 +490,7 @@ class Adapter(nn.Module):
         if self._kept_heads is not None:
             self._root[0].load_state_dict(self._kept_heads, strict=False)
             self._kept_heads = None
-        self.enabled, self.strength = True, strength
+        self._live.on, self._live.strength = True, strength
         self.theta_d.requires_grad_(True)
         for parameter in self._saved_parameters().values():
             parameter.requires_grad_(True)
@@ -424,7 +537,8 @@ def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> N
             base model alone.
 
     Raises:
-        TargetError: there is no adapter of that name, or two of them save one module. Nothing has changed then.
+        TargetError: there is no adapter of that name, two of them save one module, or another thread is calling the
+            model. Nothing has changed then.
     """
     weights = {to: 1.0} if isinstance(to, str) else dict(to) if isinstance(to, Mapping) else dict.fromkeys(to, 1.0)
     there = adapters(model)
@@ -432,6 +546,15 @@ def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> N
         if name not in there:
             raise TargetError(f"switch: the model has no adapter {name!r}; it has {list(there) or 'none'}.")
     check_apart({name: there[name].modules_to_save for name in weights})
+    with alone(model, (adapter._live for adapter in there.values()), "switch"):
+        try:
+            _switch(there, weights)
+        except BaseException:  # what has begun is brought to its end
+            _switch(there, weights)
+            raise
+
+
+def _switch(there: Mapping[str, Adapter], weights: Mapping[str, float]) -> None:
     for name in there.keys() - weights.keys():
         there[name]._switch_off()
     for name, strength in weights.items():
@@ -450,6 +573,25 @@ def check_name(model: nn.Module, name: str) -> None:
         )
     if hasattr(model, name) or not name.isidentifier():
         raise TargetError(f"{name!r} cannot be an adapter's name: it is no identifier, or the model has it already.")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; the mode of each module is put back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        try:
+            model.eval()
+            yield
+        finally:
+            _train(training)
+    finally:  # again, where an interrupt kept the first from being done
+        _train(training)
+
+
+def _train(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 def _trainable(model: nn.Module) -> set[str]:

@@ -1,57 +1,54 @@
 """How B·A reaches what a model computes: beside a linear layer, a convolution, an embedding, or inside a parameter."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from unilora_core import TargetError
-from unilora_torch.replaced import forward_with
+from unilora_torch.calls import Handle, surround
+from unilora_torch.live import Live
+from unilora_torch.replaced import IN_PLACE, Copies, forward_with, is_bound
 from unilora_torch.targets import Target, is_conv, shaped
-
-if TYPE_CHECKING:
-    from unilora_torch.adapter import Adapter
 
 __all__ = ["ConvPath", "EmbeddingPath", "LowRankPath", "WeightPath", "add_paths"]
 
 
-def add_paths(adapter: "Adapter", model: nn.Module, targets: Iterable[Target]) -> list[RemovableHandle]:
-    """Register the paths of all targets as forward hooks, and return their handles."""
-    handles: list[RemovableHandle] = []
+def add_paths(live: Live, model: nn.Module, targets: Iterable[Target], handles: list[Handle]) -> None:
+    """Register the paths of all targets, each with its handle in the list as soon as it is there."""
     grouped: dict[tuple[str, bool], list[Target]] = {}
     for target in targets:
         grouped.setdefault((target.module, target.parameter is None), []).append(target)
     for (name, beside), parts in grouped.items():
         module = model.get_submodule(name)
         if not beside:
-            inside = WeightPath(adapter, tuple(parts))
+            inside = WeightPath(live, tuple(parts))
+            handles.append(surround(module, inside))
             handles.append(module.register_forward_pre_hook(inside.open))
             handles.append(module.register_forward_hook(inside.close, always_call=True))
         else:
             kind = EmbeddingPath if isinstance(module, nn.Embedding) else ConvPath if is_conv(module) else LowRankPath
-            handles.append(module.register_forward_hook(kind(adapter, tuple(parts)), with_kwargs=True))
-    return handles
+            handles.append(module.register_forward_hook(kind(live, tuple(parts)), with_kwargs=True))
 
 
 class _Path:
-    """What every path knows: the adapter, and the targets of one module."""
+    """What every path knows: the live state of its adapter, and the targets of one module."""
 
-    def __init__(self, adapter: "Adapter", targets: tuple[Target, ...]):
-        self.adapter, self.targets = adapter, targets
+    def __init__(self, live: Live, targets: tuple[Target, ...]):
+        self.live, self.targets = live, targets
 
     @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
     def _reached(self) -> None:
-        self.adapter._unreached.discard(self.targets[0].module)
+        self.live.unreached.discard(self.targets[0].module)
 
 
 class _Beside(_Path):
     """The forward hook of a layer: adds to its outputs what B·A makes of its inputs."""
 
-    def __init__(self, adapter: "Adapter", targets: tuple[Target, ...]):
-        super().__init__(adapter, tuple(sorted(targets, key=lambda target: target.first_row)))
+    def __init__(self, live: Live, targets: tuple[Target, ...]):
+        super().__init__(live, tuple(sorted(targets, key=lambda target: target.first_row)))
 
     def factors(self, module: nn.Module, height: int) -> tuple[Tensor, Tensor]:
         """A (Σr, in) and B (height, Σr) of all targets.
@@ -60,7 +57,7 @@ class _Beside(_Path):
         zero outside of them.
         """
         self._reached()
-        factors = [self.adapter.factors_of(target) for target in self.targets]
+        factors = [self.live.factors_of(target) for target in self.targets]
         if self.targets[0].out_features == height:
             return factors[0]
         diagonal, row = [], 0
@@ -83,7 +80,7 @@ class LowRankPath(_Beside):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The new output, or None where the adapter is off."""
-        if not self.adapter.active:
+        if not self.live.acts():
             return None
         A, B = self.factors(module, output.size(-1))
         x = args[0] if args else next(iter(kwargs.values()))
@@ -98,7 +95,7 @@ class EmbeddingPath(_Beside):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The new output, or None where the adapter is off."""
-        if not self.adapter.active:
+        if not self.live.acts():
             return None
         A, B = self.factors(module, output.size(-1))
         rows = forward_with(module, {"weight": A.T.to(output.dtype)}, *args, **kwargs)
@@ -114,7 +111,7 @@ class ConvPath(_Beside):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The new output, or None where the adapter is off."""
-        if not self.adapter.active:
+        if not self.live.acts():
             return None
         kernel = module.kernel_size
         A, B = self.factors(module, output.size(-1 - len(kernel)))
@@ -125,27 +122,45 @@ class ConvPath(_Beside):
 
 
 class WeightPath(_Path):
-    """The forward hooks of a module that uses a weight by itself: it reads W + B·A from its beginning to its end.
+    """The hooks of a module that uses a weight by itself: it reads W + B·A from its beginning to its end.
 
-    The sum stands in the module's ``__dict__``, where Python looks before `nn.Module.__getattr__` finds the parameter:
-    the parameter stays registered, under its name, and is what the module reads again afterwards, also after an error.
+    The sum stands in the ``__dict__`` of a copy of the module, which is called in its place (see `Copies`): W stays
+    registered, under its name, and is what everybody else reads meanwhile.
     """
 
+    def around(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+        """A call of the module."""
+        paths = [_place(target)[0] for target in self.targets]
+        if is_bound([module, *map(module.get_submodule, paths)]):
+            with IN_PLACE:
+                try:
+                    return run(module)
+                finally:
+                    self.close(module)
+        if not self.live.acts():
+            return run(module)
+        copies = Copies(module, paths)
+        try:
+            return run(copies.top)
+        finally:
+            copies.put_back()
+
     def open(self, module: nn.Module, _args: Any) -> None:
-        """Before the module's forward pass."""
-        if not self.adapter.active:
+        """Before the forward pass of the module, or of its copy."""
+        if not self.live.acts():
             return
         self._reached()
         for target in self.targets:
-            owner, name = _owner(module, target)
-            A, B = self.adapter.factors_of(target)
+            path, name = _place(target)
+            owner = module.get_submodule(path)
+            A, B = self.live.factors_of(target)
             owner.__dict__[name] = _sum(getattr(owner, name), A, B, target)
 
-    def close(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        """After it."""
+    def close(self, module: nn.Module, _args: Any = None, _output: Any = None) -> None:
+        """After it: a graph works on the module itself."""
         for target in self.targets:
-            owner, name = _owner(module, target)
-            owner.__dict__.pop(name, None)
+            path, name = _place(target)
+            module.get_submodule(path).__dict__.pop(name, None)
 
 
 def _sum(weight: Tensor, A: Tensor, B: Tensor, target: Target) -> Tensor:
@@ -159,7 +174,7 @@ def _sum(weight: Tensor, A: Tensor, B: Tensor, target: Target) -> Tensor:
         return (weight.float() + shaped(update, target, weight)).to(weight.dtype)
 
 
-def _owner(module: nn.Module, target: Target) -> tuple[nn.Module, str]:
-    """The module that holds a target's parameter, and the parameter's name in it."""
-    owner, _, name = (target.parameter or "").rpartition(".")
-    return module.get_submodule(owner), name
+def _place(target: Target) -> tuple[str, str]:
+    """The path, inside the target's module, of the one that holds its parameter, and the parameter's name there."""
+    path, _, name = (target.parameter or "").rpartition(".")
+    return path, name

@@ -1,25 +1,23 @@
 """Never silently dead: a target that the forward pass bypasses is found out in the first pass."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from unilora_core import TargetError
+from unilora_torch.calls import Handle
+from unilora_torch.live import Live
 from unilora_torch.targets import Target
-
-if TYPE_CHECKING:
-    from unilora_torch.adapter import Adapter
 
 __all__ = ["add_checks", "by_caller"]
 
 
-def add_checks(adapter: "Adapter", model: nn.Module, targets: tuple[Target, ...]) -> list[RemovableHandle]:
-    """A hook on each module that calls targets; it raises where a target was left out."""
-    inside = by_caller(model, dict.fromkeys(target.module for target in targets))
-    return [caller.register_forward_hook(_Reach(adapter, modules)) for caller, modules in inside]
+def add_checks(live: Live, model: nn.Module, targets: tuple[Target, ...], handles: list[Handle]) -> None:
+    """A hook on each module that calls targets, its handle in the list; it raises where a target was left out."""
+    for caller, modules in by_caller(model, dict.fromkeys(target.module for target in targets)):
+        handles.append(caller.register_forward_hook(_Reach(live, modules)))
 
 
 class _Reach:
@@ -29,18 +27,18 @@ class _Reach:
     calls it, and is no error.
     """
 
-    def __init__(self, adapter: "Adapter", modules: tuple[str, ...]):
-        self.adapter, self.modules = adapter, modules
+    def __init__(self, live: Live, modules: tuple[str, ...]):
+        self.live, self.modules = live, modules
 
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """Check until each target has run once."""
-        if self.adapter.active:
+        if self.live.acts():
             self._check()
 
     @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
     def _check(self) -> None:
-        missed = [module for module in self.modules if module in self.adapter._unreached]
-        self.adapter._unreached.difference_update(missed)
+        missed = [module for module in self.modules if module in self.live.unreached]
+        self.live.unreached.difference_update(missed)
         if missed:
             raise TargetError(
                 f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such targets), so its "

@@ -1,21 +1,113 @@
 """A layer with another weight: what its class computes then, and whether that is linear in the weight."""
 
+import threading
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["convolves", "forward_with", "looks_up"]
+__all__ = ["IN_PLACE", "Copies", "call_with", "convolves", "forward_with", "is_bound", "looks_up"]
 
 M = torch.tensor([[0.5, -1, 2], [4, 1, -2]])
 """Mixes two outputs to three."""
 
+NOTHING = object()
 
-def forward_with(module: nn.Module, replaced: dict[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
-    """What the module's class computes with other parameters, without its hooks.
 
-    They stand in the module's ``__dict__``, where Python looks before `nn.Module.__getattr__` finds the parameters.
+class Copies:
+    """Shallow copies of a module and of some inside it, to be called in their place.
+
+    They share everything, but what is set on a copy is seen by those who are given the copy, and by nobody else: no
+    other thread, and nobody afterwards. That is how a module gets another weight for one call: in the ``__dict__`` of
+    the copy, where Python looks before `nn.Module.__getattr__` finds the parameter.
     """
+
+    def __init__(self, module: nn.Module, paths: Iterable[str] = ()):
+        self.made: dict[str, tuple[nn.Module, nn.Module, dict[str, Any]]] = {}
+        self.top = self._copy("", module)
+        for path in paths:
+            self.at(path)
+
+    def at(self, path: str) -> nn.Module:
+        """The copy of the submodule at a path, made if need be; the copies above it have it in its place."""
+        if path in self.made:
+            return self.made[path][1]
+        above, _, name = path.rpartition(".")
+        parent = self.at(above)
+        child = parent._modules[name]
+        copied = self._copy(path, child)
+        vars(parent)["_modules"] = {key: copied if value is child else value for key, value in parent._modules.items()}
+        return copied
+
+    def _copy(self, path: str, module: nn.Module) -> nn.Module:
+        before = {name: value for name, value in vars(module).items() if name not in CALLS}
+        copied = object.__new__(type(module))
+        vars(copied).update(before)
+        self.made[path] = module, copied, before
+        return copied
+
+    def put_back(self) -> None:
+        """Give the modules the attributes that a forward pass wrote on the copies."""
+        for module, copied, before in self.made.values():
+            for name, value in vars(copied).items():
+                if before.get(name, NOTHING) is not value and not _stays(module, name):
+                    vars(module)[name] = value
+            for name in before.keys() - vars(copied).keys():
+                vars(module).pop(name, None)
+            for name in copied._modules.keys() - before["_modules"].keys():
+                module._modules[name] = copied._modules[name]
+
+
+CALLS = ("_call_impl", "_compiled_call_impl")
+"""Attributes that call the module itself, not its copy."""
+
+
+IN_PLACE = threading.RLock()
+"""Held where a module itself has to take another weight for a call, and other threads have to wait."""
+
+
+def is_bound(modules: Iterable[nn.Module]) -> bool:
+    """Whether one has a ``forward`` of its own, as accelerate and Liger set: that never sees a copy."""
+    return any("forward" in vars(module) for module in modules)
+
+
+def _stays(module: nn.Module, name: str) -> bool:
+    """Whether an attribute of a copy is what it was made for, and not the forward pass's own."""
+    flat = isinstance(module, nn.RNNBase) and name.startswith("_flat_weight")  # made of its weights
+    return flat or name == "_modules" or name in module._parameters or name in module._buffers
+
+
+def forward_with(module: nn.Module, replaced: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+    """What the module's class computes with other parameters, without its hooks."""
+    if torch.compiler.is_compiling():  # which has no threads, and traces neither the copy's way back nor an interrupt
+        return _in_place(module, replaced, *args, **kwargs)
+    copies = Copies(module)
+    vars(copies.top).update(replaced)
+    try:
+        return type(module).forward(copies.top, *args, **kwargs)
+    finally:
+        copies.put_back()
+
+
+def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """As `torch.func.functional_call`, which is not for threads: the tensors of a module's state are others."""
+    if torch.compiler.is_compiling():
+        return torch.func.functional_call(module, state, args, kwargs)
+    copies = Copies(module, (name.rpartition(".")[0] for name in state))
+    if is_bound(original for original, *_ in copies.made.values()):
+        with IN_PLACE:
+            return torch.func.functional_call(module, state, args, kwargs)
+    for name, value in state.items():
+        owner, _, key = name.rpartition(".")
+        vars(copies.at(owner))[key] = value
+    try:
+        return copies.top(*args, **kwargs)
+    finally:
+        copies.put_back()
+
+
+def _in_place(module: nn.Module, replaced: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
     own = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
     module.__dict__.update(replaced)
     try:

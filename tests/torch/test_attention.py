@@ -77,7 +77,7 @@ def test_q_k_v_and_proj(kind, need_weights, training, start):
             with adapter.disabled():
                 torch.testing.assert_close(model(X), base(X))
     adapter.verify(X)
-    assert vars(model.attention).keys() == vars(base.attention).keys()
+    assert not model.attention._parameters.keys() & vars(model.attention).keys()
 
 
 @pytest.mark.parametrize("kind", ["fused", "other widths"])

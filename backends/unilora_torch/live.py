@@ -1,0 +1,247 @@
+"""What the hooks of an adapter look at: whether it acts here and now, its factors, and what no pass has reached yet.
+
+Nothing of a pass lies on the model, or where another thread sees it. θ_D of a pass is its thread's and goes with the
+call of the model (`Live.around`); whether an adapter is off is its context's (`Scope`); what changes the weights that
+all threads see runs `alone`.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unilora_core import TargetError
+from unilora_torch.calls import runs_elsewhere
+from unilora_torch.targets import Target
+
+__all__ = ["Live", "PerThread", "Scope", "alone"]
+
+
+class PerThread(threading.local):
+    """Attributes of which every thread has its own. A copy, also by pickle, begins anew."""
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+
+class _Entered:
+    """One ``with`` of a `Scope`: its value until it is over."""
+
+    def __init__(self, scope: "Scope", value: Any):
+        self.scope, self.value, self.over = scope, value, False
+
+
+_ENTERED: ContextVar[tuple[_Entered, ...]] = ContextVar("unilora_torch", default=())
+
+
+class Scope:
+    """A value that holds inside a ``with``, for the thread or the asyncio task that entered it.
+
+    Attributes:
+        used: whether it was ever entered; until then a compiled graph need not look.
+        open: every ``with`` that is not over, in whatever context.
+    """
+
+    def __init__(self) -> None:
+        self.used = False
+        self.open: set[_Entered] = set()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def get(self) -> Any:
+        """The value of the latest ``with`` that is not over in this context; None where there is none.
+
+        Raises:
+            TargetError: it cannot be known, in autograd's own thread.
+        """
+        if not self.used:
+            return None
+        for entered in reversed(_ENTERED.get()):
+            if entered.scope is self and not entered.over:
+                return entered.value
+        if not torch.compiler.is_compiling() and self.open:
+            _check_context()
+        return None
+
+    @contextlib.contextmanager
+    def holds(self, value: Any) -> Iterator[None]:
+        """Let the value hold inside the ``with``. Those that overlap may end in any order, and in any context."""
+        entered = _Entered(self, value)
+        try:
+            try:
+                self.used = True
+                self.open.add(entered)
+                _ENTERED.set((*_ENTERED.get(), entered))
+                yield
+            finally:
+                self._end(entered)
+        finally:  # again, where an interrupt kept the first from being done
+            self._end(entered)
+
+    def _end(self, entered: _Entered) -> None:
+        entered.over, entered.value = True, None
+        self.open.discard(entered)
+        _ENTERED.set(tuple(each for each in _ENTERED.get() if not each.over))
+
+
+def _check_context() -> None:
+    """Refuse a layer that autograd computes again in a thread of its own: it does not say whose pass that was."""
+    own = isinstance(threading.current_thread(), threading._DummyThread)
+    if own and torch._C._current_graph_task_id() != -1:
+        raise TargetError(
+            "a layer is computed again for a backward pass (gradient checkpointing), in a thread of autograd's own, "
+            "while disabled() or rows(…) holds in some context: whether in this one cannot be known. Leave the `with` "
+            "before the backward pass; unilora_torch.switch(model, ()) turns adapters off for every thread."
+        )
+
+
+class _Here(PerThread):
+    """What is a thread's own.
+
+    Attributes:
+        factors: those of the pass under way.
+        watched: takes the factors of each pass; None: nobody watches.
+        changing: whether the change under way is this thread's.
+    """
+
+    factors: Mapping[str, Tensor] | None = None
+    watched: dict[str, Tensor] | None = None
+    changing = False
+
+
+class Live:
+    """What the hooks of one adapter look at.
+
+    Attributes:
+        adapter: gives all factors, or with a target those of one.
+        unreached: the modules of targets that no pass has reached yet.
+        on: whether it is switched on.
+        off: holds where it is disabled.
+        merged: whether the weights hold B·A.
+        strength: what B·A is multiplied by.
+        change: what is being done to the weights or hooks, by one thread alone; None: nothing.
+    """
+
+    def __init__(self, adapter: Callable[..., Mapping[str, Tensor]], modules: Iterable[str]):
+        self.adapter, self.unreached = adapter, set(modules)
+        self.on, self.merged, self.strength = True, False, 1.0
+        self.off, self.here = Scope(), _Here()
+        self.change: str | None = None
+        self.claims: dict[str, object] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"change": None, "claims": {}}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is switched on, and not disabled in this context."""
+        return self.on and self.off.get() is None
+
+    def acts(self) -> bool:
+        """Whether B·A is to be added to the outputs.
+
+        Raises:
+            TargetError: another thread is changing the model.
+        """
+        if self.change is not None and not self.here.changing:
+            raise TargetError(_busy("the model was called", self.change))
+        return not self.merged and self.enabled
+
+    def factors_of(self, target: Target) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), times `strength`, of one target.
+
+        Inside the model's forward pass they are views of one θ_D, projected once for all targets. Elsewhere (a
+        submodule called alone, or recomputed by gradient checkpointing) they are projected alone. Autograd saves the
+        same tensors on both ways, so that non-reentrant checkpointing accepts the one for the other.
+        """
+        factors = self.here.factors
+        if factors is None:
+            factors = self.adapter(target)
+        A, B = factors[f"{target.name}.A"], factors[f"{target.name}.B"]
+        return A, B if self.strength == 1 else B * self.strength
+
+    def open(self, _module: nn.Module, _args: Any) -> None:
+        """The pre-hook of the model."""
+        self.here.factors = self.adapter() if self.acts() else None
+        if self.here.watched is not None and self.here.factors is not None:
+            self.here.watched.update(self.here.factors)
+
+    def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """The forward hook of the model; a compiled one has nothing else that closes a pass."""
+        self.here.factors = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[dict[str, Tensor]]:
+        """Inside the ``with``, the factors of this thread's passes come to lie in the mapping."""
+        try:
+            self.here.watched = seen = {}
+            yield seen
+        finally:
+            self.here.watched = None
+
+    def around(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+        """A call of the model: θ_D goes with it, whatever ends it."""
+        before = self.here.factors
+        try:
+            try:
+                self.here.factors = None
+                return run(module)
+            finally:
+                self.here.factors = before
+        finally:
+            self.here.factors = before
+
+
+@contextlib.contextmanager
+def alone(model: nn.Module, lives: Iterable[Live], what: str) -> Iterator[None]:
+    """Inside the ``with``, no other thread calls the model or changes it.
+
+    Args:
+        lives: of all adapters of the model.
+        what: the name of the change, for the error of those who are refused.
+
+    Raises:
+        TargetError: another thread is calling or changing it; nothing has changed then.
+    """
+    lives = tuple(lives)
+    if all(live.here.changing for live in lives):
+        yield
+        return
+    token = object()
+    try:
+        try:
+            _claim(model, lives, what, token)
+            yield
+        finally:
+            _release(lives, token)
+    finally:  # again, where an interrupt kept the first from being done
+        _release(lives, token)
+
+
+def _claim(model: nn.Module, lives: tuple[Live, ...], what: str, token: object) -> None:
+    for live in lives:
+        if live.claims.setdefault("by", token) is not token:
+            raise TargetError(_busy(what, live.change or "a change"))
+    for live in lives:  # from here on calls that begin are refused, then those that began before are looked for
+        live.change, live.here.changing = what, True
+    if runs_elsewhere(model):
+        raise TargetError(
+            f"{what}: another thread is calling the model, whose weights and hooks would change under it; nothing has "
+            "changed. Do it while no pass is under way."
+        )
+
+
+def _release(lives: tuple[Live, ...], token: object) -> None:
+    for live in lives:
+        if live.claims.get("by") is token:
+            live.change, live.here.changing = None, False
+            live.claims.clear()
+
+
+def _busy(what: str, change: str) -> str:
+    return f"{what} while another thread is in the midst of {change}; do it before or after. Nothing has changed."
