@@ -23,6 +23,7 @@ __all__ = [
     "TargetRow",
     "read_header",
     "read_identity",
+    "write_identity",
     "write_targets",
 ]
 
@@ -40,8 +41,8 @@ SETTINGS: Mapping[str, Any] = {
 """The settings of a base model that a file may state, and their types: of timm's `create_model` and of transformers'
 `from_pretrained`."""
 
-LARGEST = {"depth": 256, "in_chans": 256, "img_size": 4096, "num_classes": 2**20, "num_labels": 2**20}
-"""What a setting that decides a model's size may be at most."""
+SIZES = {"depth": 64, "in_chans": 256, "img_size": 4096, "num_classes": 2**16, "num_labels": 2**16}
+"""What a setting that decides a model's size may be at most; ImageNet-21k has 21,841 classes."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class BaseArguments:
         arguments: settings, of those in `SETTINGS` and others; see `Header.settings`.
         pretrained: for timm: pretrained weights; else random ones, which ``seed`` fixes.
         checkpoint: for timm: the file that the weights came from.
-        seed: of whatever the base model leaves to chance, such as a new head.
+        seed: of whatever the base model leaves to chance, such as a new head; 0 ≤ seed < 2^64.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -166,7 +167,9 @@ def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
     def entry(name: str, kind: Any, default: Any) -> Any:
         return typed(kind, parse_json(said[name], f"{path}: {name}"), f"{path}: {name}") if name in said else default
 
-    task = said.get("task")
+    task, base_arguments = said.get("task"), entry("base_arguments", BaseArguments, BaseArguments())
+    if not 0 <= base_arguments.seed < 2**64:
+        raise CorruptFileError(f"{path}: base_arguments.seed: expected 0 ≤ seed < 2^64, got {base_arguments.seed}.")
     return Header(
         targets=_targets(path, file),
         modules_to_save=_names(f"{path}: modules_to_save", entry("modules_to_save", tuple[str, ...], ())),
@@ -175,7 +178,7 @@ def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
         base_class=said.get("base_class"),
         task=None if task is None else typed(Literal["vit", "text", "lm"], task, f"{path}: task"),
         labels=entry("labels", tuple[str, ...], ()),
-        base_arguments=entry("base_arguments", BaseArguments, BaseArguments()),
+        base_arguments=base_arguments,
         where=str(path),
     )
 
@@ -183,10 +186,10 @@ def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
 def _targets(path: str | os.PathLike, file: AdapterFile) -> tuple[TargetRow, ...]:
     where, shapes = f"{path}: its targets do not fit its layout", file.spec.layout.shapes
     said = parse_json(file.metadata.get("targets", "null"), where)
-    entries = typed(tuple[Entry, ...] | None, said or None, where)
+    entries = typed(tuple[Entry, ...] | None, said, where)
     names = [name.removesuffix(".A") for name in shapes if name.endswith(".A")]
     rows = []
-    for name, *entry in entries or [(name, name, 0, False) for name in names]:
+    for name, *entry in [(name, name, 0, False) for name in names] if entries is None else entries:
         if f"{name}.A" not in shapes or f"{name}.B" not in shapes:
             raise CorruptFileError(f"{where}: it has no factors {name}.A and {name}.B.")
         rows.append(_row(where, shapes[f"{name}.A"], shapes[f"{name}.B"], name, *entry))
@@ -210,7 +213,7 @@ def _row(
     """A (*experts, rank, in) and B (*experts, out, rank) with an entry of the header."""
     most = 2 + (parameter is not None)
     if not 2 <= len(A) <= most or (*A[:-2], B[-2] if len(B) > 1 else 0, A[-2]) != B:
-        raise CorruptFileError(f"{where}: the factors of {name!r} have the shapes {A} and {B}.")
+        raise CorruptFileError(f"{where}: the factors of {shown(name)} have the shapes {shown(A)} and {shown(B)}.")
     experts = A[0] if len(A) == 3 else 0
     return TargetRow(name, module, A[-2], A[-1], B[-2], first_row, transposed, parameter, experts)
 
@@ -223,10 +226,19 @@ def _names(where: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _setting(where: str, name: str, value: Any) -> Any:
     value = typed(SETTINGS[name], value, where)
-    sizes = value if isinstance(value, tuple) else (value,)
-    if name in LARGEST and not all(1 <= size <= LARGEST[name] for size in sizes):
-        raise CorruptFileError(f"{where}: expected sizes from 1 to {LARGEST[name]}, got {value!r}.")
+    least, most = (1, SIZES[name]) if name in SIZES else (0, 1 if SETTINGS[name] is float else 2**31)
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not all(least <= number <= most for number in numbers if not isinstance(number, str)):
+        raise CorruptFileError(f"{where}: expected {least} to {most}, got {shown(value)}.")
     return value
+
+
+def write_identity(base: BaseIdentity | None) -> dict[str, str]:
+    """The header's entry for what tells the base model apart; empty for None."""
+    if base is None:
+        return {}
+    facts = {"class": base.kind, "name": base.name, "embeddings": base.embeddings, "values": base.values}
+    return {"base": json.dumps(facts)}
 
 
 def read_identity(text: str, where: str) -> BaseIdentity:
@@ -236,7 +248,8 @@ def read_identity(text: str, where: str) -> BaseIdentity:
         CorruptFileError: it has another structure.
     """
     said = typed(dict[str, Any], parse_json(text, where), where)
-    identity = typed(BaseIdentity, {"kind" if key == "class" else key: value for key, value in said.items()}, where)
+    names = {"class": "kind", "kind": "class"}  # a keyword of Python
+    identity = typed(BaseIdentity, {names.get(key, key): value for key, value in said.items()}, where)
     try:
         whole = len(base64.b64decode(identity.values, validate=True)) % 2 == 0
     except ValueError:

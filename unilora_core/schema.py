@@ -19,18 +19,21 @@ T = TypeVar("T")
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
-SHORT.maxlist = 16
+SHORT.maxlist, SHORT.maxlevel = 16, 2
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text. NaN and infinity pass, as in some a ``config.json``; `typed` refuses them.
 
     Raises:
-        CorruptFileError: it is none, is nested too deeply to be read, or says a name twice; or a number has too many
-            digits, or is NaN or infinite.
+        CorruptFileError: it is none, is nested too deeply to be read, says a name twice, or holds half a surrogate pair
+            or a number of too many digits.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = json.loads(text, object_pairs_hook=_unique)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # fails on half a pair, as whatever prints it would
+        return found
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where}: not JSON that can be read ({error}).") from error
 
@@ -93,7 +96,10 @@ def typed(kind: Any, value: Any, where: str) -> Any:
 
 def shown(value: object) -> str:
     """A value for a message: short however large or deep it is, and without control characters."""
-    return SHORT.repr(value)
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} too long to print"
 
 
 def _object(kind: type[T], value: object, where: str) -> T:
@@ -125,9 +131,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the name {twice!r} occurs twice in one object")
+        raise ValueError(f"the name {shown(twice)} occurs twice in one object")
     return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
