@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -22,6 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,12 +79,17 @@ class Writer:
         """As a user of the project reads while others write; the same exceptions."""
         self.read(place)
 
-    def leftovers(self) -> list[str]:
+    def leftovers(self) -> list[Path]:
         """What lies in the home folder beside what was asked for."""
-        names = [path.name for path in self.home.iterdir() if path != self.place]
+        found = [path for path in self.home.iterdir() if path != self.place]
         if self.inside is not None and self.place.is_dir():
-            names += [path.name for path in self.place.iterdir() if path.name not in self.inside]
-        return names
+            found += [path for path in self.place.iterdir() if path.name not in self.inside]
+        return found
+
+    def clean(self) -> None:
+        """Take away what was left, once it has been counted."""
+        for path in self.leftovers():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def generation(values: np.ndarray) -> int:
@@ -286,7 +293,7 @@ class Merge(Torch):
     def write(self, place: Path, i: int) -> None:
         import unilora_transformers
 
-        with contextlib.suppress(FileNotFoundError):
+        if place.exists():
             gone = Path(tempfile.mkdtemp(dir=self.scratch)) / "gone"
             os.rename(place, gone)
             shutil.rmtree(gone.parent)
@@ -405,7 +412,7 @@ class Run(Writer):
                 continue
             except (UniLoraError, ValueError, RuntimeError, EOFError, OSError) as error:
                 raise Torn(f"{name}: {error}") from error
-        return None
+        return 0 if (place / "metrics.csv").exists() else None
 
 
 def _whole_csv(path: Path) -> None:
@@ -443,7 +450,7 @@ class Row:
         ]
         return [
             *(f"torn: {t}" for t in self.torn),
-            *(f"left: {s}" for s in self.stay),
+            *(f"left after the next save: {s[:5]}…" for s in self.stay),
             *(f"mixed: {m}" for m in self.mixed),
             *wrong,
         ]
@@ -470,7 +477,7 @@ def wait(pid: int) -> None:
         raise SystemExit(f"kill: a writer failed by itself (status {status})")
 
 
-class Counter:
+class Progress:
     """The number of the last generation that was saved, and of the one that is being saved; shared by processes."""
 
     def __init__(self):
@@ -488,7 +495,7 @@ class Counter:
 
 def kill(writer: Writer, kills: int, seconds: float, rng: random.Random, ready: bool) -> Row:
     """Kill it so many times, or for so long."""
-    row, counter, pace, end = Row(), Counter(), 0.05, time.monotonic() + seconds
+    row, counter, pace, end = Row(), Progress(), 0.05, time.monotonic() + seconds
 
     def once(i: int) -> None:
         if not ready:
@@ -523,15 +530,15 @@ def kill(writer: Writer, kills: int, seconds: float, rng: random.Random, ready: 
         try:
             found = writer.read(writer.place)
             row.seen["none" if found is None else "old" if found <= saved else "new"] += 1
+            if found is None and writer.inside is None:
+                row.torn.append("the old file is gone, and the new one is not there")
             if found is not None and not writer.merges and found < saved:
                 row.torn.append(f"generation {found} was seen after {saved} had been saved")
         except Torn as error:
             row.torn.append(str(error).replace(str(writer.scratch), ""))
         wait(forked(lambda next_=begun + 1: once(next_)))
-        row.stay += [str(name) for name in writer.leftovers()]
-        for path in writer.home.iterdir():
-            if path != writer.place:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        row.stay += [path.name for path in writer.leftovers()]
+        writer.clean()
         i = begun + 2
     return row
 
@@ -608,7 +615,7 @@ def fails_clearly(writer: Writer, place: Path, i: int, number: int) -> str:
             return "the old one is gone"
     except Torn as error:
         return f"torn: {error}"
-    left = sorted(set(path.name for path in place.parent.iterdir()) - set(before))
+    left = sorted({path.name for path in place.parent.iterdir()} - set(before))
     return f"left: {left}" if left else "ok"
 
 
@@ -648,7 +655,7 @@ def on_small_disk(writer: Writer, disk: Path, size: int) -> dict[str, str]:
         while True:
             file.write(bytes(4096))
     with filler.open("rb+") as file:
-        file.truncate(filler.stat().st_size - size * 1024 // 2)  # room for half of it
+        file.truncate(filler.stat().st_size - size * 1024 // 4)  # room for a part of it
     found["full disk"] = fails_clearly(writer, place, 2, errno.ENOSPC)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     found["read-only"] = fails_clearly(writer, place, 2, errno.EROFS)
@@ -659,7 +666,7 @@ def on_small_disk(writer: Writer, disk: Path, size: int) -> dict[str, str]:
 
 TORCH: list[type[Writer]] = [Save, ExportLora, SavePeft, SavePretrained, Merge, Run]
 JAX: list[type[Writer]] = [JaxSave, JaxExport]
-SHARE = {"unilora finetune": 2.0}
+SHARE = {"unilora finetune": 2.0, "jax save": 2.0, "jax export_lora": 2.0}
 
 
 def all_of(kinds: list[type[Writer]], arguments: argparse.Namespace, scratch: Path, ready: bool) -> dict[str, Row]:
@@ -691,7 +698,7 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="kill-"))
     try:
         rows = {}
-        for kinds, ready in ((JAX, False), (TORCH, True)):
+        for kinds, ready in (*(([kind], False) for kind in JAX), (TORCH, True)):
             chosen = [kind for kind in kinds if not arguments.writer or kind.name in arguments.writer]
             rows |= _apart(chosen, arguments, scratch, ready) if chosen else {}
         return report(rows)
@@ -703,7 +710,7 @@ def _apart(kinds: list[type[Writer]], arguments: argparse.Namespace, scratch: Pa
     """In a process of its own: JAX's threads and PyTorch's do not go through one fork."""
     import pickle
 
-    out = scratch / f"rows-{ready}"
+    out = scratch / f"rows-{kinds[0].name}"
 
     def run() -> None:
         if ready:
@@ -739,8 +746,8 @@ def report(rows: dict[str, Row]) -> int:
             )
         )
     for name, row in rows.items():
-        for fault in dict.fromkeys(row.faults):
-            say(f"  {name}: {row.faults.count(fault)} × {fault}")
+        for fault, count in Counts(re.sub(r"\d+", "N", fault) for fault in row.faults).items():
+            say(f"  {name}: {count} × {fault}")
     return 1 if any(row.faults for row in rows.values()) else 0
 
 
