@@ -6,6 +6,7 @@ from typing import Any
 from unilora_cli.console import CommandError
 from unilora_cli.data_corpus import Chat
 from unilora_cli.models import readable_errors
+from unilora_core.schema import shown
 
 __all__ = ["chat_tokens", "check_template"]
 
@@ -33,7 +34,7 @@ def chat_tokens(
         CommandError: the template refuses the chat, or does not tell which tokens are the assistant's.
     """
     last = max(i for i, turn in enumerate(chat) if turn["role"] == "assistant")
-    with readable_errors(f"{where}: the chat template cannot take {chat!r:.200}"):
+    with readable_errors(f"{where}: the chat template cannot take {shown(chat)}"):
         tokens = _tokens(tokenizer, chat)
         prompt = _tokens(tokenizer, chat[:last], add_generation_prompt=True) if last else []
         silent = _silent(chat, tokens, tokenizer, where) if response_only else [False] * len(tokens)

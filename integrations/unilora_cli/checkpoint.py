@@ -1,9 +1,10 @@
 """The state of an interrupted run: what `--resume` needs to go on as if nothing had happened."""
 
+import io
 import json
-import os
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from unilora_cli import distributed
 from unilora_cli.console import CommandError
 from unilora_cli.models import readable_errors
 from unilora_cli.task import Task
-from unilora_core import ProjectionSpec
+from unilora_core import CorruptFileError, ProjectionSpec
+from unilora_core.files import write_file
+from unilora_core.schema import parse_json, shown, typed
 
-__all__ = ["FILE", "check_settings", "check_spec", "made_for", "read", "restore", "state", "write"]
+__all__ = ["FILE", "Contents", "check_settings", "check_task", "made_for", "read", "restore", "state", "write"]
 
 FILE = "training.pt"
 
@@ -25,10 +28,35 @@ FREE = {"out", "overwrite", "resume", "recipe", "device", "workers", "compile", 
 """Arguments that may change between a run and its continuation: they say how to compute, not what."""
 
 
-def write(folder: Path, contents: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Contents:
+    """What the file holds, as far as it is plain values; `restore` holds the rest against the run.
+
+    Attributes:
+        settings, spec: see `made_for`.
+        epochs, losses, skipped, seconds: what `Recorder` knows.
+    """
+
+    settings: dict[str, str]
+    spec: str
+    epoch: int
+    step: int
+    epochs: tuple[dict[str, Any], ...]
+    losses: tuple[tuple[int, float, float], ...]
+    skipped: int
+    seconds: float
+    trained: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any]
+    generators: tuple[dict[str, Any], ...]
+
+
+def write(folder: Path, contents: Mapping[str, Any]) -> None:
     """Write the file, so that an interruption leaves the old one or the new one."""
-    torch.save(contents, folder / f"{FILE}.new")
-    os.replace(folder / f"{FILE}.new", folder / FILE)
+    buffer = io.BytesIO()
+    torch.save(dict(contents), buffer)
+    write_file(folder / FILE, buffer.getvalue())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -36,11 +64,15 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises:
         CommandError: there is none, or it is damaged.
+        CorruptFileError: a value in it is of another type.
     """
-    if not (folder / FILE).is_file():
+    path = folder / FILE
+    if not path.is_file():
         raise CommandError(f"{folder}: there is no interrupted run to --resume in it (no {FILE}).")
-    with readable_errors(f"cannot read {folder / FILE}"):
-        return torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    with readable_errors(f"cannot read {path}"):
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    found = typed(Contents, contents, str(path))
+    return {field.name: getattr(found, field.name) for field in fields(found)}
 
 
 def made_for(settings: Mapping[str, Any], spec: ProjectionSpec) -> dict[str, Any]:
@@ -63,19 +95,26 @@ def check_settings(contents: Mapping[str, Any], settings: Mapping[str, Any], fol
             )
 
 
-def check_spec(contents: Mapping[str, Any], spec: ProjectionSpec, folder: Path) -> None:
-    """Refuse to go on with another projection, which another model or another version of it gives.
+def check_task(contents: Mapping[str, Any], task: Task, folder: Path) -> None:
+    """Refuse to go on with another projection, which another model or another version of it gives, or other scores.
 
     Raises:
-        CommandError: it names the first field that differs, and both values.
+        CommandError: it names the first field of the projection that differs, and both values.
+        CorruptFileError: the file is none of such a run.
     """
-    was, now = json.loads(contents["spec"]), json.loads(json.dumps(spec.to_json()))
-    for name in was:
-        if was[name] != now[name]:
+    where = f"{folder / FILE}: spec"
+    was = typed(dict[str, Any], parse_json(contents["spec"], where), where)
+    now = json.loads(json.dumps(task.adapter.spec.to_json()))
+    for name in now:
+        if was.get(name) != now[name]:
             raise CommandError(
-                f"{folder}: the interrupted run has a projection with {name} = {was[name]!s:.80}, this one "
+                f"{folder}: the interrupted run has a projection with {name} = {was.get(name)!s:.80}, this one "
                 f"{now[name]!s:.80}; is --model what it was? Start anew with another --out."
             )
+    names = {"epoch", "step", "loss", "seconds", *(metric.name for metric in task.metrics)}
+    for row in contents["epochs"]:
+        if not names <= row.keys() or not all(isinstance(value, (int, float)) for value in row.values()):
+            raise CorruptFileError(f"{folder / FILE}: epochs: expected numbers for {sorted(names)}, got {shown(row)}.")
 
 
 def state(epoch: int, step: int, task: Task, parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -93,19 +132,27 @@ def state(epoch: int, step: int, task: Task, parts: Mapping[str, Any], device: t
 
 
 def restore(state: dict[str, Any], task: Task, parts: Mapping[str, Any], device: torch.device) -> tuple[int, int]:
-    """Go back to a `state`; the steps and the epochs that are done."""
-    with torch.no_grad():
+    """Go back to a `state`; the steps and the epochs that are done.
+
+    Raises:
+        CommandError: it is no state of this run.
+    """
+    with readable_errors(f"cannot go on from {FILE}"):
         for name, value in _trained(task).items():
-            value.copy_(state["trained"][name])
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    generators = state["generators"][distributed.rank()]
-    torch.set_rng_state(generators["torch"])
-    if device.type == "cuda" and generators["cuda"] is not None:
-        torch.cuda.set_rng_state(generators["cuda"], device)
-    np.random.set_state(generators["numpy"])
-    random.setstate(generators["python"])
-    task.train.generator.set_state(generators["order"])
+            saved = state["trained"][name]
+            if saved.shape != value.shape or not saved.isfinite().all():
+                raise CommandError(f"{FILE}: {name}: expected finite numbers {tuple(value.shape)}, got others.")
+            with torch.no_grad():
+                value.copy_(saved)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generators = state["generators"][distributed.rank()]
+        torch.set_rng_state(generators["torch"])
+        if device.type == "cuda" and generators["cuda"] is not None:
+            torch.cuda.set_rng_state(generators["cuda"], device)
+        np.random.set_state(generators["numpy"])
+        random.setstate(generators["python"])
+        task.train.generator.set_state(generators["order"])
     return state["step"], state["epoch"]
 
 

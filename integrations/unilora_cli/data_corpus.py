@@ -9,6 +9,7 @@ from typing import Any
 
 from unilora_cli.console import CommandError, path_of
 from unilora_cli.data_records import load_tables, opened, suffix
+from unilora_core.schema import shown
 
 __all__ = ["Chat", "Corpus", "read_corpora"]
 
@@ -114,9 +115,12 @@ def _filled_in(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -
     ``{prompt}`` and the response are found by name where the data call them otherwise.
     """
     try:
-        names = [name for _, name, *_ in string.Formatter().parse(arguments.prompt) if name is not None]
+        pieces = list(string.Formatter().parse(arguments.prompt))
     except ValueError as error:
         raise CommandError(f"--prompt: {error}; write {{column}}, and {{{{ for a plain brace.") from error
+    if formatted := [name for _, name, format_, conversion in pieces if name is not None and (format_ or conversion)]:
+        raise CommandError(f"--prompt: expected the name of a column alone in {{{formatted[0]}…}}, as {{column}}.")
+    names = [name for _, name, *_ in pieces if name is not None]
     usual = next((pair for pair in DIALOGUES if set(pair) <= rows[0].keys()), DIALOGUES[0])
     columns = [usual[0] if name == "prompt" else name for name in names]
     columns.append(arguments.response_column or usual[1])
@@ -125,8 +129,12 @@ def _filled_in(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -
             f"{where}: there is no column {missing[0]!r} for --prompt or --response-column; it has "
             f"{', '.join(map(repr, rows[0]))}."
         )
-    values = [_words(row, columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
-    return [(arguments.prompt.format(**dict(zip(names, parts[:-1], strict=True))), parts[-1]) for parts in values]
+    found = []
+    for i, row in enumerate(rows):
+        *parts, response = _words(row, columns, f"{where}, record {i + 1}")
+        said: dict[str | None, str] = {**dict(zip(names, parts, strict=True)), None: ""}
+        found.append(("".join(before + said[name] for before, name, *_ in pieces), response))
+    return found
 
 
 def _closed(prompt: str, response: str) -> str:
@@ -136,13 +144,13 @@ def _closed(prompt: str, response: str) -> str:
 
 def _chat(turns: Any, where: str) -> Chat:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise CommandError(f"{where}: expected a list of turns in 'messages', got {turns!r:.80}.")
+        raise CommandError(f"{where}: expected a list of turns in 'messages', got {shown(turns)}.")
     for i, turn in enumerate(turns):
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
         if role not in ROLES:
-            raise CommandError(f"{where}, turn {i + 1}: the role {role!r} is none of {', '.join(ROLES)}.")
+            raise CommandError(f"{where}, turn {i + 1}: the role {shown(role)} is none of {', '.join(ROLES)}.")
         if not isinstance(content, str):
-            raise CommandError(f"{where}, turn {i + 1}: expected a text as the content, got {content!r:.80}.")
+            raise CommandError(f"{where}, turn {i + 1}: expected a text as the content, got {shown(content)}.")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise CommandError(f"{where}: there is no turn of the assistant, so there is nothing to learn.")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

@@ -204,7 +204,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CommandError(f"{path}, line {line}: not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise CommandError(f"{path}, line {line}: expected an object {{...}}, got {text.strip():.40}.")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,14 @@ import torch
 
 from unilora_cli.console import CommandError
 from unilora_cli.data_records import Tables, column, draw, load_tables, split_off
+from unilora_core.schema import shown
 
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
 
 TEXT = ("sentence", "text")
+WHOLE = re.compile(r"-?\d{1,100}")
+"""A whole number, of no more digits than a label has."""
+
 Example = dict[str, Any]
 Labelled = tuple[tuple[str, ...], int | float]
 
@@ -57,11 +62,11 @@ class LabelledTexts:
 
     def _class(self, given: Any, where: str, index: int) -> int:
         value = _plain(given, where, index)
-        if self._named and value.isdigit() and int(value) < len(self.classes):
+        if self._named and WHOLE.fullmatch(value) and 0 <= int(value) < len(self.classes):
             return int(value)
         if value not in self.classes:
             raise CommandError(
-                f"{where}, record {index + 1}: the label {value!r} is not among the training classes "
+                f"{where}, record {index + 1}: the label {shown(value)} is not among the training classes "
                 f"({', '.join(self.classes[:10])})."
             )
         return self.classes.index(value)
@@ -120,7 +125,7 @@ def _classes(values: Sequence[str], where: str, label: str) -> tuple[str, ...]:
             f"{where}: the column {label!r} has {len(found)} different values; is it a class? (--label-column, or "
             "--regression)"
         )
-    whole = all(value.lstrip("-").isdigit() for value in found)
+    whole = all(WHOLE.fullmatch(value) for value in found)
     return tuple(sorted(found, key=int if whole else str))
 
 
@@ -128,6 +133,10 @@ def _plain(value: Any, where: str, index: int) -> str:
     """A label as a word: 1, 1.0 and "1" are the same class."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, (list, dict)):
+        raise CommandError(
+            f"{where}, record {index + 1}: expected a word or an integer as the label, got {shown(value)}."
+        )
     missing = value is None or value != value  # NaN, which is what a table of floats has where there is nothing
     text = "" if missing else str(value).strip()
     if not text:
@@ -138,14 +147,14 @@ def _plain(value: Any, where: str, index: int) -> str:
 def _label_number(value: Any, where: str, index: int) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise CommandError(f"{where}, record {index + 1}: expected a number as the label, got {value!r}.")
+        raise CommandError(f"{where}, record {index + 1}: expected a number as the label, got {shown(value)}.")
     return number
 
 
 def _words(value: Any, name: str, where: str, index: int) -> str:
     if not isinstance(value, str):
-        raise CommandError(f"{where}, record {index + 1}: expected a text in column {name!r}, got {value!r}.")
+        raise CommandError(f"{where}, record {index + 1}: expected a text in column {name!r}, got {shown(value)}.")
     return value

@@ -42,7 +42,7 @@ def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
     _seed(arguments.seed)
     task = importlib.import_module(f"unilora_cli.{arguments.kind}").task(arguments)
     if resumed:
-        checkpoint.check_spec(resumed, task.adapter.spec, folder)
+        checkpoint.check_task(resumed, task, folder)
     _seed(arguments.seed + distributed.rank())
     if not getattr(task.model, "is_quantized", False):  # that one is where it was loaded to
         task.model.to(device)

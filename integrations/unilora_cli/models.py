@@ -196,7 +196,7 @@ def readable_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """A pickle holds weights or is refused; timm before 1.0.27 runs whatever one in a model's folder says."""
+    """A pickle holds weights or is refused; timm 1.0.22 runs what one in a model's folder says."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

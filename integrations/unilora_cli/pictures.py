@@ -1,8 +1,9 @@
 """What a classifier of images predicts, as tables and pictures: each prediction, the confusions, the worst mistakes."""
 
 import csv
+import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unilora_cli.data_images import ImageSet
+from unilora_core.errors import printable
+from unilora_core.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,21 +82,18 @@ def predict(
 
 def write_predictions(path: Path, found: Predictions) -> None:
     """A row per image: its name, the true and the predicted class, and the model's probability of either."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "true", "predicted", "probability", "probability_of_true"])
-        columns = (found.names, found.labels, found.predicted, found.probability, found.of_label)
-        for name, label, guess, probability, of_label in zip(*columns, strict=True):
-            classes = (found.classes[label], found.classes[guess])
-            rows.writerow([name, *classes, f"{probability:.4f}", f"{of_label:.4f}"])
+    rows = [["file", "true", "predicted", "probability", "probability_of_true"]]
+    columns = (found.names, found.labels, found.predicted, found.probability, found.of_label)
+    for name, label, guess, probability, of_label in zip(*columns, strict=True):
+        classes = (found.classes[label], found.classes[guess])
+        rows.append([name, *classes, f"{probability:.4f}", f"{of_label:.4f}"])
+    _write_table(path, rows)
 
 
 def write_confusion(path: Path, found: Predictions) -> None:
     """A row per true class, a column per predicted class: counts."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["true", *found.classes])
-        rows.writerows([name, *counts] for name, counts in zip(found.classes, found.confusion().tolist(), strict=True))
+    counts = zip(found.classes, found.confusion().tolist(), strict=True)
+    _write_table(path, [["true", *found.classes], *([name, *row] for name, row in counts)])
 
 
 def draw_confusion(path: Path, found: Predictions) -> None:
@@ -162,11 +162,20 @@ def _figure(width: float, height: float, layout: str | None = "constrained") -> 
     return figure
 
 
+def _write_table(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))  # names of files may be no UTF-8
+
+
 def _save(figure: "Figure", path: Path) -> None:
+    picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
-        figure.savefig(path, dpi=120)
+        figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())
 
 
 def _short(text: str, most: int) -> str:
+    text = printable(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unilora_cli.console import CommandError, path_of, say, table
+from unilora_cli.console import CommandError, one_line, path_of, say, table
 from unilora_cli.defaults import DEFAULTS
+from unilora_core.schema import shown
 
 __all__ = ["FOLDER", "fill_in", "run", "shipped"]
 
@@ -21,9 +22,14 @@ NOT_SETTINGS = ("help", "debug", "recipe", "model_arg", "out", "overwrite", "res
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """List the shipped recipes, or print one."""
+    """List the shipped recipes, or print one.
+
+    Raises:
+        CommandError: no such recipe, or no TOML.
+    """
     if arguments.name:
-        say(_path(arguments.name).read_text(encoding="utf-8").rstrip())
+        _read(arguments.name)
+        say(_text(arguments.name).rstrip())
         return
     rows = [(name, _read(name)) for name in shipped()]
     say(table([(name, recipe["task"], recipe["about"]) for name, recipe in rows], indent=""))
@@ -52,7 +58,7 @@ def fill_in(arguments: argparse.Namespace) -> None:
     settings = {key: value for key, value in options.items() if key not in HEADER}
     if unknown := [key for key in settings if key not in actions]:
         known = ", ".join([*HEADER, *actions])
-        raise CommandError(f"{name}: there is no setting {unknown[0]!r}; a recipe may have {known}.")
+        raise CommandError(f"{name}: there is no setting {shown(unknown[0])}; a recipe may have {known}.")
     if {"lora-rate", "theta-rate"} <= settings.keys():
         raise CommandError(f"{name}: theta-rate takes the place of lora-rate; leave one of them out.")
     values = {key: _value(actions[key], value, f"{name}: {key}") for key, value in settings.items()}
@@ -67,14 +73,25 @@ def _read(name: str) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
+    text = _text(name)
+    try:
+        recipe = tomllib.loads(text)
+        repr(recipe)  # or no message could show what is wrong
+    except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: numbers of too many digits, deep nesting
+        raise CommandError(f"{name}: not TOML ({one_line(error, 200)}).") from error
+    if (task := recipe.get("task")) not in tuple(DEFAULTS):
+        raise CommandError(f'{name}: expected task = "vit", "text" or "lm", got {shown(task)}.')
+    if not isinstance(about := recipe.get("about", ""), str):
+        raise CommandError(f"{name}: about: expected a text, got {shown(about)}.")
+    return {"about": ""} | recipe
+
+
+def _text(name: str) -> str:
     path = _path(name)
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise CommandError(f"{path}: not TOML ({error}).") from error
-    if recipe.get("task") not in DEFAULTS:
-        raise CommandError(f'{path}: expected task = "vit", "text" or "lm", got {recipe.get("task")!r}.')
-    return {"about": ""} | recipe
 
 
 def _path(name: str) -> Path:
@@ -90,8 +107,14 @@ def _path(name: str) -> Path:
 
 def _value(action: Any, value: Any, where: str) -> Any:
     """A TOML value as the option takes it: numbers for numbers, lists for comma lists, true and false for flags."""
-    flag = isinstance(action, argparse.BooleanOptionalAction)
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    flag, parts = isinstance(action, argparse.BooleanOptionalAction), value if isinstance(value, list) else [value]
+    if not all(isinstance(part, (str, int, float)) for part in parts):
+        raise CommandError(f"{where}: expected a text, a number, true or false, or a list of such, got {shown(value)}.")
+    text = ",".join(map(str, parts))
+    if "\0" in text:
+        raise CommandError(
+            f"{where}: expected what a command line could say, got {shown(value)}, with a null character."
+        )
     try:
         made = value if flag else (action.type or str)(text)
     except argparse.ArgumentTypeError as error:
@@ -105,5 +128,5 @@ def _value(action: Any, value: Any, where: str) -> Any:
     else:
         fits, wanted = isinstance(value, (str, list) if isinstance(made, tuple) else str), "a text"
     if not fits:
-        raise CommandError(f"{where}: expected {wanted}, got {value!r}.")
+        raise CommandError(f"{where}: expected {wanted}, got {shown(value)}.")
     return made

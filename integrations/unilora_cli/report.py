@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from unilora_cli import checkpoint
 from unilora_cli.console import number, say, table
 from unilora_cli.distributed import only_first
 from unilora_cli.task import Task
+from unilora_core.files import write_file
 
 __all__ = ["ADAPTER", "Recorder"]
 
@@ -56,7 +56,7 @@ class Recorder:
             for name in (ADAPTER, checkpoint.FILE):
                 (self.folder / name).unlink(missing_ok=True)
         rows: list[list[object]] = [["step", "loss", "rate"], *(_csv_step(*row) for row in self.losses)]
-        _replace(self.folder / "metrics.csv", _csv(rows))
+        write_file(self.folder / "metrics.csv", _csv(rows).encode())
         self._file = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> "Recorder":
@@ -121,7 +121,8 @@ class Recorder:
     @only_first
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write down what ``--resume`` needs after this epoch."""
-        known = {"epochs": self.epochs, "losses": self.losses, "skipped": self.skipped, "seconds": self._seconds()}
+        losses = [list(row) for row in self.losses]
+        known = {"epochs": self.epochs, "losses": losses, "skipped": self.skipped, "seconds": self._seconds()}
         made_for = checkpoint.made_for(self.about["settings"], self.task.adapter.spec)
         checkpoint.write(self.folder, {**state, **known, **made_for})
 
@@ -156,8 +157,8 @@ class Recorder:
             "bytes": self._bytes(),
             "seconds": self._seconds(),
         }
-        _replace(self.folder / "metrics.json", json.dumps(contents, indent=2, default=str) + "\n")
-        _replace(self.folder / "summary.csv", _csv(self._epoch_rows()))
+        write_file(self.folder / "metrics.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
+        write_file(self.folder / "summary.csv", _csv(self._epoch_rows()).encode())
 
     def _epoch_rows(self) -> list[list[object]]:
         """A line per evaluation, with the columns that timm's own training script has."""
@@ -216,8 +217,9 @@ class Recorder:
             axes.set_ylabel(label)
             axes.grid(alpha=0.3)
         below.set_xlabel("step")
-        figure.savefig(self.folder / "loss.png.new", format="png", dpi=120)
-        os.replace(self.folder / "loss.png.new", self.folder / "loss.png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        write_file(self.folder / "loss.png", picture.getvalue())
 
 
 def _csv_step(step: int, loss: float, rate: float) -> list[object]:
@@ -228,13 +230,6 @@ def _csv(rows: Iterable[Iterable[object]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     return text.getvalue()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file, so that an interruption leaves the old one or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8", newline="")
-    os.replace(new, path)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -28,6 +28,8 @@ def _number(text: str, kind: type, check: Any, wanted: str) -> Any:
         value = kind(text)
     except ValueError:
         value = None
+    if isinstance(value, int) and value >= 2**64:
+        value, wanted = None, "a number below 2^64"
     if value is None or not check(value):
         raise argparse.ArgumentTypeError(f"expected {wanted}, got {shown(text)}")
     return value

@@ -47,13 +47,16 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(launch, wor
         (killed,) = launch(*words, *more, *resume, kill_at=step)
         assert killed.code == -9, killed.err
         assert (tmp_path / "run" / "training.pt").exists()
-        for name in ("training.pt", "metrics.json", "metrics.csv", "adapter.safetensors"):
-            (tmp_path / "run" / f"{name}.new").write_bytes(b"a part of a fi")
+        for number, name in enumerate(("training.pt", "metrics.json", "metrics.csv", "adapter.safetensors")):
+            left = tmp_path / "run" / f".unilora-{number:016x}"  # as a process leaves it that is killed in a write
+            left.mkdir()
+            (left / name).write_bytes(b"a part of a fi")
         resume = ("--resume",)
     (last,) = launch(*words, *more, "--resume")
     assert last.code == 0, last.err
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     assert not (tmp_path / "run" / "training.pt").exists()
+    assert not list((tmp_path / "run").glob(".unilora-*"))
 
 
 def test_the_test_above_can_fail(launch, words, tmp_path):
