@@ -13,6 +13,10 @@ __all__ = [
 ]
 
 
+LONGEST = 4000
+"""Characters of a message, of which the last 1,000 say what to do."""
+
+
 def printable(text: str) -> str:
     """The text with every character that does not print as Python escapes it (``\\x1b``), lines kept.
 
@@ -22,10 +26,13 @@ def printable(text: str) -> str:
 
 
 class UniLoraError(Exception):
-    """Base class of every error raised on purpose by unilora. Its text is `printable`, whatever a file is called."""
+    """Base class of every error raised on purpose by unilora. Its text is `printable` and short, whatever names a file
+    brings; ``args`` has the whole.
+    """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = super().__str__()
+        return printable(text if len(text) <= LONGEST else f"{text[: LONGEST - 1000]} … {text[-1000:]}")
 
 
 class SpecError(UniLoraError, ValueError):

@@ -11,7 +11,10 @@ import numpy as np
 from unilora_core.errors import SpecError
 from unilora_core.layout import Layout
 
-__all__ = ["join_blocks", "lora_config", "lora_layout", "lora_names", "lora_state"]
+__all__ = ["join_blocks", "largest_rank", "lora_config", "lora_layout", "lora_names", "lora_state"]
+
+USUAL = 64
+"""The largest of the ranks that LoRA is usually given, in narrow layers too."""
 
 Block = tuple[np.ndarray, np.ndarray, int]
 """A (r, in), B (out, r), and where its outputs start in the layer's."""
@@ -35,6 +38,13 @@ def lora_layout(layers: Iterable[tuple[str, int, int] | tuple[str, int, int, int
         for stack in [tuple(filter(None, experts))]
         for factor in ((f"{name}.A", (*stack, rank, in_features)), (f"{name}.B", (*stack, out_features, rank)))
     )
+
+
+def largest_rank(in_features: int, out_features: int) -> int:
+    """The rank up to which a file is taken at its word: min(in, out), beyond which B·A gains nothing, or 64, a usual
+    rank, where that is larger. So what a file makes of a model is bounded by the model.
+    """
+    return max(min(in_features, out_features), USUAL)
 
 
 def join_blocks(blocks: Iterable[Block], height: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
-from unilora_core.header import write_targets
+from unilora_core.header import write_identity, write_targets
 from unilora_torch.base import identity
 from unilora_torch.calls import Handle, surround
 from unilora_torch.checks import plain_weight, weight_of, without_idle_experts
 from unilora_torch.heads import check_apart
-from unilora_torch.live import Live, alone
+from unilora_torch.live import Entered, Live, alone
 from unilora_torch.paths import add_paths
 from unilora_torch.projection import project
 from unilora_torch.reach import add_checks
@@ -40,7 +40,7 @@ class Adapter(nn.Module):
         spec: what fixes P.
         targets: what is adapted, in layout order.
         modules_to_save: names of modules that train in full and are saved with θ_d, such as a classifier.
-        base: what tells the base model apart, for files; see `unilora_torch.base.identity`.
+        base: what tells the base model apart, for files, or None; see `unilora_torch.base.identity`.
         merged: whether the base weights hold B·A at the moment.
         enabled: whether it acts, in this thread or asyncio task; see `switch` and `disabled`.
         strength: what its B·A is multiplied by where several adapters act together; see `switch`.
@@ -241,17 +241,20 @@ class Adapter(nn.Module):
         Raises:
             TargetError: the adapter is merged, and another thread is calling the model.
         """
+        off, entered = self._live.off, Entered(self._live.off, True)
         try:
             try:
-                with self._live.off.holds(True):
-                    if self.merged:
-                        self._take_out()
-                    else:
-                        self._live.acts()  # where another thread has just taken it out, this one is refused
-                    yield
+                off.begin(entered)
+                if self.merged:
+                    self._take_out()
+                else:
+                    self._live.acts()  # where another thread has just taken it out, this one is refused
+                yield
             finally:
+                off.end(entered)
                 self._put_back()
         finally:  # again, where an interrupt kept the first from being done
+            off.end(entered)
             self._put_back()
 
     def _take_out(self) -> None:
@@ -296,9 +299,7 @@ class Adapter(nn.Module):
                     f"merge: the adapter {name!r} is merged; unmerge it, or detach(merge=True) it, first."
                 )
         if self._live.off.open:
-            raise TargetError(
-                "merge: it is disabled inside a `with`, which promises the base; leave that first."
-            )
+            raise TargetError("merge: it is disabled inside a `with`, which promises the base; leave that first.")
         with self._alone("merge"):
             weights = {weight_name(target): plain_weight(self._root[0], target) for target in self.targets}
             originals = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -449,7 +450,8 @@ class Adapter(nn.Module):
         tensors = {name: _storable(gathered.get(name, tensor)) for name, tensor in self.heads().items()}
         written = write_targets(map(row_of, self.targets), self.modules_to_save)
         theta_d = _storable(self.theta_d if state is None else state[f"{self.name}.theta_d"])
-        save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written | self.base | dict(metadata or {}))
+        written |= write_identity(self.base) | dict(metadata or {})
+        save_adapter(path, self.spec, theta_d, tensors=tensors, metadata=written)
 
     def heads(self) -> dict[str, Tensor]:
         """The state of the modules to save, under its names in the model's `state_dict`, also while switched off."""

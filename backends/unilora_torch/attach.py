@@ -1,30 +1,23 @@
 """attach, load: put one vector beside a model."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import nn
 
-from unilora_core import (
-    AdapterFile,
-    Layout,
-    MismatchError,
-    ProjectionSpec,
-    TargetError,
-    read_adapter,
-)
-from unilora_core.header import read_header
+from unilora_core import Layout, MismatchError, ProjectionSpec, TargetError
 from unilora_core.lora import lora_layout
 from unilora_core.rates import planned_spec
 from unilora_torch import base
 from unilora_torch.adapter import NAME, Adapter, adapters, check_name
-from unilora_torch.checks import check_parameter, check_targets
-from unilora_torch.heads import check_apart, check_heads, head_state, submodule
-from unilora_torch.targets import Target, features, find_targets, target_of
+from unilora_torch.checks import check_targets
+from unilora_torch.heads import check_apart, check_heads, submodule
+from unilora_torch.opened import Opened, open_file
+from unilora_torch.targets import Target, find_targets
 
-__all__ = ["attach", "check_fits", "contents", "layout_of", "load", "swap", "tensors_of"]
+__all__ = ["attach", "layout_of", "load", "swap"]
 
 
 def attach(
@@ -70,13 +63,15 @@ def attach(
         SpecError: rank or d out of range; the model is unchanged.
     """
     check_name(model, name)
-    modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
+    modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(dict.fromkeys(modules_to_save))
     found = _resolve(model, targets, exclude, modules_to_save)
     spec = planned_spec(layout_of(found, rank), d, seed, grouping, start, bound)
     return _install(model, spec, found, modules_to_save, name)
 
 
-def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_base: bool = True) -> Adapter:
+def load(
+    model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_base: bool = True, any_rank: bool = False
+) -> Adapter:
     """Read an adapter file and attach it to its base model, under ``name``.
 
     The file names its targets, so the order in which the model registers its layers does not matter.
@@ -84,25 +79,22 @@ def load(model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_b
     Args:
         check_base: refuse a base with other values than the one that the file was made for (any dtype and any
             quantisation of it will do); files of other backends do not say.
+        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
 
     Raises:
-        AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`).
+        AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`), or says what
+            cannot be.
         MismatchError: the file belongs to another model; the message names the module, expected and found.
-        TargetError: a layer that cannot be adapted rightly. In each case the model is unchanged.
+        TargetError: a layer that cannot be adapted rightly.
+        ValuesError: numbers that are no numbers. In each case the model is unchanged.
     """
     check_name(model, name)
-    file = read_adapter(path)
-    targets, modules_to_save = contents(path, file, model)
-    for target in targets:
-        check_fits(path, model, target)
-    stored = tensors_of(file)
-    heads = {module: head_state(path, model, module, stored) for module in modules_to_save}
-    check_heads(model, modules_to_save)
-    check_targets(model, targets)
+    found = open_file(path, model, any_rank=any_rank)
+    heads = found.header.modules_to_save
     if check_base:
-        base.check_base(str(path), file.metadata, base.identity(model, (*modules_to_save, *adapters(model))))
-    adapter = _install(model, file.spec, targets, modules_to_save, name)
-    _fill(adapter, file, heads)
+        base.check_base(str(path), found.header.base, base.identity(model, (*heads, *adapters(model))))
+    adapter = _install(model, found.spec, found.targets, heads, name)
+    _fill(adapter, found)
     return adapter
 
 
@@ -120,14 +112,15 @@ def swap(adapter: Adapter, path: str | os.PathLike) -> None:
     """
     if adapter.merged:
         raise TargetError("swap: the adapter is merged; unmerge it first.")
-    file, mine = read_adapter(path), adapter.spec
-    targets, modules_to_save = contents(path, file, adapter._root[0])
+    mine = adapter.spec
+    found = open_file(path, adapter._root[0], any_rank=True)  # of the same layout, or refused
+    heads = found.header.modules_to_save
     kept = {
-        "targets": (targets == adapter.targets, len(targets), len(adapter.targets)),
-        "layout": (file.spec.layout == mine.layout, file.spec.D, mine.D),
-        "modules_to_save": (modules_to_save == adapter.modules_to_save, modules_to_save, adapter.modules_to_save),
-        "d": (file.spec.d == mine.d, file.spec.d, mine.d),
-        "start": (file.spec.start == mine.start, file.spec.start, mine.start),
+        "targets": (found.targets == adapter.targets, len(found.targets), len(adapter.targets)),
+        "layout": (found.spec.layout == mine.layout, found.spec.D, mine.D),
+        "modules_to_save": (heads == adapter.modules_to_save, heads, adapter.modules_to_save),
+        "d": (found.spec.d == mine.d, found.spec.d, mine.d),
+        "start": (found.spec.start == mine.start, found.spec.start, mine.start),
     }
     for what, (same, theirs, ours) in kept.items():
         if not same:
@@ -135,11 +128,9 @@ def swap(adapter: Adapter, path: str | os.PathLike) -> None:
                 f"{path}: swap expects the same {what} as the attached adapter's ({ours}), the file has {theirs}; "
                 "detach the adapter and load the file instead."
             )
-    base.check_base(str(path), file.metadata, adapter.base)
-    stored = tensors_of(file)
-    heads = {module: head_state(path, adapter._root[0], module, stored) for module in modules_to_save}
-    adapter.reseed(file.spec)
-    _fill(adapter, file, heads)
+    base.check_base(str(path), found.header.base, adapter.base)
+    adapter.reseed(found.spec)
+    _fill(adapter, found)
 
 
 def layout_of(targets: Iterable[Target], rank: int) -> Layout:
@@ -170,10 +161,10 @@ def _resolve(
     return kept
 
 
-def _fill(adapter: Adapter, file: AdapterFile, heads: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def _fill(adapter: Adapter, found: Opened) -> None:
     with torch.no_grad():
-        adapter.theta_d.copy_(torch.from_numpy(file.theta_d))
-    for module, state in heads.items():
+        adapter.theta_d.copy_(found.theta_d)
+    for module, state in found.heads.items():
         adapter._root[0].get_submodule(module).load_state_dict(state)
 
 
@@ -188,41 +179,3 @@ def _install(
         model.get_submodule(module).requires_grad_(True)
     model.add_module(name, adapter)
     return adapter
-
-
-def contents(
-    path: str | os.PathLike, file: AdapterFile, model: nn.Module
-) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """The targets and the modules to save that a file names, as this model stores its weights."""
-    header = read_header(path, file)
-    targets = tuple(target_of(row, submodule(model, row.module, str(path))) for row in header.targets)
-    return targets, header.modules_to_save
-
-
-def tensors_of(file: AdapterFile) -> dict[str, torch.Tensor]:
-    """The extra tensors of a file, by name."""
-    return {name: torch.from_numpy(array) for name, array in file.tensors.items()}
-
-
-def check_fits(path: str | os.PathLike, model: nn.Module, target: Target) -> None:
-    """Refuse a model without the layer that a file names, or with one of other widths.
-
-    Raises:
-        MismatchError: expected and found, by name.
-    """
-    module = submodule(model, target.module, str(path))
-    if target.parameter is not None:
-        try:
-            check_parameter(module, target)
-        except TargetError as error:
-            raise MismatchError(f"{path}: {error}") from error
-        return
-    width, height = features(module, target.transposed)
-    if not width:
-        raise MismatchError(f"{path}: {target.module} should be a linear layer, the model has {type(module).__name__}.")
-    if width != target.in_features or height < target.first_row + target.out_features:
-        raise MismatchError(
-            f"{path}: {target.module}: expected a layer of {target.in_features} inputs and at least "
-            f"{target.first_row + target.out_features} outputs, the model has {width} and {height}; "
-            "the adapter was trained on another model."
-        )

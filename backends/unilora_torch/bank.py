@@ -6,25 +6,27 @@ Row i of a layer's inputs leaves it as W x_i + Σ_k w_ik B_k A_k x_i, where (A_k
 
 import contextlib
 import difflib
+import itertools
 import math
 import numbers
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unilora_core import AdapterFile, ProjectionSpec, TargetError, ValuesError, read_adapter
+from unilora_core import AdapterFile, ProjectionSpec, TargetError, ValuesError
+from unilora_core.header import BaseIdentity
 from unilora_torch import base
 from unilora_torch.adapter import adapters, device_of
-from unilora_torch.attach import check_fits, contents, tensors_of
-from unilora_torch.checks import check_targets
-from unilora_torch.heads import check_heads, head_state
+from unilora_torch.calls import Handle
+from unilora_torch.live import Entered
+from unilora_torch.opened import open_file
 from unilora_torch.reach import by_caller
-from unilora_torch.rows import Batch, CallerHook, HeadHook, LayerHook, Part, Rows, Share
+from unilora_torch.rows import Batch, CallerHook, HeadHook, Hook, LayerHook, Part, Rows, Share
 from unilora_torch.tables import Tables
 from unilora_torch.targets import Target, is_conv
 
@@ -68,18 +70,19 @@ class Bank:
             output = model(**batch)
 
     Outside ``with bank.rows(…)`` the model is the base. The model's weights, names and `state_dict` stay as they are;
-    each adapted layer has one forward hook, whatever the number of adapters. Move the model to its device first. A bank
-    belongs to one thread at a time.
+    each adapted layer has one forward hook, whatever the number of adapters. Move the model to its device first. Many
+    threads can share a bank, each with rows of its own, also while one adds or removes adapters.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self._stored: dict[str, _Stored] = {}
         self._shelves: dict[tuple[ProjectionSpec, tuple[Target, ...]], _Shelf] = {}
-        self._made = 0
+        self._numbers = itertools.count(1)
+        self._lock = threading.RLock()
         self._hooked: tuple[set[_Shelf], set[str]] = (set(), set())
-        self._handles: list[Any] = []
-        self._identities: dict[tuple[str, ...], Mapping[str, str]] = {}
+        self._hooks: dict[tuple[type[Hook], str], tuple[Hook, Handle]] = {}
+        self._identities: dict[tuple[str, ...], BaseIdentity | None] = {}
         self._rows = Rows()
 
     def __repr__(self) -> str:
@@ -101,7 +104,13 @@ class Bank:
         return sum(tensor.nbytes for tensor in [*tables, *own, *heads])
 
     def add(
-        self, name: str, file: str | os.PathLike | AdapterFile, *, replace: bool = False, check_base: bool = True
+        self,
+        name: str,
+        file: str | os.PathLike | AdapterFile,
+        *,
+        replace: bool = False,
+        check_base: bool = True,
+        any_rank: bool = False,
     ) -> None:
         """Store an adapter.
 
@@ -110,6 +119,7 @@ class Bank:
             file: the path of an adapter file, or its contents.
             replace: put it in the place of the adapter that has this name.
             check_base: refuse a file that was made for a base with other values; see `unilora_torch.load`.
+            any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
 
         Raises:
             AdapterFileError: the file is damaged or of an unknown version.
@@ -122,14 +132,12 @@ class Bank:
             raise ValuesError(f"Bank.add: expected a name, got {name!r}.")
         if name in self._stored and not replace:
             raise ValuesError(f"Bank.add: {name!r} is taken; give replace=True to put another adapter in its place.")
-        where, file = (f"adapter {name!r}", file) if isinstance(file, AdapterFile) else (str(file), read_adapter(file))
-        theta_d = _checked(where, file)
-        targets, modules_to_save = contents(where, file, self.model)
-        shelf = self._shelves.get((file.spec, targets)) or self._new_shelf(where, file.spec, targets)
-        heads = self._heads(where, file, modules_to_save)
+        where, given = (f"adapter {name!r}", file) if isinstance(file, AdapterFile) else (str(file), None)
+        found = open_file(where, self.model, file=given, any_rank=any_rank, known=self._shelves)
         if check_base:
-            base.check_base(where, file.metadata, self._identity(modules_to_save))
-        self._stored[name] = _Stored(shelf, theta_d.to(shelf.tables.scale.device), heads)
+            base.check_base(where, found.header.base, self._identity(found.header.modules_to_save))
+        shelf = self._shelves.get((found.spec, found.targets)) or self._new_shelf(where, found.spec, found.targets)
+        self._stored[name] = _Stored(shelf, found.theta_d.to(shelf.tables.scale.device), self._heads(found.heads))
         self._tidy()
 
     def remove(self, name: str) -> None:
@@ -163,7 +171,8 @@ class Bank:
 
     @contextlib.contextmanager
     def rows(self, names: Iterable[Row], copies: int = 1) -> Iterator[None]:
-        """Inside the ``with``, row i of each batch that the model gets is adapted by ``names[i]``.
+        """Inside the ``with``, row i of each batch that the model gets is adapted by ``names[i]``; in this thread or
+        asyncio task only.
 
         Args:
             names: for each row the name of an adapter; None for the base; or name → weight for the weighted sum of the
@@ -178,23 +187,29 @@ class Bank:
             TargetError: the model has an adapter attached; by the forward pass: a layer or a head is never called.
         """
         self._check_bare()
-        batch, before = self._read(names, copies), self._rows.batch
-        self._rows.batch = batch
+        scope, entered = self._rows.scope, Entered(self._rows.scope, self._read(names, copies))
         try:
-            yield
-        finally:
-            self._rows.batch = before
+            try:
+                scope.begin(entered)
+                if not self._hooks_for(entered.value):  # another thread's `add` or `remove` is under way
+                    self._tidy()
+                yield
+            finally:
+                scope.end(entered)
+        finally:  # again, where an interrupt kept the first from being done
+            scope.end(entered)
 
     def _read(self, names: Iterable[Row], copies: int) -> Batch:
         if isinstance(names, str) or not (rows := list(names)):
             raise ValuesError(f"Bank.rows: expected a list with a name for each row of the batch, got {names!r}.")
         if not isinstance(copies, int) or copies < 1:
             raise ValuesError(f"Bank.rows: expected copies ≥ 1, got {copies!r}.")
+        found: dict[str, _Stored] = {}
         pairs: dict[_Shelf, list[tuple[int, str, float]]] = {}
         heads: dict[str, dict[str, list[int]]] = {}
         for i, row in enumerate(rows):
             for name, weight in _mixture(i, row).items():
-                stored = self._get(name, f"rows: row {i}")
+                stored = found[name] = found.get(name) or self._get(name, f"rows: row {i}")
                 if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
                     raise ValuesError(
                         f"Bank.rows: row {i}: the weight of {name!r} must be a finite number, got {weight!r}."
@@ -207,26 +222,13 @@ class Bank:
                 pairs.setdefault(stored.shelf, []).append((i, name, float(weight)))
                 for module in stored.heads:
                     heads.setdefault(module, {}).setdefault(name, []).append(i)
-        shares = {shelf.number: self._share(shelf, mine, len(rows)) for shelf, mine in pairs.items()}
+        shares = {shelf.number: _share(shelf, mine, found, len(rows)) for shelf, mine in pairs.items()}
         states = {
-            module: [(self._stored[name].heads[module], torch.tensor(mine)) for name, mine in by_name.items()]
+            module: [(found[name].heads[module], torch.tensor(mine)) for name, mine in by_name.items()]
             for module, by_name in heads.items()
         }
         layers = {target.module for shelf in pairs for target in shelf.targets}
-        return Batch(len(rows), copies, shares, states, frozenset(layers | states.keys()))
-
-    def _share(self, shelf: _Shelf, pairs: list[tuple[int, str, float]], size: int) -> Share:
-        rows, names, weights = zip(*pairs, strict=True)
-        different, device = list(dict.fromkeys(names)), shelf.tables.scale.device
-        number = {name: k for k, name in enumerate(different)}
-        return Share(
-            table=shelf.table([self._stored[name].theta_d for name in different]),
-            which=None
-            if len(different) in (1, len(names))
-            else torch.tensor([number[n] for n in names], device=device),
-            rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
-            weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),
-        )
+        return Batch(len(rows), copies, shares, states, frozenset(layers | states.keys()), frozenset(pairs))
 
     # ---- internals ----------------------------------------------------------------------------------------------
 
@@ -244,54 +246,76 @@ class Bank:
 
     def _new_shelf(self, where: str, spec: ProjectionSpec, targets: tuple[Target, ...]) -> _Shelf:
         for target in targets:
-            check_fits(where, self.model, target)
             _check_by_row(where, self.model, target)
-        check_targets(self.model, targets)
-        self._made += 1
-        return _Shelf(self._made, spec, targets, Tables.of(spec).to(device_of(self.model, targets)))
+        return _Shelf(next(self._numbers), spec, targets, Tables.of(spec).to(device_of(self.model, targets)))
 
-    def _heads(self, where: str, file: AdapterFile, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    def _heads(self, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """The saved state of each module, in the dtypes of the model's own."""
-        stored = tensors_of(file)
-        states = {name: head_state(where, self.model, name, stored) for name in names}
-        check_heads(self.model, names)
-        own = {name: self.model.get_submodule(name).state_dict() for name in names}
+        own = {name: self.model.get_submodule(name).state_dict() for name in states}
         return {
             name: {key: state[key].to(like, copy=True) for key, like in own[name].items()}
             for name, state in states.items()
         }
 
-    def _identity(self, heads: tuple[str, ...]) -> Mapping[str, str]:
+    def _identity(self, heads: tuple[str, ...]) -> BaseIdentity | None:
         """`base.identity`, taken once for all adapters that save the same heads."""
         if heads not in self._identities:
             self._identities[heads] = base.identity(self.model, heads)
         return self._identities[heads]
 
+    @property
+    def _handles(self) -> list[Handle]:
+        return [handle for _, handle in self._hooks.values()]
+
+    def _hooks_for(self, batch: Batch) -> bool:
+        shelves, heads = self._hooked
+        return batch.shelves <= shelves and batch.heads.keys() <= heads
+
     def _tidy(self) -> None:
-        """Hooks for what is stored, and no shelf that nothing lies on. Unless that has changed, no hook is touched."""
-        stored = self._stored.values()
-        shelves, heads = {each.shelf for each in stored}, {module for each in stored for module in each.heads}
-        if (shelves, heads) == self._hooked:
-            return
-        self._hooked = shelves, heads
-        self._shelves = {
-            (shelf.spec, shelf.targets): shelf for shelf in sorted(shelves, key=lambda shelf: shelf.number)
-        }
-        for handle in self._handles:
-            handle.remove()
+        """Hooks for what is stored or still named by rows, and no shelf that nothing lies on.
+
+        Hooks that stay are not touched, so nobody who is calling the model meanwhile misses one.
+        """
+        with self._lock:
+            stored, before = list(self._stored.values()), self._hooked
+            shelves, heads = {each.shelf for each in stored}, {module for each in stored for module in each.heads}
+            self._hooked = shelves & before[0], heads & before[1]  # rows that begin from here on see what may go
+            for entered in list(self._rows.scope.open):
+                if (batch := entered.value) is not None:
+                    shelves |= batch.shelves
+                    heads |= batch.heads.keys()
+            if (shelves, heads) != before:
+                self._shelves = {
+                    (shelf.spec, shelf.targets): shelf for shelf in sorted(shelves, key=lambda each: each.number)
+                }
+                self._set_hooks(heads)
+            self._hooked = shelves, heads
+
+    def _set_hooks(self, heads: Iterable[str]) -> None:
+        wanted = self._wanted(heads)
+        for key in self._hooks.keys() - wanted.keys():
+            self._hooks[key][1].remove()
+            del self._hooks[key]
+        for (kind, module), knows in wanted.items():
+            if (kind, module) in self._hooks:
+                self._hooks[kind, module][0].knows = knows
+            else:
+                hook = kind(self._rows, module, knows)
+                handle = self.model.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
+                self._hooks[kind, module] = hook, handle
+
+    def _wanted(self, heads: Iterable[str]) -> dict[tuple[type[Hook], str], tuple]:
+        """Kind of hook and module → what the hook knows: the parts of a layer, or what a caller calls."""
         parts: dict[str, list[Part]] = {}
         for shelf in self._shelves.values():
             for target in shelf.targets:
                 parts.setdefault(target.module, []).append(_part(shelf, target))
-        hooks: list[tuple[str, LayerHook | HeadHook]] = [
-            (module, LayerHook(self._rows, module, tuple(mine))) for module, mine in parts.items()
-        ]
-        hooks += [(module, HeadHook(self._rows, module)) for module in sorted(heads)]
-        self._handles = [
-            self.model.get_submodule(module).register_forward_hook(hook, with_kwargs=True) for module, hook in hooks
-        ]
-        inside = by_caller(self.model, [module for module, _ in hooks])
-        self._handles += [caller.register_forward_hook(CallerHook(self._rows, modules)) for caller, modules in inside]
+        wanted: dict[tuple[type[Hook], str], tuple] = {
+            (LayerHook, module): tuple(mine) for module, mine in parts.items()
+        }
+        wanted |= {(HeadHook, module): () for module in sorted(heads)}
+        inside = by_caller(self.model, [module for _, module in wanted])
+        return wanted | {(CallerHook, caller): modules for caller, modules in inside.items()}
 
 
 def _mixture(i: int, row: Row) -> Mapping[str, float]:
@@ -303,22 +327,25 @@ def _mixture(i: int, row: Row) -> Mapping[str, float]:
     return {row: 1.0} if isinstance(row, str) else row
 
 
+def _share(shelf: _Shelf, pairs: list[tuple[int, str, float]], found: Mapping[str, _Stored], size: int) -> Share:
+    rows, names, weights = zip(*pairs, strict=True)
+    different, device = list(dict.fromkeys(names)), shelf.tables.scale.device
+    number = {name: k for k, name in enumerate(different)}
+    which = torch.tensor([number[name] for name in names], device=device)
+    return Share(
+        table=shelf.table([found[name].theta_d for name in different]),
+        which=None if len(different) in (1, len(names)) else which,
+        rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
+        weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),
+    )
+
+
 def _part(shelf: _Shelf, target: Target) -> Part:
     """A target in its layer; its groups are a view of the shelf's, unless a file holds another order."""
     layout, groups = shelf.spec.layout, shelf.tables.groups
     A, B = (layout.slices[f"{target.name}.{factor}"] for factor in "AB")
     own = groups[A.start : B.stop] if A.stop == B.start else torch.cat([groups[A], groups[B]])
     return Part(shelf.number, target, layout.shapes[f"{target.name}.A"][0], own)
-
-
-def _checked(where: str, file: AdapterFile) -> Tensor:
-    theta_d = torch.tensor(file.theta_d)
-    if theta_d.shape != (file.spec.d,) or theta_d.dtype != torch.float32 or not theta_d.isfinite().all():
-        raise ValuesError(
-            f"{where}: expected theta_d ({file.spec.d},) float32 without NaN and infinity, got "
-            f"{tuple(theta_d.shape)} {theta_d.dtype}, {int((~theta_d.isfinite()).sum())} of them NaN or infinite."
-        )
-    return theta_d
 
 
 def _check_by_row(where: str, model: nn.Module, target: Target) -> None:

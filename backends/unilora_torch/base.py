@@ -6,27 +6,26 @@ quantisation leaves alone. Rounding to bfloat16 or float16 moves a value by less
 """
 
 import base64
-import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unilora_core import MismatchError
+from unilora_core.header import BaseIdentity
+from unilora_core.schema import shown
 
 __all__ = ["check_base", "identity"]
 
-KEY = "base"
 TOLERANCE = 2**-7
 """Two roundings to bfloat16, relative to the value."""
 VECTORS, EMBEDDINGS = 64, 4
 """How many of each are sampled, spread evenly over their names in order."""
 
 
-def identity(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, str]:
-    """The header's entry for a base model; empty where values are on other processes (FSDP, ZeRO-3).
+def identity(model: nn.Module, exclude: Iterable[str] = ()) -> BaseIdentity | None:
+    """What tells a base model apart, for files; None where values are on other processes (FSDP, ZeRO-3).
 
     Takes a few small copies from the device, and no pass over the weights.
 
@@ -36,58 +35,54 @@ def identity(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, str]:
     inside = tuple(f"{name}." for name in exclude)
     named = {name: value for name, value in model.named_parameters() if not name.startswith(inside)}
     if any(value.numel() == 0 or hasattr(value, "full_tensor") for value in named.values()):
-        return {}
+        return None
     modules = ((f"{name}.weight", module) for name, module in model.named_modules())
     tables = {name for name, module in modules if isinstance(module, nn.Embedding)}
     vectors = {name: value for name, value in named.items() if value.dim() == 1 and value.is_floating_point()}
     embeddings = {name: value for name, value in named.items() if name in tables and value.dim() == 2}
-    facts = {
-        "class": type(model).__name__,
-        "name": getattr(model, "name_or_path", "") or None,
-        "embeddings": sorted(list(value.shape) for value in embeddings.values()),
-        "values": _pack(_sample(vectors, VECTORS) + _sample(embeddings, EMBEDDINGS)),
-    }
-    return {KEY: json.dumps(facts)}
+    return BaseIdentity(
+        kind=type(model).__name__,
+        name=getattr(model, "name_or_path", "") or None,
+        embeddings=tuple(sorted((len(value), value.shape[1]) for value in embeddings.values())),
+        values=_pack(_sample(vectors, VECTORS) + _sample(embeddings, EMBEDDINGS)),
+    )
 
 
-def check_base(where: str, metadata: Mapping[str, str], found: Mapping[str, str]) -> None:
+def check_base(where: str, theirs: BaseIdentity | None, ours: BaseIdentity | None) -> None:
     """Compare the base that a file was made for with the one at hand.
 
     Args:
-        metadata: of the file; without an entry (another program wrote it) nothing is compared.
-        found: `identity` of the model.
+        theirs: of the file; None (another program wrote it): nothing is compared.
+        ours: `identity` of the model.
 
     Raises:
         MismatchError: with both names, and what differs.
     """
-    if KEY not in metadata or KEY not in found:
-        return
-    theirs, ours = json.loads(metadata[KEY]), json.loads(found[KEY])
-    if difference := _difference(theirs, ours):
+    if theirs is not None and ours is not None and (difference := _difference(theirs, ours)):
         raise MismatchError(
             f"{where}: it was made for {_name(theirs)}, the model is {_name(ours)}, and {difference}; load the base "
             "that it was trained on, or say check_base=False if this one is meant."
         )
 
 
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    if theirs["embeddings"] != ours["embeddings"]:
-        return (
-            f"its embeddings have the shapes {theirs['embeddings']} there, {ours['embeddings']} here (a vocabulary "
-            "that was resized, or not)"
-        )
-    a, b = _unpack(theirs["values"]), _unpack(ours["values"])
+def _difference(theirs: BaseIdentity, ours: BaseIdentity) -> str:
+    if theirs.embeddings != ours.embeddings:
+        there, here = (shown([list(shape) for shape in base.embeddings]) for base in (theirs, ours))
+        return f"its embeddings have the shapes {there} there, {here} here (a vocabulary that was resized, or not)"
+    a, b = _unpack(theirs.values), _unpack(ours.values)
     if a.shape != b.shape:
         return f"it has {a.size} values to compare there, {b.size} here (other norms or biases)"
     known = np.isfinite(a) & np.isfinite(b)
-    far = np.abs(a - b) > TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
+    with np.errstate(invalid="ignore"):  # infinity - infinity, which is not known
+        distance = np.abs(a - b)
+    far = distance > TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
     if wrong := int(np.count_nonzero(far & known)):
         return f"{wrong} of {int(known.sum())} values of its norms, biases and embeddings are others"
     return ""
 
 
-def _name(facts: Mapping[str, Any]) -> str:
-    return f"{facts['name']!r} ({facts['class']})" if facts["name"] else f"a {facts['class']}"
+def _name(base: BaseIdentity) -> str:
+    return f"{base.name!r} ({base.kind})" if base.name else f"a {base.kind}"
 
 
 def _sample(tensors: Mapping[str, Tensor], count: int) -> list[float]:

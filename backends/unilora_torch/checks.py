@@ -1,21 +1,33 @@
 """What cannot be adapted rightly, refused before anything changes."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from unilora_core import TargetError
+from unilora_core import TargetError, ValuesError
 from unilora_torch.replaced import convolves, looks_up
 from unilora_torch.targets import Target, features, is_conv, matrices_in, nearest, weight_name
 
-__all__ = ["check_parameter", "check_targets", "is_plain", "plain_weight", "weight_of", "without_idle_experts"]
+__all__ = [
+    "check_merged",
+    "check_parameter",
+    "check_targets",
+    "is_plain",
+    "plain_weight",
+    "weight_of",
+    "without_idle_experts",
+]
 
 
-def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
+def check_targets(model: nn.Module, targets: Iterable[Target], *, loaded: bool = True) -> None:
     """Refuse what cannot be adapted rightly: no such layer, a tied or meta weight, overlapping blocks, an integer or
     quantised weight that the update would have to be added to.
+
+    Args:
+        loaded: whether the model has its values; of one without, ties and meta weights say nothing.
 
     Raises:
         TargetError: with the module and the remedy.
@@ -34,6 +46,9 @@ def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
         else:
             check_parameter(module, target)
         weight = weight_of(module, target)
+        taken.setdefault(place, []).append(target)
+        if not loaded:
+            continue
         if weight is not None and len(owners.get(id(weight), ())) > 1:
             others = ", ".join(name for name in owners[id(weight)] if name != place)
             raise TargetError(
@@ -49,12 +64,11 @@ def check_targets(model: nn.Module, targets: Iterable[Target]) -> None:
                 f"{target.module}: its weight is on the meta device and has no values; "
                 "load the model's weights before attaching."
             )
-        for other in taken.setdefault(place, []):
-            if target.first_row < other.first_row + other.out_features and other.first_row < (
-                target.first_row + target.out_features
-            ):
-                raise TargetError(f"{target.name} and {other.name} adapt the same outputs of {target.module}.")
-        taken[place].append(target)
+    for blocks in taken.values():
+        for one, other in itertools.pairwise(sorted(blocks, key=lambda target: target.first_row)):
+            if other.first_row < one.first_row + one.out_features:
+                names = " and ".join(block.name for block in reversed(blocks) if block in (one, other))
+                raise TargetError(f"{names} adapt the same outputs of {one.module}.")
 
 
 def check_parameter(module: nn.Module, target: Target) -> None:
@@ -100,6 +114,20 @@ def plain_weight(model: nn.Module, target: Target) -> Tensor:
             "the base model: save the adapter, load the base in float32 or bfloat16, whole, and load the adapter there."
         )
     return weight
+
+
+def check_merged(name: str, before: Tensor, after: Tensor) -> None:
+    """Refuse a sum that its dtype cannot hold.
+
+    Raises:
+        ValuesError: with the weight's name, and the remedy.
+    """
+    bad = int((before.isfinite() & ~after.isfinite()).sum())
+    if bad:
+        raise ValuesError(
+            f"{name}: {bad} of its {after.numel()} values would be infinite or NaN in {after.dtype} with the update; "
+            "merge in float32 or bfloat16. Nothing was changed."
+        )
 
 
 def is_plain(weight: Tensor) -> bool:

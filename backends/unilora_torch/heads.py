@@ -3,13 +3,15 @@
 import os
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from unilora_core import MismatchError, TargetError
+from unilora_core import MismatchError, TargetError, ValuesError
 from unilora_torch.checks import is_plain
 from unilora_torch.targets import nearest
 
-__all__ = ["check_apart", "check_heads", "head_state", "submodule"]
+__all__ = ["check_apart", "check_heads", "head_states", "submodule"]
 
 
 def check_heads(model: nn.Module, names: Iterable[str]) -> None:
@@ -64,19 +66,34 @@ def check_apart(heads: Mapping[str, Iterable[str]]) -> None:
             owners[module] = name
 
 
-def head_state(
-    where: str | os.PathLike, model: nn.Module, name: str, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The saved state of one module, checked against the model's.
+def head_states(
+    where: str | os.PathLike, model: nn.Module, names: Iterable[str], tensors: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Tensor]]:
+    """The saved state of each module, checked against the model's.
 
     Args:
-        tensors: by name inside the whole model.
+        names: of the modules.
+        tensors: by name inside the whole model, NumPy.
 
     Raises:
-        MismatchError: no such module, or another shape.
+        MismatchError: no such module, other shapes, or integers where the model has numbers.
+        ValuesError: a value that the model's dtype cannot hold.
     """
-    expected = submodule(model, name, str(where)).state_dict()
-    state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    expected = {name: submodule(model, name, str(where)).state_dict() for name in names}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in expected}
+    lengths = {len(name) for name in expected}
+    for key, array in tensors.items():
+        for name in (key[:length] for length in lengths if key[length : length + 1] == "."):
+            if name in states:
+                states[name][key[len(name) + 1 :]] = torch.from_numpy(array)
+    for name, state in states.items():
+        _check_state(where, name, state, expected[name])
+    return states
+
+
+def _check_state(
+    where: str | os.PathLike, name: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in expected.items()}
     if shapes != wanted:
@@ -84,7 +101,18 @@ def head_state(
             f"{where}: {name}: the file holds {shapes}, the model expects {wanted}; "
             "build the model with the number of classes that the adapter was trained for."
         )
-    return state
+    for key, value in state.items():
+        like = expected[key]
+        if value.dtype != like.dtype and not (value.is_floating_point() and like.is_floating_point()):
+            raise MismatchError(
+                f"{where}: {name}.{key}: the file holds {value.dtype}, the model expects {like.dtype}; it was saved "
+                "from another module."
+            )
+        if bad := int((~value.to(like.dtype).isfinite()).sum()):
+            raise ValuesError(
+                f"{where}: {name}.{key}: {bad} of its {value.numel()} values are NaN or infinite as {like.dtype}; load "
+                "the model in float32 or bfloat16."
+            )
 
 
 def submodule(model: nn.Module, name: str, where: str, error: type[Exception] = MismatchError) -> nn.Module:

@@ -18,7 +18,7 @@ from unilora_core import TargetError
 from unilora_torch.calls import runs_elsewhere
 from unilora_torch.targets import Target
 
-__all__ = ["Live", "PerThread", "Scope", "alone"]
+__all__ = ["Entered", "Live", "PerThread", "Scope", "alone"]
 
 
 class PerThread(threading.local):
@@ -28,14 +28,14 @@ class PerThread(threading.local):
         return type(self), ()
 
 
-class _Entered:
+class Entered:
     """One ``with`` of a `Scope`: its value until it is over."""
 
     def __init__(self, scope: "Scope", value: Any):
         self.scope, self.value, self.over = scope, value, False
 
 
-_ENTERED: ContextVar[tuple[_Entered, ...]] = ContextVar("unilora_torch", default=())
+_ENTERED: ContextVar[tuple[Entered, ...]] = ContextVar("unilora_torch", default=())
 
 
 class Scope:
@@ -48,7 +48,7 @@ class Scope:
 
     def __init__(self) -> None:
         self.used = False
-        self.open: set[_Entered] = set()
+        self.open: set[Entered] = set()
 
     def __reduce__(self) -> tuple:
         return type(self), ()
@@ -71,19 +71,24 @@ class Scope:
     @contextlib.contextmanager
     def holds(self, value: Any) -> Iterator[None]:
         """Let the value hold inside the ``with``. Those that overlap may end in any order, and in any context."""
-        entered = _Entered(self, value)
+        entered = Entered(self, value)
         try:
             try:
-                self.used = True
-                self.open.add(entered)
-                _ENTERED.set((*_ENTERED.get(), entered))
+                self.begin(entered)
                 yield
             finally:
-                self._end(entered)
+                self.end(entered)
         finally:  # again, where an interrupt kept the first from being done
-            self._end(entered)
+            self.end(entered)
 
-    def _end(self, entered: _Entered) -> None:
+    def begin(self, entered: Entered) -> None:
+        """Let a value hold, until its `end`."""
+        self.used = True
+        self.open.add(entered)
+        _ENTERED.set((*_ENTERED.get(), entered))
+
+    def end(self, entered: Entered) -> None:
+        """Once more does no harm."""
         entered.over, entered.value = True, None
         self.open.discard(entered)
         _ENTERED.set(tuple(each for each in _ENTERED.get() if not each.over))
@@ -109,9 +114,10 @@ class _Here(PerThread):
         changing: whether the change under way is this thread's.
     """
 
-    factors: Mapping[str, Tensor] | None = None
-    watched: dict[str, Tensor] | None = None
-    changing = False
+    def __init__(self) -> None:  # each thread's, when it first looks
+        self.factors: Mapping[str, Tensor] | None = None
+        self.watched: dict[str, Tensor] | None = None
+        self.changing = False
 
 
 class Live:

@@ -16,8 +16,8 @@ __all__ = ["add_checks", "by_caller"]
 
 def add_checks(live: Live, model: nn.Module, targets: tuple[Target, ...], handles: list[Handle]) -> None:
     """A hook on each module that calls targets, its handle in the list; it raises where a target was left out."""
-    for caller, modules in by_caller(model, dict.fromkeys(target.module for target in targets)):
-        handles.append(caller.register_forward_hook(_Reach(live, modules)))
+    for caller, modules in by_caller(model, dict.fromkeys(target.module for target in targets)).items():
+        handles.append(model.get_submodule(caller).register_forward_hook(_Reach(live, modules)))
 
 
 class _Reach:
@@ -47,12 +47,12 @@ class _Reach:
             )
 
 
-def by_caller(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Each module that calls some of these, with their names."""
+def by_caller(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The name of each module that calls some of these → their names."""
     inside: dict[str, list[str]] = {}
     for name in names:
         inside.setdefault(_caller_of(model, name), []).append(name)
-    return [(model.get_submodule(caller), tuple(called)) for caller, called in inside.items()]
+    return {caller: tuple(called) for caller, called in inside.items()}
 
 
 def _caller_of(model: nn.Module, name: str) -> str:

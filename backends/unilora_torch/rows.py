@@ -1,7 +1,8 @@
 """Rows: how each row of a batch gets the update of its own adapters. The hooks of `unilora_torch.bank`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from unilora_core import TargetError, ValuesError
+from unilora_torch.live import PerThread, Scope
+from unilora_torch.replaced import call_with
 from unilora_torch.targets import Target
 
-__all__ = ["Batch", "CallerHook", "HeadHook", "LayerHook", "Part", "Rows", "Share"]
+__all__ = ["Batch", "CallerHook", "HeadHook", "Hook", "LayerHook", "Part", "Rows", "Share"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,7 @@ class Batch:
         shares: number of a shelf → what it does.
         heads: module → the state and the rows of each adapter that saves this module.
         modules: every layer and head that must run.
+        shelves: of the bank, as long as these rows need them.
     """
 
     size: int
@@ -75,6 +79,7 @@ class Batch:
     shares: Mapping[int, Share]
     heads: Mapping[str, list[tuple[Mapping[str, Tensor], Tensor]]]
     modules: frozenset[str]
+    shelves: frozenset[Any]
 
     def check(self, x: Tensor, features: int, module: str) -> None:
         """Refuse inputs of which the rows are not those that were named. ``features``: trailing axes of one vector.
@@ -93,36 +98,57 @@ class Batch:
         )
 
 
+class _Here(PerThread):
+    """Whether this thread is inside a head of an adapter."""
+
+    def __init__(self) -> None:
+        self.inside = False
+
+
 @dataclass(eq=False)
 class Rows:
     """What the hooks of a bank look at.
 
     Attributes:
-        batch: the rows of the batch at hand; None: the model is the base.
+        scope: holds the `Batch` in the context of each ``with bank.rows(…)``.
         reached: the layers and heads that have run since the bank was made.
     """
 
-    batch: Batch | None = None
+    scope: Scope = field(default_factory=Scope)
     reached: set[str] = field(default_factory=set)
+    here: _Here = field(default_factory=_Here)
+
+    @property
+    def batch(self) -> Batch | None:
+        """The rows of the batch at hand; None: the model is the base."""
+        return None if self.here.inside else self.scope.get()
+
+    def outside(self, run: Callable[[], Any]) -> Any:
+        """The result of a call that no hook of the bank acts on."""
+        try:
+            try:
+                self.here.inside = True
+                return run()
+            finally:
+                self.here.inside = False
+        finally:  # again, where an interrupt kept the first from being done
+            self.here.inside = False
 
 
-class _Hook:
-    """What every hook knows: the rows, and the name of its module."""
+class Hook:
+    """What every hook knows: the rows, the name of its module, and what its kind says."""
 
-    def __init__(self, rows: Rows, module: str):
-        self.rows, self.module = rows, module
+    def __init__(self, rows: Rows, module: str, knows: tuple):
+        self.rows, self.module, self.knows = rows, module, knows
 
     @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
     def reach(self) -> None:
+        """Note that the module has run."""
         self.rows.reached.add(self.module)
 
 
-class LayerHook(_Hook):
-    """The forward hook of one layer: adds to each row the update of its adapters."""
-
-    def __init__(self, rows: Rows, module: str, parts: tuple[Part, ...]):
-        super().__init__(rows, module)
-        self.parts = parts
+class LayerHook(Hook):
+    """The forward hook of one layer: adds to each row the update of its adapters. It knows the layer's `Part`s."""
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The new output, or None where no row has an adapter here."""
@@ -130,7 +156,7 @@ class LayerHook(_Hook):
         if batch is None:
             return None
         self.reach()
-        mine = [(part, batch.shares[part.shelf]) for part in self.parts if part.shelf in batch.shares]
+        mine = [(part, batch.shares[part.shelf]) for part in self.knows if part.shelf in batch.shares]
         if not mine:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
@@ -154,7 +180,7 @@ def _by_adapter(x: Tensor, factor: Tensor) -> Tensor:
     return (x.reshape(len(factor), -1, x.shape[-1]) @ factor.mT).view(*x.shape[:2], -1)
 
 
-class HeadHook(_Hook):
+class HeadHook(Hook):
     """The forward hook of a module that some adapters save in full: their rows run through their own."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -171,23 +197,17 @@ class HeadHook(_Hook):
                 batch.check(x, int(x.is_floating_point()), self.module)
                 return x.index_select(0, _repeated(rows, x.shape[0] // batch.size).to(x.device))
 
-            self.rows.batch = None  # the module is called again: no hook of the bank may act on that
-            try:
-                result = torch.func.functional_call(module, state, tree_map(own, args), tree_map(own, kwargs))
-            finally:
-                self.rows.batch = batch
+            args_of, kwargs_of = tree_map(own, args), tree_map(own, kwargs)
+            result = self.rows.outside(partial(call_with, module, state, args_of, kwargs_of))
             rows = _repeated(rows, output.shape[0] // batch.size).to(output.device)
             output = output.index_copy(0, rows, result)
         return output
 
 
-class CallerHook:
-    """The forward hook of a module that calls adapted layers or heads: it ran, so they must have run."""
+class CallerHook(Hook):
+    """The forward hook of a module that calls adapted layers or heads: it ran, so they must have run. It knows them."""
 
-    def __init__(self, rows: Rows, modules: tuple[str, ...]):
-        self.rows, self.modules = rows, modules
-
-    def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: tuple, _kwargs: dict, _output: Any) -> None:
         """Check those that the rows of this batch need."""
         if self.rows.batch is not None:
             self._check()
@@ -196,7 +216,7 @@ class CallerHook:
     def _check(self) -> None:
         batch = self.rows.batch
         needed = frozenset() if batch is None else batch.modules - self.rows.reached
-        missed = [name for name in self.modules if name in needed]
+        missed = [name for name in self.knows if name in needed]
         if missed:
             raise TargetError(
                 f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such), so the adapter "

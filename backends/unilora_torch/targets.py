@@ -281,7 +281,7 @@ def block_of(weight: Tensor, target: Target) -> Tensor:
 
 def nearest(model: nn.Module, name: str) -> list[str]:
     """The names of the model's modules that look most like ``name``."""
-    return difflib.get_close_matches(name, [other for other, _ in model.named_modules() if other], 3)
+    return difflib.get_close_matches(name[:200], [other for other, _ in model.named_modules() if other], 3)
 
 
 def _candidates(model: nn.Module, all_linear: Callable[[nn.Module], bool]) -> dict[str, nn.Module | Target]:

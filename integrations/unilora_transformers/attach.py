@@ -63,13 +63,20 @@ def attach(
     return adapter
 
 
-def load(model: PreTrainedModel, path: str | os.PathLike, *, name: str = NAME, check_base: bool = True) -> Adapter:
+def load(
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    name: str = NAME,
+    check_base: bool = True,
+    any_rank: bool = False,
+) -> Adapter:
     """Read an adapter file and attach it to its base model under ``name``.
 
     `unilora_torch.load` says what it refuses. That every target is reached is checked by the first forward pass.
     """
     require_model(model)
-    return finish(model, unilora_torch.load(model, path, name=name, check_base=check_base))
+    return finish(model, unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank))
 
 
 def from_pretrained(

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -30,13 +29,16 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from unilora_core import AdapterFile, AdapterFileError, CorruptFileError, MismatchError, TargetError, read_adapter
+from unilora_core import CorruptFileError, MismatchError, TargetError, read_adapter
+from unilora_core.files import new_folder, refuse_filled
+from unilora_core.header import Header, read_header
 from unilora_torch import Adapter
-from unilora_torch.attach import check_fits, contents
 from unilora_torch.base import check_base as check_identity
 from unilora_torch.base import identity
-from unilora_torch.heads import head_state
+from unilora_torch.checks import check_merged
+from unilora_torch.opened import Opened, open_file
 from unilora_torch.targets import block_of, weight_name
+from unilora_transformers.saving import model_class
 
 __all__ = ["merge_checkpoint"]
 
@@ -54,6 +56,7 @@ def merge_checkpoint(
     *,
     max_shard_size: int = 5 * 10**9,
     check_base: bool = True,
+    any_rank: bool = False,
     config: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
@@ -69,6 +72,7 @@ def merge_checkpoint(
         out: the folder to write; it must not exist, or be empty. It appears when it is whole.
         max_shard_size: in bytes.
         check_base: refuse a base with other values than the one that the file was made for.
+        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
         config: fields of the model's config that differ from the base's, such as ``num_labels``.
         progress: goes around the loop over the files that are written, such as ``tqdm``.
 
@@ -79,19 +83,18 @@ def merge_checkpoint(
         MismatchError: it belongs to another base, or a weight's place in the checkpoint cannot be known; by name.
         TargetError: the checkpoint is quantised. In each case nothing is written.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists and is not an empty folder; choose another.")
+    refuse_filled(out)
     file, folder = read_adapter(adapter_file), _local(base)
+    header = read_header(adapter_file, file)
     checkpoint = _Checkpoint.of(folder)
-    model = _on_meta(adapter_file, file, folder, dict(config or {}))
+    model = _on_meta(header, folder, dict(config or {}))
     names = _Names.of(model, checkpoint)
-    merged = _Merged.of(adapter_file, file, model, checkpoint, names)
+    found = open_file(adapter_file, model, file=file, any_rank=any_rank, loaded=False)
+    merged = _Merged.of(adapter_file, found, model, checkpoint, names)
     if check_base:
         _load_small(model, checkpoint, names)
-        check_identity(str(adapter_file), file.metadata, identity(model, merged.adapter.modules_to_save))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_or_nothing(out) as new:
+        check_identity(str(adapter_file), header.base, identity(model, header.modules_to_save))
+    with new_folder(out) as new:
         _write(new, merged, max_shard_size, progress)
         for path in folder.iterdir():
             if path.suffix in COPIED and path.name not in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
@@ -191,29 +194,19 @@ class _Names:
         return cls({name: key for name, key in plain.items() if name in known}, converted)
 
 
-def _on_meta(path: str | os.PathLike, file: AdapterFile, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
+def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
     """The model that the file adapts, of the checkpoint's config and without values."""
-    config = AutoConfig.from_pretrained(folder, **changes)
+    config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | changes)
     if getattr(config, "quantization_config", None) is not None:
         raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
-    if labels := json.loads(file.metadata.get("labels", "[]")):
+    if labels := header.labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
+    architectures = [*(config.architectures or ()), ""]
+    kind = header.base_class or (header.base.kind if header.base else architectures[0])
+    cls = model_class(header.where, kind)
     with torch.device("meta"):
-        return _class_of(path, file, config)._from_config(config)
-
-
-def _class_of(path: str | os.PathLike, file: AdapterFile, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    identity_of_base = json.loads(file.metadata.get("base", "{}"))
-    architectures = [*(config.architectures or ()), None]
-    kind = file.metadata.get("base_class") or identity_of_base.get("class") or architectures[0]
-    cls = getattr(transformers, str(kind), None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise AdapterFileError(
-            f"{path}: it adapts a {kind}, which is no model of transformers; load the base model and the adapter, and "
-            "merge there: adapter.detach(merge=True)."
-        )
-    return cls
+        return cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
 
 
 def _load_small(model: PreTrainedModel, checkpoint: _Checkpoint, names: _Names) -> None:
@@ -253,31 +246,29 @@ class _Merged:
     def of(
         cls,
         path: str | os.PathLike,
-        file: AdapterFile,
+        found: Opened,
         model: PreTrainedModel,
         checkpoint: _Checkpoint,
         names: _Names,
     ) -> "_Merged":
         """Check that everything in the file has a place in the checkpoint."""
-        targets, modules_to_save = contents(path, file, model)
-        for target in targets:
-            check_fits(path, model, target)
-        trained = _trained(path, file, model, modules_to_save)
-        weights = dict.fromkeys(weight_name(target) for target in targets)
+        trained = {f"{module}.{key}": value for module, state in found.heads.items() for key, value in state.items()}
+        weights = dict.fromkeys(weight_name(target) for target in found.targets)
         _check_values(path, model, names, trained, weights)
-        found = {n: [names.plain[n]] if n in names.plain else names.converted[n] for n in weights}
-        adapted = {key: name for name, keys in found.items() for key in keys}
+        parts = {n: [names.plain[n]] if n in names.plain else names.converted[n] for n in weights}
+        adapted = {key: name for name, keys in parts.items() for key in keys}
         for key in adapted:
             if checkpoint.dtypes[key] not in PLAIN:
                 raise TargetError(f"{key}: a weight of {checkpoint.dtypes[key]} cannot take the update; {REMEDY}")
-        adapter = Adapter(model, file.spec, targets, modules_to_save)
+        adapter = Adapter(model, found.spec, found.targets, found.header.modules_to_save)
         with torch.no_grad():
-            adapter.theta_d.copy_(torch.from_numpy(file.theta_d))
+            adapter.theta_d.copy_(found.theta_d)
         dtype = checkpoint.dtypes[next(iter(adapted))]
         heads = {}
         for name, value in trained.items():
             key = names.plain.get(name, name)
             heads[key] = value.to(checkpoint.dtypes.get(key, dtype)) if value.is_floating_point() else value
+            check_merged(key, value, heads[key])
         kept = set(names.plain.values()) | {key for keys in names.converted.values() for key in keys}
         same_class = type(model).__name__ in (model.config.architectures or ())
         keys = [key for key in checkpoint.files if key in kept or same_class]
@@ -297,13 +288,16 @@ class _Merged:
             return weight
         name = self.adapted[key]
         if name in self.names.plain:
+            merged = weight.clone()
             for target in (target for target in self.adapter.targets if weight_name(target) == name):
-                block = block_of(weight, target)
+                block = block_of(merged, target)
                 block.copy_(block.float() + self.adapter.delta_weight(target))
-            return weight
-        if key not in self.pieces:
-            self.pieces.update(self._split_up(name))
-        return (weight.float() + self.pieces.pop(key)).to(weight.dtype)
+        else:
+            if key not in self.pieces:
+                self.pieces.update(self._split_up(name))
+            merged = (weight.float() + self.pieces.pop(key)).to(weight.dtype)
+        check_merged(key, weight, merged)
+        return merged
 
     def _split_up(self, name: str) -> dict[str, Tensor]:
         """B·A of a weight that loading puts together, in the form of the checkpoint."""
@@ -318,15 +312,6 @@ class _Merged:
                 "it apart again; load the base model and the adapter, and merge there: adapter.detach(merge=True)."
             )
         return parts
-
-
-def _trained(
-    path: str | os.PathLike, file: AdapterFile, model: PreTrainedModel, modules: Iterable[str]
-) -> dict[str, Tensor]:
-    """The tensors of the modules that were trained in full, by their names in the model."""
-    stored = {name: torch.from_numpy(array) for name, array in file.tensors.items()}
-    states = {module: head_state(path, model, module, stored) for module in modules}
-    return {f"{module}.{key}": value for module, state in states.items() for key, value in state.items()}
 
 
 def _check_values(
@@ -375,18 +360,3 @@ def _write(folder: Path, merged: _Merged, limit: int, progress: Callable[[Iterab
     if count > 1:
         index = {"metadata": {"total_size": sum(map(merged.size, merged.keys))}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one, which takes its place at the end, and goes away on an error."""
-    new = folder.parent / f".{folder.name}.{os.getpid()}"
-    new.mkdir()
-    try:
-        yield new
-        if folder.exists():
-            folder.rmdir()
-        new.rename(folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise

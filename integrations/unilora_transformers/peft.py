@@ -5,14 +5,18 @@ as PEFT 0.20 and 0.21 write them. P is dealt over A, then B, of each adapted lay
 PEFT rounds P's scale to the base's dtype; here it stays float32, so on a bf16 base the outputs agree to that rounding.
 """
 
+import contextlib
 import json
 import os
-import re
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import regex
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,9 +33,12 @@ from unilora_core import (
     TargetError,
     ValuesError,
 )
+from unilora_core.files import alone, new_files
+from unilora_core.schema import read_json, shown, typed
 from unilora_torch import Adapter, Target
 from unilora_torch.attach import layout_of
-from unilora_torch.heads import head_state
+from unilora_torch.heads import head_states
+from unilora_torch.opened import check_rank
 from unilora_transformers.attach import finish, require_model
 from unilora_transformers.targets import to_target
 
@@ -40,19 +47,39 @@ __all__ = ["load_peft", "save_peft"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 THETA = "base_model.unilora_theta_d"
 PREFIX = "base_model.model."
-READ = {"r", "proj_seed", "theta_d_length", "target_modules", "modules_to_save", "init_theta_d_bound"}
-READ |= {"layers_to_transform", "layers_pattern", "bias", "unilora_dropout", "peft_type"}
 WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights"}
 WITHOUT_EFFECT |= {"peft_version", "revision", "save_indices", "task_type", "runtime_config"}
 GROUPING = "numpy-shuffle"
+SECONDS = 2.0
+"""How long the regular expressions of a folder may take over the names of a model: some take for ever."""
+
+Matches = Callable[..., Any]
 
 
-def load_peft(model: PreTrainedModel, folder: str | os.PathLike) -> Adapter:
+@dataclass(frozen=True)
+class _Config:
+    """The fields of ``adapter_config.json`` that are read."""
+
+    r: int
+    proj_seed: int
+    theta_d_length: int
+    target_modules: str | tuple[str, ...] | None
+    peft_type: str
+    modules_to_save: tuple[str, ...] | None = None
+    init_theta_d_bound: float | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+    bias: str = "none"
+    unilora_dropout: float = 0.0
+
+
+def load_peft(model: PreTrainedModel, folder: str | os.PathLike, *, any_rank: bool = False) -> Adapter:
     """Read a UniLora adapter that PEFT saved, and attach it to its base model.
 
     Args:
         model: the base model, changed in place.
         folder: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
 
     Raises:
         AdapterFileError: no UniLora adapter, a damaged file, or a setting that is not supported, by its name.
@@ -61,24 +88,28 @@ def load_peft(model: PreTrainedModel, folder: str | os.PathLike) -> Adapter:
     """
     require_model(model)
     folder = Path(folder)
-    config, tensors = _read_config(folder / CONFIG), _read_tensors(folder / TENSORS)
-    targets, heads = _targets(model, config), _heads(model, config)
+    with alone(folder, shared=True):
+        config, tensors = _read_config(folder / CONFIG), _read_tensors(folder / TENSORS)
+    targets, heads = _targets(folder, model, config), _heads(model, config)
     if not targets:
-        raise MismatchError(f"{folder}: no layer of the model matches target_modules = {config['target_modules']!r}.")
+        raise MismatchError(f"{folder}: no layer of the model matches target_modules = {shown(config.target_modules)}.")
+    for target in () if any_rank else targets:
+        check_rank(folder, target.name, config.r, target.in_features, target.out_features)
     theta_d = _take_theta(folder, config, tensors)
-    states = {name: _take_head(folder, model, name, tensors) for name in heads}
+    saved = [key for key in tensors if key.startswith(tuple(f"{PREFIX}{name}." for name in heads))] if heads else []
+    states = head_states(folder, model, heads, {key.removeprefix(PREFIX): tensors.pop(key) for key in saved})
     indices = {key: tensors.pop(key) for key in list(tensors) if "unilora_indices" in key or "unilora_scales" in key}
     if tensors:
-        raise AdapterFileError(f"{folder}: these tensors are not supported: {sorted(tensors)[:8]}.")
+        raise AdapterFileError(f"{folder}: these tensors are not supported: {shown(sorted(tensors))}.")
     adapter = unilora_torch.attach(
         model,
         targets,
-        rank=config["r"],
-        d=config["theta_d_length"],
-        seed=config["proj_seed"],
+        rank=config.r,
+        d=config.theta_d_length,
+        seed=config.proj_seed,
         grouping=GROUPING,
         start="paper",
-        bound=config.get("init_theta_d_bound"),
+        bound=config.init_theta_d_bound,
         modules_to_save=heads,
     )
     try:
@@ -110,109 +141,131 @@ def save_peft(adapter: Adapter, folder: str | os.PathLike) -> None:
     state = {THETA: adapter.theta_d.detach().cpu().clone()}
     for name, tensor in adapter.heads().items():
         state[f"{PREFIX}{name}"] = tensor.detach().cpu().clone().contiguous()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with new_files(Path(folder) / TENSORS, Path(folder) / CONFIG) as (weights, settings):
+        save_file(state, weights, metadata={"format": "pt"})
+        settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; give the folder that PEFT's save_pretrained wrote.") from None
-    except ValueError as error:
-        raise CorruptFileError(f"{path}: not JSON ({error}).") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "UNILORA":
-        raise AdapterFileError(f"{path}: expected peft_type UNILORA, got {kind!r}; this reads UniLora adapters only.")
-    if missing := {"r", "proj_seed", "theta_d_length", "target_modules"} - config.keys():
+def _read_config(path: Path) -> _Config:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the folder that PEFT's save_pretrained wrote.")
+    said = read_json(path)
+    if (kind := said.get("peft_type")) != "UNILORA":
+        raise AdapterFileError(
+            f"{path}: expected peft_type UNILORA, got {shown(kind)}; this reads UniLora adapters only."
+        )
+    names = {field.name: field for field in fields(_Config)}
+    if missing := {name for name, field in names.items() if field.default is MISSING} - said.keys():
         raise CorruptFileError(f"{path}: {sorted(missing)} are missing.")
-    unknown = sorted(key for key in config.keys() - READ - WITHOUT_EFFECT if config[key])
-    if unknown:
-        raise AdapterFileError(f"{path}: these settings are not supported: {unknown}.")
-    if config.get("bias", "none") != "none":
-        raise AdapterFileError(f"{path}: bias = {config['bias']!r} is not supported, only 'none'.")
-    if not config["target_modules"] or config["target_modules"] == "all-linear":
-        raise AdapterFileError(f"{path}: target_modules = {config['target_modules']!r} names no modules.")
-    if config.get("unilora_dropout"):
-        warnings.warn(f"{path}: unilora_dropout = {config['unilora_dropout']} is ignored in training.", stacklevel=3)
+    if unknown := sorted(key for key in said.keys() - names.keys() - WITHOUT_EFFECT if said[key]):
+        raise AdapterFileError(f"{path}: these settings are not supported: {shown(unknown)}.")
+    config = typed(_Config, {name: value for name, value in said.items() if name in names}, str(path))
+    if config.bias != "none":
+        raise AdapterFileError(f"{path}: bias = {shown(config.bias)} is not supported, only 'none'.")
+    if not config.target_modules or config.target_modules == "all-linear":
+        raise AdapterFileError(f"{path}: target_modules = {config.target_modules!r} names no modules.")
+    if config.unilora_dropout:
+        warnings.warn(f"{path}: unilora_dropout = {config.unilora_dropout} is ignored in training.", stacklevel=3)
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; save the adapter as safetensors, PEFT's default.")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        # through PyTorch, since NumPy lacks bfloat16
+        tensors = load_file(path)
+        return {
+            name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            for name, tensor in tensors.items()
+        }
+    except (SafetensorError, KeyError, TypeError) as error:  # the latter two: a dtype that PyTorch or NumPy lacks
         raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
 
 
-def _take_theta(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+def _take_theta(folder: Path, config: _Config, tensors: dict[str, np.ndarray]) -> Tensor:
     if THETA not in tensors:
         raise CorruptFileError(f"{folder}: there is no tensor {THETA!r} in {TENSORS}.")
-    theta_d = tensors.pop(THETA).float()
-    if tuple(theta_d.shape) != (config["theta_d_length"],) or not torch.isfinite(theta_d).all():
+    theta_d = torch.from_numpy(tensors.pop(THETA))
+    finite = theta_d.float().isfinite() if theta_d.is_floating_point() else torch.zeros(0)
+    if tuple(theta_d.shape) != (config.theta_d_length,) or not theta_d.is_floating_point() or not finite.all():
         raise ValuesError(
-            f"{folder}: expected {config['theta_d_length']} finite values of theta_d, got shape "
-            f"{tuple(theta_d.shape)}, {int((~theta_d.isfinite()).sum())} of them NaN or infinite."
+            f"{folder}: expected {config.theta_d_length} finite values of theta_d, got {theta_d.dtype} of shape "
+            f"{tuple(theta_d.shape)}, {int((~finite.bool()).sum())} of them NaN or infinite."
         )
-    return theta_d
+    return theta_d.float()
 
 
-def _take_head(folder: Path, model: PreTrainedModel, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    keys = [key for key in tensors if key.startswith(f"{PREFIX}{name}.")]
-    found = {key.removeprefix(PREFIX): tensors.pop(key) for key in keys}
-    return head_state(folder, model, name, found)
-
-
-def _check_indices(folder: Path, spec: ProjectionSpec, saved: Mapping[str, Tensor]) -> None:
+def _check_indices(folder: Path, spec: ProjectionSpec, saved: Mapping[str, np.ndarray]) -> None:
     """Indices that were saved (save_indices=True) must be the ones that the seed gives."""
-    groups = torch.from_numpy(spec.groups())
+    groups = spec.groups()
     for name, at in spec.layout.slices.items():
         key = f"{PREFIX}{name[:-2]}.unilora_indices_{name[-1]}"
-        if key in saved and not torch.equal(saved[key].flatten().to(torch.int32), groups[at]):
+        if key in saved and not np.array_equal(saved[key].ravel(), groups[at]):
             raise AdapterFileError(f"{folder}: {key} is not what proj_seed gives; such a P cannot be rebuilt.")
 
 
 # ---- PEFT's rules ---------------------------------------------------------------------------------------------------
 
 
-def _targets(model: PreTrainedModel, config: Mapping[str, Any]) -> tuple[Target, ...]:
-    """The layers that PEFT adapts, in the order in which it deals P to them."""
-    return tuple(to_target(name, module) for name, module in model.named_modules() if _selects(config, name))
+def _targets(folder: str | os.PathLike, model: PreTrainedModel, config: _Config) -> tuple[Target, ...]:
+    """The layers that PEFT adapts, in the order in which it deals P to them: its `check_target_module_exists`."""
+    chosen, ends = config.target_modules, ()
+    if isinstance(chosen, tuple):
+        ends, chosen = tuple(f".{end}" for end in chosen), None
+    names = [name for name, _ in model.named_modules()]
+    with _expressions(folder) as matches:
+        if config.modules_to_save:
+            inside = rf"(?:^|.*\.)(?:{'|'.join(config.modules_to_save)})(?:$|\..*)"
+            names = [name for name in names if not matches(inside, name)]
+        if chosen is not None:
+            names = [name for name in names if matches(chosen, name, regex.fullmatch)]
+        else:
+            whole = set(config.target_modules or ())
+            names = [n for n in names if n in whole or (n.endswith(ends) and _selects_layer(config, n, matches))]
+    return tuple(to_target(name, model.get_submodule(name)) for name in names)
 
 
-def _selects(config: Mapping[str, Any], name: str) -> bool:
-    """PEFT's `check_target_module_exists`."""
-    if any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in config.get("modules_to_save") or ()):
-        return False
-    targets = config["target_modules"]
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    if name in targets:
+def _selects_layer(config: _Config, name: str, matches: Matches) -> bool:
+    layers, patterns = config.layers_to_transform, config.layers_pattern or ()
+    if layers is None or layers == ():
         return True
-    return any(name.endswith(f".{end}") for end in targets) and _selects_layer(config, name)
+    found = (
+        matches(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        for pattern in ((patterns,) if isinstance(patterns, str) else patterns) or (r"[^.]*",)
+    )
+    number = next((int(match[1]) for match in found if match and (match[1] or "").isdigit()), None)
+    return number is not None and number in ((layers,) if isinstance(layers, int) else layers)
 
 
-def _selects_layer(config: Mapping[str, Any], name: str) -> bool:
-    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or ()
-    if layers is None or layers == []:
-        return True
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
-    matches = (re.match(expression, name) for expression in expressions or [r".*?\.[^.]*\.(\d+)\."])
-    match = next(filter(None, matches), None)
-    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+@contextlib.contextmanager
+def _expressions(folder: str | os.PathLike) -> Iterator[Matches]:
+    """`regex.match`, as long as there is time; a folder's own expressions may not end.
+
+    Raises:
+        AdapterFileError: the time is up, or an expression is none.
+    """
+    end = time.monotonic() + SECONDS
+
+    def matches(expression: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
+        return how(expression, name, timeout=max(1e-3, end - time.monotonic()))
+
+    try:
+        yield matches
+    except (regex.error, TimeoutError, RecursionError, IndexError, OverflowError) as error:
+        raise AdapterFileError(
+            f"{folder}: its target_modules, modules_to_save or layers_pattern cannot be matched with the names of the "
+            f"model ({type(error).__name__}: {error}); give plain names in a list."
+        ) from error
 
 
-def _heads(model: PreTrainedModel, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _heads(model: PreTrainedModel, config: _Config) -> tuple[str, ...]:
     """PEFT wraps every module whose name ends so; names that the model lacks (it adds some itself) are no fault."""
-    ends = tuple(config.get("modules_to_save") or ())
-    return tuple(name for name, _ in model.named_modules() if name.endswith(ends)) if ends else ()
+    ends = config.modules_to_save or ()
+    return tuple(name for name, _ in model.named_modules() if name and name.endswith(ends)) if ends else ()
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -247,11 +300,12 @@ def _check_peft_builds(model: PreTrainedModel, adapter: Adapter, config: Mapping
     for field, needed in (("grouping", GROUPING), ("start", "paper")):
         if getattr(spec, field) != needed:
             raise SpecError(f"save_peft: PEFT knows {field} {needed!r} only, not {getattr(spec, field)!r}; {remedy}")
+    built_from = typed(_Config, {name: config[name] for name in _Config.__annotations__}, "save_peft")
     try:
-        same = _targets(model, config) == adapter.targets
+        same = _targets("save_peft", model, built_from) == adapter.targets
     except TargetError:
         same = False
-    same = same and set(_heads(model, config)) == set(adapter.modules_to_save)
-    built = layout_of(adapter.targets, config["r"]) if same else None
+    same = same and set(_heads(model, built_from)) == set(adapter.modules_to_save)
+    built = layout_of(adapter.targets, built_from.r) if same else None
     if built != spec.layout:
         raise SpecError(f"save_peft: PEFT would adapt other layers, blocks or ranks, or in another order; {remedy}")

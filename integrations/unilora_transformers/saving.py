@@ -18,12 +18,22 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
+from unilora_core.header import read_header
 from unilora_torch.adapter import NAME, adapters
 
-__all__ = ["Checkpoints", "PretrainedMethods", "base_metadata", "build_base", "find_files", "save_pretrained"]
+__all__ = [
+    "Checkpoints",
+    "PretrainedMethods",
+    "base_metadata",
+    "build_base",
+    "find_files",
+    "model_class",
+    "save_pretrained",
+]
 
 SPEC = "spec"
 """Beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
@@ -115,31 +125,56 @@ def find_files(
 
 
 def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The base model that an adapter file names.
+    """The base model that an adapter file names; no code of the base's repository runs unless ``options`` allow it.
 
     Args:
         options: for transformers' `from_pretrained`: dtype, device_map, quantization_config, …
 
     Raises:
-        AdapterFileError: the file does not say what its base model is.
+        AdapterFileError: the file does not say what its base model is, names what is no class of transformers, or
+            states a setting that is the caller's to give (`unilora_core.header.SETTINGS` are those that a file may).
     """
-    metadata = read_adapter(path).metadata
-    name = metadata.get("base_model")
-    kind = metadata.get("base_class") or json.loads(metadata.get("base", "{}")).get("class", "")
-    cls = getattr(transformers, kind, None)
-    if not name or cls is None:
+    header = read_header(path, read_adapter(path))
+    name = header.base_model
+    kind = header.base_class or (header.base.kind if header.base else "")
+    if not name or not kind:
         raise AdapterFileError(
             f"{path}: it does not say which transformers model it was made for (base_model = {name!r}, "
             f"base_class = {kind!r}); build the base model and give it: from_pretrained(…, model=model)."
         )
-    written = json.loads(metadata.get("base_arguments", "{}")).get("arguments", {})  # by the command `unilora`
-    if written.get("problem_type") == "regression":
-        written = {"ignore_mismatched_sizes": True} | written
-    labels = json.loads(metadata.get("labels", "[]"))
-    if labels:
+    cls = model_class(path, kind)
+    said = header.settings(options)
+    if said.get("problem_type") == "regression":
+        said = {"ignore_mismatched_sizes": True} | said
+    if labels := header.labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        options = {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names | dict(options)
-    return cls.from_pretrained(name, **written | dict(options))
+        said |= {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names
+    try:
+        return cls.from_pretrained(name, **{"trust_remote_code": False} | said | dict(options))
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers raises on a base that does not fit its class or its settings
+        raise AdapterFileError(
+            f"{path}: the base model that it names, {name!r}, cannot be built as {kind} ({error!r:.300}); build the "
+            "base model and give it: from_pretrained(…, model=model)."
+        ) from error
+
+
+def model_class(path: str | os.PathLike, name: str) -> type[PreTrainedModel]:
+    """A class of transformers that makes models, an auto class or a model's own, by the name that a file gives.
+
+    Raises:
+        AdapterFileError: it is none; nothing but such a class is ever called for a file.
+    """
+    cls = getattr(transformers, name, None) if name in dir(transformers) else None
+    kinds = (PreTrainedModel, _BaseAutoModelClass)
+    if not (isinstance(cls, type) and issubclass(cls, kinds) and cls.__module__.startswith("transformers.models.")):
+        raise AdapterFileError(
+            f"{path}: it adapts a {name}, which is no model of transformers {transformers.__version__}; build the base "
+            "model and load the adapter beside it: load(model, …), or from_pretrained(…, model=model); to merge, "
+            "adapter.detach(merge=True) there."
+        )
+    return cls
 
 
 def base_metadata(model: PreTrainedModel) -> dict[str, str]:

@@ -151,7 +151,7 @@ def test_nan_is_not_written(tiny, tmp_path):
         (MismatchError, "no layer of the model matches", {"target_modules": ["nothing"]}),
         (TargetError, "LlamaMLP is no linear layer", {"target_modules": ["mlp"]}),
         (ValuesError, r"expected 41 finite values.*\(40,\)", {"theta_d_length": 41}),
-        (SpecError, "seed", {"proj_seed": None}),
+        (CorruptFileError, "proj_seed: expected an integer, got None", {"proj_seed": None}),
         (SpecError, "rank ≥ 1", {"r": 0}),
     ],
 )

@@ -1,0 +1,121 @@
+"""A file, checked against a model: the one place where what a file says meets the model, whoever asks."""
+
+import os
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unilora_core import AdapterFile, MismatchError, ProjectionSpec, TargetError, ValuesError, read_adapter
+from unilora_core.header import Header, read_header
+from unilora_core.lora import largest_rank
+from unilora_torch.checks import check_parameter, check_targets
+from unilora_torch.heads import check_heads, head_states, submodule
+from unilora_torch.targets import Target, features, target_of
+
+__all__ = ["Opened", "check_rank", "open_file"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter file that fits a model.
+
+    Attributes:
+        spec, theta_d: its own; θ_d is (d,) float32.
+        header: what else it says.
+        targets: what it adapts, as this model stores its weights.
+        heads: module → its saved state, in the file's dtypes.
+    """
+
+    spec: ProjectionSpec
+    theta_d: Tensor
+    header: Header
+    targets: tuple[Target, ...]
+    heads: dict[str, dict[str, Tensor]]
+
+
+def open_file(
+    where: str | os.PathLike,
+    model: nn.Module,
+    *,
+    file: AdapterFile | None = None,
+    any_rank: bool = False,
+    loaded: bool = True,
+    known: Container[tuple[ProjectionSpec, tuple[Target, ...]]] = (),
+) -> Opened:
+    """The contents of a file that fits a model; nothing of a size that the file states is made before it is checked.
+
+    Whether the values of the base are those it was made for is `base.check_base`'s to say.
+
+    Args:
+        where: its path, or what to call it in messages.
+        file: its contents, unless they are to be read from ``where``.
+        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
+        loaded: whether the model has its values; one without (``torch.device("meta")``) is checked by shape.
+        known: specs and targets of which it is known that they fit.
+
+    Raises:
+        AdapterFileError: the file is damaged, of an unknown version, or says what cannot be.
+        MismatchError: it belongs to another model; the message names the module, expected and found.
+        TargetError: a layer that cannot be adapted rightly.
+        ValuesError: numbers that are no numbers, or that the model's dtypes cannot hold.
+    """
+    file = read_adapter(where) if file is None else file
+    header = read_header(where, file)
+    targets = tuple(target_of(row, submodule(model, row.module, str(where))) for row in header.targets)
+    if (file.spec, targets) not in known:
+        for row, target in zip(header.targets, targets, strict=True):
+            _check_fits(where, model, target)
+            if not any_rank:
+                check_rank(where, row.name, row.rank, row.in_features, row.out_features)
+        check_targets(model, targets, loaded=loaded)
+    heads = head_states(where, model, header.modules_to_save, file.tensors)
+    if loaded:
+        check_heads(model, header.modules_to_save)
+    return Opened(file.spec, _theta(where, file), header, targets, heads)
+
+
+def check_rank(where: str | os.PathLike, name: str, rank: int, in_features: int, out_features: int) -> None:
+    """Refuse factors that are larger than the layer that they are for gives reason for.
+
+    Raises:
+        MismatchError: the rank is beyond `unilora_core.lora.largest_rank`.
+    """
+    if rank > (most := largest_rank(in_features, out_features)):
+        raise MismatchError(
+            f"{where}: {name}: expected a rank of at most {most} for {in_features} inputs and {out_features} outputs, "
+            f"the file has {rank}; if that is meant, and there is memory for it, say any_rank=True."
+        )
+
+
+def _check_fits(where: str | os.PathLike, model: nn.Module, target: Target) -> None:
+    """Refuse a model without the layer that a file names, or with one of other widths."""
+    module = model.get_submodule(target.module)
+    if target.parameter is not None:
+        try:
+            check_parameter(module, target)
+        except TargetError as error:
+            raise MismatchError(f"{where}: {error}") from error
+        return
+    width, height = features(module, target.transposed)
+    if not width:
+        raise MismatchError(
+            f"{where}: {target.module} should be a linear layer, the model has {type(module).__name__}."
+        )
+    if width != target.in_features or not 0 <= target.first_row <= height - target.out_features:
+        raise MismatchError(
+            f"{where}: {target.module}: expected a layer of {target.in_features} inputs and at least "
+            f"{target.first_row + target.out_features} outputs, the model has {width} and {height}; the adapter was "
+            "trained on another model."
+        )
+
+
+def _theta(where: str | os.PathLike, file: AdapterFile) -> Tensor:
+    theta_d = torch.tensor(file.theta_d)
+    if theta_d.shape != (file.spec.d,) or theta_d.dtype != torch.float32 or not theta_d.isfinite().all():
+        raise ValuesError(
+            f"{where}: expected theta_d ({file.spec.d},) float32 without NaN and infinity, got "
+            f"{tuple(theta_d.shape)} {theta_d.dtype}, {int((~theta_d.isfinite()).sum())} of them NaN or infinite."
+        )
+    return theta_d
