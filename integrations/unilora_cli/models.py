@@ -41,6 +41,10 @@ HUB = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 TIMM = re.compile(rf"(?i:hf[-_]hub:)?{HUB.pattern}(@[\w./-]+)?", re.ASCII)
 """Names of models that a file may give: of the hub, and for timm its own, too."""
 
+TRUST = (
+    "it brings Python code of its own, which nobody runs unasked; if you trust it, --model-arg trust_remote_code=true"
+)
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -191,7 +195,8 @@ def readable_errors(what: str) -> Iterator[None]:
     except Exception as error:  # timm, transformers and datasets raise errors of all kinds, down to AssertionError
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
-        raise CommandError(f"{what}: {one_line(error, 400)}") from error
+        why = TRUST if "trust_remote_code" in str(error) else one_line(error, 400)
+        raise CommandError(f"{what}: {why}") from error
 
 
 @contextlib.contextmanager
