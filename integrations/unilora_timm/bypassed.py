@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from unilora_torch import Target
 
@@ -53,11 +54,10 @@ def _inside(target: Target, reader: str) -> Target:
 def _called(model: nn.Module, run: Callable[[], Any]) -> set[str]:
     """The names of the modules that one forward pass calls."""
     called: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name, module in model.named_modules()
-    ]
+    handles: list[RemovableHandle] = []
     try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
         with torch.no_grad():
             run()
     finally:
@@ -72,22 +72,29 @@ def _readers(model: nn.Module, layers: Iterable[str], run: Callable[[], Any]) ->
     Each module above a layer puts a copy of its own in the place of the weight while it runs; the copy on which the
     output depends tells the reader.
     """
+    weights = {layer: getattr(model.get_submodule(layer), "weight", None) for layer in layers}
+    pairs = [
+        (layer, reader)
+        for layer, weight in weights.items()
+        if isinstance(weight, nn.Parameter)
+        for reader in _above(layer)
+    ]
     stand_ins: list[tuple[str, str, _StandIn]] = []
-    handles = []
-    for layer in layers:
-        if isinstance(getattr(model.get_submodule(layer), "weight", None), nn.Parameter):
-            for reader in _above(layer):
-                stand_in, module = _StandIn(model.get_submodule(layer)), model.get_submodule(reader)
-                handles.append(module.register_forward_pre_hook(stand_in.open))
-                # before another adapter's own hook puts the weight back
-                handles.append(module.register_forward_hook(stand_in.close, prepend=True, always_call=True))
-                stand_ins.append((layer, reader, stand_in))
+    handles: list[RemovableHandle] = []
     try:
+        for layer, reader in pairs:
+            stand_in, module = _StandIn(layer.removeprefix(f"{reader}." if reader else "")), model.get_submodule(reader)
+            handles.append(module.register_forward_pre_hook(stand_in.open))
+            # before another adapter's own hook puts the weight back
+            handles.append(module.register_forward_hook(stand_in.close, prepend=True, always_call=True))
+            stand_ins.append((layer, reader, stand_in))
         with torch.enable_grad():
             leaves = torch.utils._pytree.tree_leaves(run())
     finally:
         for handle in handles:
             handle.remove()
+        for layer, _ in pairs:  # PyTorch runs no hook after an interrupt
+            vars(model.get_submodule(layer)).pop("weight", None)
     copies = [(layer, reader, copy) for layer, reader, stand_in in stand_ins for copy in stand_in.made]
     outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not outputs or not copies:
@@ -98,27 +105,30 @@ def _readers(model: nn.Module, layers: Iterable[str], run: Callable[[], Any]) ->
 
 
 class _StandIn:
-    """The forward hooks of a module above a layer: a copy of the layer's weight, while the module runs."""
+    """The forward hooks of a module above a layer: a copy of the layer's weight, while the module runs.
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
+    The layer is looked up in the module that runs, which may be a copy that another adapter made of it.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
         self.made: list[Tensor] = []
         self.outer: list[Tensor | None] = []
 
-    def open(self, _module: nn.Module, _args: Any) -> None:
+    def open(self, module: nn.Module, _args: Any) -> None:
         """Before the module's forward pass."""
-        held = self.layer.__dict__
-        self.outer.append(held.get("weight"))
-        held["weight"] = self.layer.weight.detach().requires_grad_()
-        self.made.append(held["weight"])
+        layer = module.get_submodule(self.path)
+        self.outer.append(vars(layer).get("weight"))
+        vars(layer)["weight"] = layer.weight.detach().requires_grad_()
+        self.made.append(layer.weight)
 
-    def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def close(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """After it."""
-        outer = self.outer.pop()
+        held, outer = vars(module.get_submodule(self.path)), self.outer.pop()
         if outer is None:
-            del self.layer.__dict__["weight"]
+            del held["weight"]
         else:
-            self.layer.__dict__["weight"] = outer
+            held["weight"] = outer
 
 
 def _above(name: str) -> Iterator[str]:
@@ -137,13 +147,20 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     try:
-        with torch.random.fork_rng(devices):
-            for module, _ in modes:
-                module.training = training and not isinstance(module, nn.modules.batchnorm._NormBase)
-            yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        try:
+            with torch.random.fork_rng(devices):
+                for module, _ in modes:
+                    module.training = training and not isinstance(module, nn.modules.batchnorm._NormBase)
+                yield
+        finally:
+            _put_back(modes, buffers)
+    finally:  # again, where an interrupt kept the first from being done
+        _put_back(modes, buffers)
+
+
+def _put_back(modes: list[tuple[nn.Module, bool]], buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for module, was_training in modes:
+        module.training = was_training
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -1,11 +1,16 @@
 """Gradient checkpointing beside a frozen model."""
 
+import threading
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 __all__ = ["InputGradients"]
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while hooks are put on a model, which two threads may train."""
 
 
 class InputGradients:
@@ -26,8 +31,15 @@ class InputGradients:
         if self.ours or not self.model.training or getattr(self.model, "_require_grads_hooks", None):
             return
         if any(layer.gradient_checkpointing for layer in self.layers):
+            with ONE_AT_A_TIME:
+                if not self.ours:
+                    self._enable()
+
+    def _enable(self) -> None:
+        try:
             self.model.enable_input_require_grads()
-            self.ours = True
+        finally:  # an interrupt may come when it is done
+            self.ours = hasattr(self.model, "_require_grads_hooks")
 
     def remove(self) -> None:
         """Leave the model as it was, as the handle of a hook does."""

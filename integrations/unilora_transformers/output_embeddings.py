@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from unilora_core import TargetError
 from unilora_torch import Adapter
+from unilora_torch.live import PerThread
 
 __all__ = ["watch_output_embeddings"]
 
@@ -31,20 +32,27 @@ def watch_output_embeddings(model: PreTrainedModel, adapter: Adapter) -> list[Re
     ]
 
 
+class _Here(PerThread):
+    """Whether this thread's pass has called the output embeddings."""
+
+    def __init__(self) -> None:
+        self.called = False
+
+
 class _Watch:
     """Notes whether the output embeddings were called between the beginning and the end of a pass."""
 
     def __init__(self, adapter: Adapter, name: str):
-        self.adapter, self.name, self.called = adapter, name, False
+        self.adapter, self.name, self.here = adapter, name, _Here()
 
     def begin(self, _module: nn.Module, _args: Any) -> None:
-        self.called = False
+        self.here.called = False
 
     def seen(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.called = True
+        self.here.called = True
 
     def end(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if module.training and torch.is_grad_enabled() and self.adapter.active and not self.called:
+        if module.training and torch.is_grad_enabled() and self.adapter.active and not self.here.called:
             raise TargetError(
                 f"{self.name}: this forward pass does not call the output embeddings, so their update would do "
                 "nothing; a loss that is fused with them reads their weight. Exclude them, or switch the fused loss "
