@@ -169,7 +169,6 @@ def work(kind: Any, seed: int, first: int, seconds: float, only: int | None, log
 
     signal.signal(signal.SIGALRM, hang)
     scratch = scratch_folder()
-    progress[:16] = struct.pack("<qd", -1, time.monotonic())
     try:
         reader = kind(scratch)
         limit = memory("VmSize") + ROOM
@@ -212,6 +211,7 @@ class Job:
         if not self.end:
             self.end = time.monotonic() + self.seconds + 30  # the 30 are for the set-up
         sys.stdout.flush()
+        self.progress[:16] = struct.pack("<qd", -1, time.monotonic())
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
