@@ -31,6 +31,13 @@ def pytest(session: nox.Session, *paths: str, expect: str = "", **env: str) -> N
     session.run("pytest", *PARALLEL, *(session.posargs or paths), env={"UNILORA_EXPECT": expect, **quiet, **env})
 
 
+def hostile(session: nox.Session, script: str) -> None:
+    """Run a script of tests/hostile, which prints a table and fails where something was found."""
+    session.install("--compile-bytecode", ".[cli,jax]")
+    quiet = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "tests/hostile"}
+    session.run("python", f"tests/hostile/{script}.py", *session.posargs, env=CPU | quiet)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff (rules and format) and mypy."""
@@ -91,6 +98,27 @@ def cli(session: nox.Session) -> None:
     """The command `unilora`."""
     session.install("--compile-bytecode", ".[cli,onnx]", ONNX_RUNTIME, PEFT, "bitsandbytes>=0.49", *PYTEST)
     pytest(session, "tests/cli", *TOP_LEVEL)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Hostile files for every public reader, a minute; `nox -s fuzz -- --seconds 3600 --seed 7`, an hour."""
+    if not session.posargs:
+        session.install(".[cli,jax]", *PYTEST)
+        pytest(session, "tests/hostile", expect="torch,hypothesis")
+    hostile(session, "fuzz")
+
+
+@nox.session
+def kill(session: nox.Session) -> None:
+    """Writers that are killed, that meet, and that find no room; `nox -s kill -- --kills 100 --seconds 100`."""
+    hostile(session, "kill")
+
+
+@nox.session
+def stress(session: nox.Session) -> None:
+    """Threads and interrupts, for every kind of target; `nox -s stress -- --passes 600 --places 50`."""
+    hostile(session, "stress")
 
 
 @nox.session

@@ -8,6 +8,7 @@ code is 1. So it is where a try took more time or memory than its file and its m
 import argparse
 import collections
 import contextlib
+import importlib.util
 import json
 import mmap
 import os
@@ -60,7 +61,7 @@ def forget_peak() -> None:
 
 def attempt(reader: Any, seed: int, index: int) -> dict[str, Any]:
     """What came of one try."""
-    from readers import Refused, Unclear
+    from readers import Refused
 
     size = reader.write(random.Random(f"{seed}/{reader.name}/{index}"))
     forget_peak()
@@ -96,8 +97,6 @@ def attempt(reader: Any, seed: int, index: int) -> dict[str, Any]:
         outcome, why = "unclear", describe(error)
     if outcome != "unclear" and (bound := exceeded(reader, size, **spent)):
         outcome, why = "unclear", bound
-    if outcome == "unclear":
-        del Unclear
     return {"index": index, "outcome": outcome, "why": why, "bytes": size, **spent}
 
 
@@ -276,9 +275,8 @@ def run(jobs: list[Job], at_once: int) -> None:
 
 def report(jobs: list[Job]) -> bool:
     """Print the table and the groups of what was unclear; whether there was none."""
-    say(
-        f"{'reader':22}{'tries':>8}{'refused':>9}{'accepted':>9}{'unclear':>8}{'worst ms':>10}{'worst MB':>9}{'ms/kB':>8}{'MB/kB':>8}"
-    )
+    heads = ["tries", "refused", "accepted", "unclear", "worst ms", "worst MB", "ms/kB", "MB/kB"]
+    say(f"{'reader':22}" + "".join(f"{head:>10}" for head in heads))
     groups: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     totals: collections.Counter[str] = collections.Counter()
     for job in jobs:
@@ -289,17 +287,17 @@ def report(jobs: list[Job]) -> bool:
         totals += count
         worst = [max((f(line) for line in lines), default=0) for f in WORST]
         say(
-            f"{job.kind.name:22}{len(lines):8,}{count['refused']:9,}{count['accepted']:9,}{count['unclear']:8,}"
-            f"{worst[0]:10.0f}{worst[1]:9.0f}{worst[2]:8.1f}{worst[3]:8.2f}"
+            f"{job.kind.name:22}{len(lines):10,}{count['refused']:10,}{count['accepted']:10,}{count['unclear']:10,}"
+            f"{worst[0]:10.0f}{worst[1]:10.0f}{worst[2]:10.1f}{worst[3]:10.2f}"
         )
         for line in lines:
             if line["outcome"] == "unclear":
                 groups[job.kind.name, group_of(line["why"])].append(line["index"])
-    say(f"{'all':22}{totals.total():8,}{totals['refused']:9,}{totals['accepted']:9,}{totals['unclear']:8,}")
+    numbers = [totals.total(), *(totals[outcome] for outcome in ("refused", "accepted", "unclear"))]
+    say(f"{'all':22}" + "".join(f"{number:10,}" for number in numbers))
     for (name, why), indices in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):
-        say(
-            f"  {name}: {len(indices)} × {why}\n      repeat: --reader {name!r} --seed {jobs[0].seed} --index {indices[0]}"
-        )
+        say(f"  {name}: {len(indices)} × {why}")
+        say(f"      repeat: --reader {name!r} --seed {jobs[0].seed} --index {indices[0]}")
     return not groups
 
 
@@ -341,6 +339,8 @@ def main() -> int:
     import transformers
     from readers import READERS, scratch_folder
 
+    if importlib.util.find_spec("bitsandbytes"):
+        import bitsandbytes  # noqa: F401  (it prints something when it is first imported)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     transformers.LlamaForCausalLM, transformers.BertForSequenceClassification, transformers.PreTrainedTokenizerFast  # noqa: B018

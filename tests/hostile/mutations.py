@@ -1,4 +1,4 @@
-"""Hostile values, and mutations by structure: of JSON, of adapter files, of safetensors files; all drawn from one `rng`.
+"""Hostile values, and mutations by structure: of JSON, of adapter files, of safetensors files; all from one `rng`.
 
 A file is mutated by its contents, and whole around them: lengths, offsets, fingerprint and checksum are made anew, so
 that what a reader meets is the lie and not a damaged file. Only a small share of the tries damages bytes.

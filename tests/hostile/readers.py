@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -91,8 +91,9 @@ def strange_bases(scratch: Path) -> dict[str, list[Any]]:
     }
     auto |= {"AutoTokenizer": ["evil.X", None], "AutoConfig": "evil.C"}
     (evil / "config.json").write_text(json.dumps({"model_type": "evilm", "auto_map": auto}))
-    code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import *\nclass C(PretrainedConfig):\n    model_type = 'evilm'\n"
-    (evil / "evil.py").write_text(code + "class X(PreTrainedModel):\n    config_class = C\n")
+    code = [f"open({str(mark)!r}, 'w').close()", "from transformers import *", "class C(PretrainedConfig):"]
+    code += ["    model_type = 'evilm'", "class X(PreTrainedModel):", "    config_class = C", ""]
+    (evil / "evil.py").write_text("\n".join(code))
     os.mkfifo(scratch / "pipe")
     names = [
         str(evil),
@@ -176,12 +177,14 @@ def strange_bases(scratch: Path) -> dict[str, list[Any]]:
     ]
     return {
         "base_model": names,
-        "base_class": ["AutoModelForCausalLM", "AutoModel", "Trainer", "pipeline", "LlamaConfig", "torch", "utils.logging", "BertModel",
-                       "GPT2LMHeadModel", "PreTrainedModel", "AutoTokenizer", "__path__", "\x1b[31m", "is_torch_available", "set_seed",
-                       "LlamaForCausalLM", "LlamaModel", "BertForSequenceClassification", "TrainingArguments"],
+        "base_class": ["AutoModelForCausalLM", "AutoModel", "Trainer", "pipeline", "LlamaConfig", "torch", "__path__",
+                       "utils.logging", "BertModel", "GPT2LMHeadModel", "PreTrainedModel", "AutoTokenizer", "\x1b[31m",
+                       "is_torch_available", "set_seed", "LlamaForCausalLM", "LlamaModel", "TrainingArguments",
+                       "BertForSequenceClassification"],
         "base_arguments": fields,
         "task": ["vit", "text", "lm", "x", "\x1b[31m", ""],
-        "labels": [["a"], ["a"] * 3, list(range(3)), [None, None], ["\x1b[31m", "b"], "ab", {"a": 1}, [["a"]], [""] * 1000, {}],
+        "labels": [["a"], ["a"] * 3, list(range(3)), [None, None], ["\x1b[31m", "b"], "ab", {"a": 1}, [["a"]],
+                   [""] * 1000, {}],
     }  # fmt: skip
 
 
@@ -262,7 +265,7 @@ def adapter_file(scratch: Path, model: nn.Module, targets: Any, metadata: Any = 
 
 def words_of(model: nn.Module) -> tuple[str, ...]:
     names = [name for name, _ in model.named_modules()]
-    return tuple([*names, *(f"{name}.weight" for name in names[:6])])
+    return (*names, *(f"{name}.weight" for name in names[:6]))
 
 
 def check_factors(adapter: Any) -> None:
@@ -775,10 +778,12 @@ RANKS = [0, -1, 1, 2.0, True, "2", None, 2**20, 2**31, 2**63, 2**64, 1e308, Raw(
 
 class LoadPeft(Folders):
     name, share = "load_peft", 1.4
-    tries = {
+    tries: ClassVar[dict[str, list[Any]]] = {
         "r": RANKS,
-        "target_modules": [*BACKTRACK, ["q_proj"], ["\x1b[31m"], [1], {"q_proj": 1}, [["q_proj"]], ["q_proj"] * 1000, "all-linear", [""], None, 5],
-        "modules_to_save": [["lm_head"], ["("], ["model"], [""], ["q_proj"], "lm_head", [1], {"a": 1}, [None], BACKTRACK, 1, True, ["embed_tokens"]],
+        "target_modules": [*BACKTRACK, ["q_proj"], ["\x1b[31m"], [1], {"q_proj": 1}, [["q_proj"]], ["q_proj"] * 1000,
+                           "all-linear", [""], None, 5],
+        "modules_to_save": [["lm_head"], ["("], ["model"], [""], ["q_proj"], "lm_head", [1], {"a": 1}, [None],
+                            BACKTRACK, 1, True, ["embed_tokens"]],
         "layers_to_transform": [[0], 0, [1], "0", [None], {"0": 0}, True, 1.0, [[0]], [0] * 1000, -1],
         "layers_pattern": ["layers", ["layers"], "(", ["("], "(a+)+", [1], 1, {"a": 1}, True, [None], *BACKTRACK],
         "theta_d_length": [1, 0, -1, 24.0, True, 2**31, 2**63, "24", None, Raw("NaN"), [24]],
@@ -827,7 +832,7 @@ class ReadLora(Folders):
     """`read_lora`, `check`, `serving` and `refuse`: the whole of what looks at LoRA folders."""
 
     name, share = "engines.check", 1.0
-    tries = {
+    tries: ClassVar[dict[str, list[Any]]] = {
         "r": RANKS,
         "lora_alpha": RANKS,
         "target_modules": [*BACKTRACK, ["q_proj"], [1], {"a": 1}, 5, [["a"]], "all-linear", ["\x1b[31m"]],

@@ -115,7 +115,7 @@ KINDS = [
     Kind("embedding", lambda: nn.Sequential(nn.Embedding(100, 64)), ["0"], lambda: torch.randint(0, 100, (8, 32))),
     Kind("Conv1d", lambda: nn.Sequential(nn.Conv1d(8, 16, 3)), ["0"], lambda: torch.randn(2, 8, 16)),
     Kind("Conv2d", lambda: nn.Sequential(nn.Conv2d(8, 16, 3, stride=2)), ["0"], lambda: torch.randn(2, 8, 12, 12)),
-    Kind("Conv2d, groups", lambda: nn.Sequential(nn.Conv2d(8, 16, 3, groups=2)), ["0"], lambda: torch.randn(2, 8, 9, 9)),
+    Kind("group Conv2d", lambda: nn.Sequential(nn.Conv2d(8, 16, 3, groups=2)), ["0"], lambda: torch.randn(2, 8, 9, 9)),
     Kind("Conv3d", lambda: nn.Sequential(nn.Conv3d(4, 8, 2)), ["0"], lambda: torch.randn(2, 4, 5, 5, 5)),
     Kind("attention", Attention, ["at.in_proj_weight", "at.out_proj"]),
     Kind("attention, apart", lambda: Attention(kdim=32, vdim=32), "all-linear"),
