@@ -20,7 +20,7 @@ ALLOWED = {
     "unilora_core": {"numpy", "safetensors"},
     "unilora_torch": {"unilora_core", "numpy", "torch", "safetensors"},
     "unilora_jax": {"unilora_core", "numpy", "jax", "safetensors"},
-    "unilora_transformers": {*INTEGRATION, "transformers"},
+    "unilora_transformers": {*INTEGRATION, "regex", "transformers"},
     "unilora_timm": {*INTEGRATION, "timm"},
 }
 """Beside the standard library and the package itself."""

@@ -101,7 +101,10 @@ def refuse_filled(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def _temporary(parent: Path) -> Iterator[Path]:
-    """A new folder in this one, locked and taken away at the end; those of writers that were killed go first."""
+    """A new folder in a new one in this one, locked and taken away at the end; those of killed writers go first.
+
+    What is locked is the outer, so that files can be written in the inner by this module, too.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     _tidy(parent)
     while True:
@@ -110,7 +113,8 @@ def _temporary(parent: Path) -> Iterator[Path]:
             path.mkdir()
             with _lock(path):
                 if path.exists():  # else another writer tidied it away before it was locked
-                    yield path
+                    (path / "new").mkdir()
+                    yield path / "new"
                     return
         finally:
             shutil.rmtree(path, ignore_errors=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unilora_core import AdapterFileError, TargetError
 from unilora_core.engines import Lora, refuse, served_rank
+from unilora_core.files import new_files
 from unilora_core.lora import Block, lora_config, lora_names, lora_state
 from unilora_torch.adapter import Adapter
 from unilora_torch.lora_parameters import parameter_state, parameters_of, rank_of
@@ -89,10 +90,10 @@ def export_lora(
         config["target_parameters"] = list(parameters)
     if engine is not None:
         refuse(Lora(config, {name: tuple(tensor.shape) for name, tensor in state.items()}), engine)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # the config last: it is what makes the folder a LoRA
+    with new_files(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json") as (weights, says):
+        save_file(state, weights, metadata={"format": "pt"})
+        says.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_conv(name: str, layer: nn.Module) -> None:

@@ -50,7 +50,7 @@ PREFIX = "base_model.model."
 WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights"}
 WITHOUT_EFFECT |= {"peft_version", "revision", "save_indices", "task_type", "runtime_config"}
 GROUPING = "numpy-shuffle"
-SECONDS = 2.0
+SECONDS = 1.0
 """How long the regular expressions of a folder may take over the names of a model: some take for ever."""
 
 Matches = Callable[..., Any]

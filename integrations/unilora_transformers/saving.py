@@ -22,6 +22,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
+from unilora_core.files import new_files
 from unilora_core.header import read_header
 from unilora_torch.adapter import NAME, adapters
 
@@ -66,15 +67,20 @@ def save_pretrained(
     if is_main_process is False:
         return
     folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, adapter in adapters(model).items():
-        adapter.save(folder / _file_of(name), base_metadata(model), state)
-    if is_main_process is not None:
-        texts = {name: json.dumps(_identity(adapter.spec)) for name, adapter in adapters(model).items()}
-        specs = {f"{name}.{SPEC}": torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()}
-        save_file(state | specs, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-    if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(model_card(model), encoding="utf-8")
+    there = adapters(model)
+    names = [] if (folder / "README.md").exists() else ["README.md"]
+    names += [_file_of(name) for name in there]
+    names += [] if is_main_process is None else [SAFE_WEIGHTS_NAME]  # the last: trainers resume from it
+    with new_files(*(folder / name for name in names)) as new:
+        paths = dict(zip(names, new, strict=True))
+        for name, adapter in there.items():
+            adapter.save(paths[_file_of(name)], base_metadata(model), state)
+        if "README.md" in paths:
+            paths["README.md"].write_text(model_card(model), encoding="utf-8")
+        if is_main_process is not None:
+            texts = {f"{name}.{SPEC}": json.dumps(_identity(adapter.spec)) for name, adapter in there.items()}
+            specs = {key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
+            save_file(state | specs, paths[SAFE_WEIGHTS_NAME], metadata={"format": "pt"})
     if push_to_hub:
         model.push_to_hub(options.pop("repo_id", folder.name), **options)
 
@@ -155,7 +161,7 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         raise
     except Exception as error:  # whatever transformers raises on a base that does not fit its class or its settings
         raise AdapterFileError(
-            f"{path}: the base model that it names, {name!r}, cannot be built as {kind} ({error!r:.300}); build the "
+            f"{path}: the base model that it names, {name!r}, cannot be built as {kind} ({error!r:.800}); build the "
             "base model and give it: from_pretrained(…, model=model)."
         ) from error
 
