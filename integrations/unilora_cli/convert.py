@@ -39,7 +39,7 @@ def _from_file(source: Path, arguments: argparse.Namespace) -> None:
     if arguments.to == "peft-unilora" and base.kind == "vit":
         raise CommandError("PEFT's Uni-LoRA folders are for transformers models; for a timm model use --to lora.")
     model, _ = build(base)
-    adapter = load_adapter(base, model, source)
+    adapter = load_adapter(base, model, source, arguments.any_rank)
     if arguments.to == "lora":
         adapter.export_lora(arguments.out, base_model=base.name, rank=arguments.rank, engine=arguments.engine)
     else:
@@ -58,7 +58,7 @@ def _from_peft(source: Path, arguments: argparse.Namespace) -> None:
 
     base = _peft_base(source, arguments)
     model, _ = build(base)
-    adapter = load_peft(model, source)
+    adapter = load_peft(model, source, any_rank=arguments.any_rank)
     names = getattr(model.config, "id2label", None) if base.kind == "text" else None
     labels = tuple(str(names[i]) for i in sorted(names)) if names else ()
     adapter.save(arguments.out, metadata=Base(base.kind, base.name, labels, base.arguments).metadata())

@@ -26,11 +26,11 @@ def run(arguments: argparse.Namespace) -> None:
     header = read_header(arguments.file, read_adapter(arguments.file))
     base = remembered(header, arguments)
     if base.kind == "vit":
-        written = _merge_timm(base, arguments.file, folder, arguments.onnx)
+        written = _merge_timm(base, arguments, folder)
     elif arguments.onnx:
         raise CommandError(f"--onnx goes with models of timm; {base.name!r} is one of transformers.")
     else:
-        written = _merge_transformers(base, arguments.file, folder)
+        written = _merge_transformers(base, arguments, folder)
     count, size = len(header.targets), sum(path.stat().st_size for path in folder.iterdir())
     say(f"merged {count} targets of {base.name} into {arguments.out}: {size:,} bytes. Load it with\n  {written}")
     if not base.pretrained and not base.checkpoint:
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _merge_transformers(base: Base, file: str, folder: Path) -> str:
+def _merge_transformers(base: Base, arguments: argparse.Namespace, folder: Path) -> str:
     """Checkpoint to checkpoint, one of its files in memory at a time."""
     from tqdm import tqdm
 
@@ -50,27 +50,34 @@ def _merge_transformers(base: Base, file: str, folder: Path) -> str:
         tokens.pad_token = tokens.pad_token or tokens.eos_token
         config["pad_token_id"] = tokens.pad_token_id  # as in training: decoders find the last token of a text by it
     with new_folder(folder) as new, readable_errors(f"cannot merge into {base.name!r}"):
-        merge_checkpoint(file, base.name, new, config=config, progress=lambda files: tqdm(files, unit="file"))
+        merge_checkpoint(
+            arguments.file,
+            base.name,
+            new,
+            any_rank=arguments.any_rank,
+            config=config,
+            progress=lambda files: tqdm(files, unit="file"),
+        )
         tokens.save_pretrained(new)
     return f"transformers.{AUTO[base.kind]}.from_pretrained({json.dumps(str(folder))})"
 
 
-def _merge_timm(base: Base, file: str, folder: Path, onnx: bool) -> str:
+def _merge_timm(base: Base, arguments: argparse.Namespace, folder: Path) -> str:
     """Weights and config as on the hub: model.safetensors and config.json; model.onnx beside them."""
     from timm.models import save_for_hf
 
     from unilora_timm.saving import check_onnx, save_onnx
 
-    if onnx:
+    if arguments.onnx:
         try:
             check_onnx()
         except ModuleNotFoundError as error:
             raise CommandError(f"--onnx: {error}") from error
     model, _ = build(base)
-    load_adapter(base, model, file).detach(merge=True)
+    load_adapter(base, model, arguments.file, arguments.any_rank).detach(merge=True)
     config = {"label_names": list(base.labels)} if base.labels else None
     with new_folder(folder) as new:
-        if onnx:
+        if arguments.onnx:
             with readable_errors(f"--onnx: cannot export {base.name!r}"):
                 save_onnx(model, new / "model.onnx")
         save_for_hf(model, new, model_config=config, model_args=base.arguments, safe_serialization=True)

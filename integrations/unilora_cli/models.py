@@ -147,13 +147,13 @@ def build(base: Base, **loading: Any) -> tuple[Any, list[str]]:
         return _build_timm(base) if base.kind == "vit" else _build_transformers(base, loading)
 
 
-def load_adapter(base: Base, model: Any, path: str | Path) -> Any:
+def load_adapter(base: Base, model: Any, path: str | Path, any_rank: bool = False) -> Any:
     """The adapter in a file, attached to its base model by the integration for its kind."""
     if base.kind == "vit":
         from unilora_timm import load
     else:
         from unilora_transformers import load
-    return load(model, path)
+    return load(model, path, any_rank=any_rank)
 
 
 def tokenizer(base: Base) -> Any:

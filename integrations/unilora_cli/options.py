@@ -136,5 +136,10 @@ def _base_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("base model", "an adapter written by `unilora finetune` knows its base model")
     group.add_argument("--model", metavar="NAME", help="name or folder of the base model (default: the file's)")
     group.add_argument("--kind", choices=KINDS, help="what the base model is (default: the file's)")
-    group.add_argument("--checkpoint", metavar="FILE", help="weights of a timm model (default: the file's)")
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="weights of a timm model; wanted where it was trained with such a file"
+    )
+    group.add_argument(
+        "--any-rank", action="store_true", help="take factors of ranks that would need far more memory than the model"
+    )
     model_arguments(group)

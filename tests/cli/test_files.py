@@ -239,6 +239,18 @@ def test_merge_refuses_another_base(unilora, trained, llama, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_factors_larger_than_their_layer_are_taken_where_the_command_line_says_so(unilora, vit_model, images):
+    pytest.importorskip("timm")
+    words = ("--rank", 200, "--d", 500, "--max-steps", 1, "--data", images, "--augment", "none", "--device", "cpu")
+    result = unilora("finetune", "vit", *vit_model, *words, "--out", "run")
+    assert result.code == 0, result.err
+    for words in (("merge", f"run/{ADAPTER}", "--out", "out"), ("convert", f"run/{ADAPTER}", "out", "--to", "lora")):
+        assert "expected a rank of at most 192" in unilora(*words).err
+        result = unilora(*words, "--any-rank")
+        assert result.code == 0, result.err
+        shutil.rmtree("out")
+
+
 # ---- check ------------------------------------------------------------------------------------------------------
 
 
