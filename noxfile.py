@@ -34,7 +34,11 @@ def pytest(session: nox.Session, *paths: str, expect: str = "", **env: str) -> N
 def hostile(session: nox.Session, script: str) -> None:
     """Run a script of tests/hostile, which prints a table and fails where something was found."""
     session.install("--compile-bytecode", ".[cli,jax]")
-    quiet = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "tests/hostile"}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(("tests/hostile", "tests/torch")),
+    }
     session.run("python", f"tests/hostile/{script}.py", *session.posargs, env=CPU | quiet)
 
 

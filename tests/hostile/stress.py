@@ -12,118 +12,21 @@ import random
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from kinds import KINDS, Kind  # tests/torch
 from torch import Tensor, nn
 
 import unilora_core
 import unilora_torch
-from unilora_torch import Target
 
-F = nn.functional
 THREADS = 4
 ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit, RuntimeError)
-
-
-# ---- kinds of targets -----------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    def __init__(self, **kind):
-        super().__init__()
-        self.at = nn.MultiheadAttention(32, 4, batch_first=True, **kind)
-
-    def forward(self, x):
-        return self.at(x, x, x, need_weights=False)[0]
-
-
-class Conv1D(nn.Module):
-    """As GPT-2's: the weight is (in, out)."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(32, 48) / 6), nn.Parameter(torch.randn(48))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, 32), self.weight).view(*x.shape[:-1], 48)
-
-
-class Experts(nn.Module):
-    """Matrices that one parameter stacks."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 48, 32) / 6)
-        self.gain = nn.Parameter(torch.ones(32))
-
-    def forward(self, x):
-        return torch.stack([F.linear(x * self.gain, up) for up in self.up]).sum(0)
-
-
-class Reader(nn.Module):
-    """It uses the weight of a layer without calling it."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(32, 96)
-
-    def forward(self, x):
-        return F.linear(x, self.qkv.weight, self.qkv.bias)
-
-
-class Recomputed(nn.Module):
-    """Gradient checkpointing; outside training it changes nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.at = nn.Linear(32, 32), Attention()
-
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(lambda x: self.at(self.up(x).relu()), x, use_reentrant=False)
-
-
-def _encoder() -> nn.Module:
-    return nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2, enable_nested_tensor=False
-    )
-
-
-def sequence() -> Tensor:
-    return torch.randn(2, 6, 32)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A model, what of it is adapted, and an input."""
-
-    name: str
-    model: Callable[[], nn.Module]
-    targets: Any
-    input: Callable[[], Tensor] = sequence
-
-
-QV = [Target("q", "0", 32, 32), Target("v", "0", 32, 32, 64)]
-CONV1D = [Target("c", "0", 32, 48, transposed=True, parameter="weight")]
-KINDS = [
-    Kind("linear", lambda: nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8)), "all-linear"),
-    Kind("blocks of a linear", lambda: nn.Sequential(nn.Linear(32, 96)), QV),
-    Kind("Conv1D of GPT-2", lambda: nn.Sequential(Conv1D()), CONV1D),
-    Kind("embedding", lambda: nn.Sequential(nn.Embedding(100, 64)), ["0"], lambda: torch.randint(0, 100, (8, 32))),
-    Kind("Conv1d", lambda: nn.Sequential(nn.Conv1d(8, 16, 3)), ["0"], lambda: torch.randn(2, 8, 16)),
-    Kind("Conv2d", lambda: nn.Sequential(nn.Conv2d(8, 16, 3, stride=2)), ["0"], lambda: torch.randn(2, 8, 12, 12)),
-    Kind("group Conv2d", lambda: nn.Sequential(nn.Conv2d(8, 16, 3, groups=2)), ["0"], lambda: torch.randn(2, 8, 9, 9)),
-    Kind("Conv3d", lambda: nn.Sequential(nn.Conv3d(4, 8, 2)), ["0"], lambda: torch.randn(2, 4, 5, 5, 5)),
-    Kind("attention", Attention, ["at.in_proj_weight", "at.out_proj"]),
-    Kind("attention, apart", lambda: Attention(kdim=32, vdim=32), "all-linear"),
-    Kind("encoder layers", _encoder, "all-linear"),
-    Kind("experts", Experts, ["up"]),
-    Kind("weight that is read", Reader, [Target("q", "", 32, 96, parameter="qkv.weight")]),
-    Kind("checkpointing", Recomputed, "all-linear"),
-]  # fmt: skip
 
 
 @dataclass
@@ -139,15 +42,6 @@ class Row:
     @property
     def good(self) -> bool:
         return not (self.wrong or self.errors or self.unequal)
-
-
-def made(kind: Kind) -> tuple[nn.Module, Any, Tensor]:
-    torch.manual_seed(0)
-    model, x = kind.model().train(), kind.input()
-    adapter = unilora_torch.attach(model, kind.targets, rank=4, d=64, start="paper")
-    with torch.no_grad():
-        adapter.theta_d.normal_(0, 0.3)
-    return model, adapter, x
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
@@ -173,7 +67,7 @@ def in_threads(run: Callable[[int], None], row: Row) -> None:
 
 def threads(kind: Kind, passes: int, row: Row) -> None:
     """Each thread has inputs of its own; every eighth pass of two of them is the base's."""
-    model, adapter, x = made(kind)
+    model, adapter, x = kind.made()
     with torch.no_grad():
         inputs = [x, x.flip(0), x.roll(1, -1), x.roll(1, 0)]
         wanted = [model(each) for each in inputs]
@@ -202,7 +96,7 @@ def threads(kind: Kind, passes: int, row: Row) -> None:
 
 def training(kind: Kind, passes: int, row: Row) -> None:
     """Gradients from several threads are their sum, or the model says that this cannot be."""
-    model, adapter, x = made(kind)
+    model, adapter, x = kind.made()
 
     def gradient(times: int) -> Tensor:
         adapter.theta_d.grad = None
@@ -316,7 +210,7 @@ def interrupted(run: Callable[[], Any], rng: random.Random, places: int) -> Iter
 
 def interrupts(kind: Kind, places: int, row: Row, rng: random.Random) -> None:
     """A forward pass, one with a gradient, one of the base, a merge and its end."""
-    model, adapter, x = made(kind)
+    model, adapter, x = kind.made()
     with torch.no_grad():
         wanted = model(x)
         with adapter.disabled():
@@ -360,10 +254,10 @@ def interrupts(kind: Kind, places: int, row: Row, rng: random.Random) -> None:
             try:
                 check(what, where)
             except StopIteration:
-                model, adapter, x = made(kind)
+                model, adapter, x = kind.made()
             except Exception as error:
                 row.unequal[f"{what}: {type(error).__name__}: {error!s:.80} after {where}"] += 1
-                model, adapter, x = made(kind)
+                model, adapter, x = kind.made()
     detached(kind, max(1, places // 4), row, rng)
 
 
@@ -373,11 +267,11 @@ def detached(kind: Kind, places: int, row: Row, rng: random.Random) -> None:
     bare, x = kind.model().train(), kind.input()
     with torch.no_grad():
         base = bare(x)
-    model, adapter, x = made(kind)
+    model, adapter, x = kind.made()
     with Countdown(0, KeyboardInterrupt) as whole:
         adapter.detach()
     for n in sorted(rng.sample(range(1, whole.count + 1), min(places, whole.count))):
-        model, adapter, x = made(kind)
+        model, adapter, x = kind.made()
         ending = Countdown(n, KeyboardInterrupt)
         try:
             with ending:
@@ -407,15 +301,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", default=[], help="only this one; may be repeated")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # checkpointing, without one
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-5)
     rows: dict[str, Row] = collections.defaultdict(Row)
-    chosen = [kind for kind in KINDS if not arguments.kind or kind.name in arguments.kind]
-    for kind in chosen:
-        row = rows[kind.name]
+    for name in arguments.kind or KINDS:
+        row, kind = rows[name], KINDS[name]
         threads(kind, arguments.passes, row)
-        training(kind, arguments.passes // 10, rows[kind.name])
-        interrupts(kind, arguments.places, row, random.Random(f"{arguments.seed}/{kind.name}"))
+        training(kind, arguments.passes // 10, row)
+        interrupts(kind, arguments.places, row, random.Random(f"{arguments.seed}/{name}"))
     if not arguments.kind:
         with tempfile.TemporaryDirectory() as folder:
             rows_of_a_bank(arguments.passes, rows["rows of a bank"], Path(folder))
@@ -423,17 +317,17 @@ def main() -> int:
 
 
 def report(rows: dict[str, Row]) -> int:
-    say(f"{'kind of target':22}{'passes':>8}{'wrong':>7}{'errors':>7}{'interrupts':>12}{'unequal':>9}")
+    say(f"{'kind of target':28}{'passes':>8}{'wrong':>7}{'errors':>7}{'interrupts':>12}{'unequal':>9}")
     for name, row in rows.items():
         say(
-            f"{name:22}{row.passes:8,}{row.wrong:7,}{row.errors.total():7,}{row.interrupts:12,}{row.unequal.total():9,}"
+            f"{name:28}{row.passes:8,}{row.wrong:7,}{row.errors.total():7,}{row.interrupts:12,}{row.unequal.total():9,}"
         )
     sums = [
         sum(f(row) for row in rows.values())
         for f in (lambda r: r.passes, lambda r: r.wrong, lambda r: r.errors.total())
     ]
     sums += [sum(f(row) for row in rows.values()) for f in (lambda r: r.interrupts, lambda r: r.unequal.total())]
-    say("{:22}{:8,}{:7,}{:7,}{:12,}{:9,}".format("all", *sums))
+    say("{:28}{:8,}{:7,}{:7,}{:12,}{:9,}".format("all", *sums))
     for name, row in rows.items():
         for what, count in [*row.errors.most_common(5), *row.unequal.most_common(8)]:
             say(f"  {name}: {count} × {what}")
