@@ -14,7 +14,8 @@ from unilora_core.lora import lora_layout
 from unilora_transformers.merging import merge_checkpoint
 
 CODE = """
-open({mark!r}, "w").write("ran")
+import pathlib
+pathlib.Path({mark!r}).write_text("ran")
 from transformers import *
 class C(PretrainedConfig):
     model_type = "evil"
@@ -91,7 +92,8 @@ def test_a_setting_that_is_the_callers_to_give(tmp_path, evil, name):
     assert not (tmp_path / "mark").exists()
 
 
-def test_code_of_the_base_runs_only_where_the_caller_says_so(tmp_path, evil):
+def test_code_of_the_base_runs_only_where_the_caller_says_so(tmp_path, evil, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = folder_with(tmp_path, base_model=str(evil), base_class="AutoModelForCausalLM")
     with pytest.raises(AdapterFileError, match=r"cannot be built as AutoModelForCausalLM.*trust_remote_code"):
         unilora_transformers.from_pretrained(folder)
