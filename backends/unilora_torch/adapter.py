@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unilora_core import ProjectionSpec, TargetError, ValuesError, rates, save_adapter
+from unilora_core import ProjectionSpec, TargetError, UniLoraError, ValuesError, rates, save_adapter
 from unilora_core.header import write_identity, write_targets
 from unilora_torch.base import identity
 from unilora_torch.calls import Handle, surround
@@ -270,13 +270,16 @@ class Adapter(nn.Module):
         if claim is None or self._live.off.open:
             return
         try:
-            self.merge()
-        except Exception:
+            try:
+                self.merge()
+            except UniLoraError:  # θ_d has become NaN, say: the weights stay the base's
+                raise
+            except BaseException:
+                self.merge()
+                raise
+        finally:
             claim.__exit__(None, None, None)
             self._claim = None
-            raise
-        claim.__exit__(None, None, None)
-        self._claim = None
 
     def merge(self) -> None:
         """Add B·A to each target's weight, once; a copy of the original weights is kept for `unmerge`.
