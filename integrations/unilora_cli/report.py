@@ -1,5 +1,6 @@
 """The outputs of a training run: the adapter, metrics as CSV and JSON, a picture, and the table at the end."""
 
+import contextlib
 import csv
 import io
 import json
@@ -64,13 +65,17 @@ class Recorder:
 
     def __exit__(self, *_error: object) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+                self._file.close()
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """One step: its loss, and the rate of θ_d that it used."""
         self.losses.append((step, loss, rate))
         if self._file:
-            self._file.write(_csv([_csv_step(step, loss, rate)]))
+            try:
+                self._file.write(_csv([_csv_step(step, loss, rate)]))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def epoch(self, epoch: int, step: int, scores: Mapping[str, float]) -> None:
         """Save the adapter, if it is to be kept, and what is known so far, and print a line."""

@@ -531,6 +531,25 @@ def test_files_of_a_run_keep_the_links_that_lead_to_them(unilora, trained, image
     assert not list(tmp_path.rglob(".unilora-*"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without room is wanted")
+def test_a_line_that_finds_no_room_names_its_file(unilora, images, vit_model, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    from unilora_cli import report
+
+    begin = report.Recorder._open
+
+    def on_a_full_disk(recorder, fresh):
+        begin(recorder, fresh)
+        recorder._file.close()
+        (tmp_path / "run/metrics.csv").unlink()
+        (tmp_path / "run/metrics.csv").symlink_to("/dev/full")
+        recorder._file = (recorder.folder / "metrics.csv").open("a", buffering=1)
+
+    monkeypatch.setattr(report.Recorder, "_open", on_a_full_disk)
+    result = unilora("finetune", "vit", *vit_model, "--data", images, "--device", "cpu", "--out", "run")
+    assert one_line(result) == "unilora: error: run/metrics.csv: No space left on device"
+
+
 @pytest.mark.parametrize("kind", ["vit", "lm"])
 def test_a_merge_that_fails_at_its_end_leaves_nothing(unilora, trained, tmp_path, monkeypatch, kind):
     timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
