@@ -191,7 +191,7 @@ def _targets(path: str | os.PathLike, file: AdapterFile) -> tuple[TargetRow, ...
     rows = []
     for name, *entry in [(name, name, 0, False) for name in names] if entries is None else entries:
         if f"{name}.A" not in shapes or f"{name}.B" not in shapes:
-            raise CorruptFileError(f"{where}: it has no factors {name}.A and {name}.B.")
+            raise CorruptFileError(f"{where}: it has no factors A and B called {shown(name)}.")
         rows.append(_row(where, shapes[f"{name}.A"], shapes[f"{name}.B"], name, *entry))
     if len(shapes) != 2 * len(rows) or len({row.name for row in rows}) < len(rows):
         raise CorruptFileError(

@@ -44,7 +44,7 @@ class Layout:
             raise SpecError("Layout: expected at least one factor, got none.")
         if len(self.shapes) < len(self.factors):
             (twice, _), *_ = Counter(name for name, _ in self.factors).most_common(1)
-            raise SpecError(f"Layout: the name {twice!r} occurs twice; every factor needs a name of its own.")
+            raise SpecError(f"Layout: the name {shown(twice)} occurs twice; every factor needs a name of its own.")
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -136,18 +136,20 @@ def _checked(factor: tuple[str, Iterable[int]]) -> tuple[str, Shape]:
     try:
         name, shape = factor
     except (TypeError, ValueError):
-        raise SpecError(f"Layout: expected pairs of a name and a shape, got {factor!r}.") from None
+        raise SpecError(f"Layout: expected pairs of a name and a shape, got {shown(factor)}.") from None
     if not isinstance(name, str) or not name:
-        raise SpecError(f"Layout: a factor's name must be a non-empty string, got {name!r}.")
+        raise SpecError(f"Layout: a factor's name must be a non-empty string, got {shown(name)}.")
     try:
         sizes = tuple(integer(size) for size in shape)
     except TypeError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise SpecError(f"Layout: the shape of {name!r} must be a sequence of positive integers, got {shown(shape)}.")
+        raise SpecError(
+            f"Layout: the shape of {shown(name)} must be a sequence of positive integers, got {shown(shape)}."
+        )
     numbers = 1
     for size in sizes:
         numbers *= size
         if numbers >= 2**63:  # no array has so many; seen before the product becomes slow to compute
-            raise SpecError(f"Layout: {name!r} has more than 2^63 numbers.")
+            raise SpecError(f"Layout: {shown(name)} has more than 2^63 numbers.")
     return name, sizes

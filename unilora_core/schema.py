@@ -60,9 +60,9 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     """A value from JSON as the type that is declared for it.
 
     Args:
-        kind: ``str``, ``int`` (no bool, no 1.0), ``float`` (finite; 1 becomes 1.0), ``bool``, ``None``, a `Literal`, a
-            union, ``tuple[T, ...]`` or ``tuple[A, B]`` (from a list), ``dict[str, T]``, ``Any``, or a dataclass of
-            such fields (from an object that has those without a default and no others).
+        kind: ``str``, ``int`` (no bool, no 1.0, below 2^64), ``float`` (finite; 1 becomes 1.0), ``bool``, ``None``,
+            a `Literal`, a union, ``tuple[T, ...]`` or ``tuple[A, B]`` (from a list), ``dict[str, T]``, ``Any``, or
+            a dataclass of such fields (from an object that has those without a default and no others).
         where: for the message: the file, and the field in it.
 
     Raises:
@@ -89,6 +89,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         return {key: typed(inside[1], each, f"{where}.{key}") for key, each in value.items()}
     elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
+    elif kind is int and type(value) is int and abs(value) >= 2**64:
+        raise CorruptFileError(f"{where}: expected an integer below 2^64, got {shown(value)}.")
     elif kind is not float and type(value) is kind:
         return value
     raise CorruptFileError(f"{where}: expected {_wanted(kind)}, got {shown(value)}.")

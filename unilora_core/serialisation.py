@@ -24,7 +24,7 @@ from unilora_core.errors import (
     ValuesError,
 )
 from unilora_core.files import write_file
-from unilora_core.schema import parse_json
+from unilora_core.schema import parse_json, shown
 from unilora_core.spec import ProjectionSpec
 
 __all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
@@ -121,7 +121,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         raise CorruptFileError(f"{path}: a safetensors file, but not a unilora adapter (no format = unilora in it).")
     if header.get("format_version") != FORMAT_VERSION:
         raise UnknownVersionError(
-            f"{path}: expected format version {FORMAT_VERSION}, got {header.get('format_version')!r}; "
+            f"{path}: expected format version {FORMAT_VERSION}, got {shown(header.get('format_version'))}; "
             "a newer unilora may read it."
         )
     checksum = header.pop("checksum", None)
@@ -181,8 +181,8 @@ def _check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
     for name, array in arrays.items():
         if array.dtype.kind in "fcV" and (bad := int(np.count_nonzero(~np.isfinite(array)))):  # V: bfloat16
             raise ValuesError(
-                f"{where}: {bad} of the {array.size} values of {name} are NaN or infinite; training diverged, so "
-                "nothing was written or loaded."
+                f"{where}: {bad} of the {array.size} values of {shown(name)[1:-1]} are NaN or infinite; training "
+                "diverged, so nothing was written or loaded."
             )
 
 

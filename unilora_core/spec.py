@@ -76,11 +76,11 @@ class ProjectionSpec:
             stray = next((name for name in self.layout.shapes if not name.endswith((".A", ".B"))), None)
             if stray is not None:
                 raise SpecError(
-                    f"ProjectionSpec: start='identity' must tell A from B; {stray!r} ends in neither .A nor .B."
+                    f"ProjectionSpec: start='identity' must tell A from B; {shown(stray)} ends in neither .A nor .B."
                 )
         number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
         if not (number and SMALLEST <= self.bound <= LARGEST):
-            raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {self.bound!r}.")
+            raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {shown(self.bound)}.")
 
     @property
     def D(self) -> int:

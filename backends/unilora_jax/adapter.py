@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from unilora_core import MismatchError, ProjectionSpec, TargetError, ValuesError, rates, save_adapter
+from unilora_core.files import new_files
 from unilora_core.header import write_targets
 from unilora_core.lora import lora_config, lora_state
 from unilora_jax.factors import Factors
@@ -25,6 +26,15 @@ from unilora_jax.projection import check, explicit_sharding
 from unilora_jax.targets import Target, check_leaf, factor_names, leaves_of, nearest
 
 __all__ = ["Adapter"]
+
+
+class _Leaf(NamedTuple):
+    """An adapted leaf: its shape, the roles of its axes as in `LowRank`, how many outputs a layer has, its targets."""
+
+    shape: tuple[int, ...]
+    roles: str
+    outputs: int
+    targets: tuple[Target, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +53,21 @@ class Adapter:
     targets: tuple[Target, ...] = field(metadata={"static": True})
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata={"static": True})
     _factors: Factors
+
+    @functools.cached_property
+    def _leaves(self) -> dict[str, _Leaf]:
+        """Path → adapted leaf."""
+        targets: dict[str, list[Target]] = {path: [] for path, _ in self.shapes}
+        for target in self.targets:
+            targets[target.path].append(target)
+        leaves = {}
+        for path, shape in self.shapes:
+            first = targets[path][0]
+            roles = "".join("i" if axis in first.inputs else "o" for axis in range(first.stacked, len(shape)))
+            roles = "l" * first.stacked + roles
+            outputs = math.prod(size for size, role in zip(shape, roles, strict=True) if role == "o")
+            leaves[path] = _Leaf(shape, roles, outputs, tuple(targets[path]))
+        return leaves
 
     @property
     def spec(self) -> ProjectionSpec:
@@ -97,7 +122,11 @@ class Adapter:
             pairs = self._pairs(_varying_as(theta_d, rest), self._shardings(leaves, places, rest))
             values = [
                 LowRank(
-                    leaves[i], *pairs[places[i]], roles=self._roles(places[i]), path=places[i], shape=leaves[i].shape
+                    leaves[i],
+                    *pairs[places[i]],
+                    roles=self._leaves[places[i]].roles,
+                    path=places[i],
+                    shape=leaves[i].shape,
                 )
                 if i in places
                 else leaves[i]
@@ -114,15 +143,17 @@ class Adapter:
     def merge(self, params: Any, theta_d: Array) -> Any:
         """A new tree in which B·A is added to each adapted weight, in float32, rounded once to the weight's dtype.
 
-        Best under `jax.jit`, as everything that computes factors: outside, each operation is compiled by itself.
+        Best under `jax.jit`, as everything that computes factors: outside, each operation is compiled by itself. Inside
+        no value can be looked at, so that numbers that are none pass there.
 
         Raises:
             MismatchError: a leaf of ``params`` is missing or has another shape than the plan's.
-            ValuesError: ``theta_d`` does not fit, or holds NaN or infinity.
+            ValuesError: ``theta_d`` does not fit, or holds NaN or infinity; or a weight's dtype cannot hold W + B·A
+                where it holds W.
         """
         places = self._places(params)
         theta_d = self._checked(theta_d, "merge")
-        _check_finite(theta_d, "merge")
+        _check_finite(theta_d, "merge: theta_d")
         pairs = self._pairs(theta_d)
         leaves, tree = jax.tree.flatten(params)
         for i, path in places.items():
@@ -130,7 +161,9 @@ class Adapter:
             update = jnp.einsum("r...,r...->...", down, up)
             if (sharding := explicit_sharding(leaves[i])) is not None:
                 update = jax.sharding.reshard(update, sharding)
-            leaves[i] = (leaves[i].astype(jnp.float32) + update).astype(leaves[i].dtype)
+            merged = (leaves[i].astype(jnp.float32) + update).astype(leaves[i].dtype)
+            _check_merged(path, leaves[i], merged)
+            leaves[i] = merged
         return jax.tree.unflatten(tree, leaves)
 
     def learning_rate(self, lora_rate: float) -> float:
@@ -163,6 +196,7 @@ class Adapter:
 
         Raises:
             ValuesError: ``theta_d`` does not fit, or holds NaN or infinity; an old file at ``path`` is kept.
+            OSError: the file cannot be written; it names the path.
         """
         theta_d = self._checked(theta_d, f"save: {path}")
         rows = [
@@ -184,29 +218,34 @@ class Adapter:
     ) -> None:
         """Write A and B, exactly, as a PEFT LoRA folder for the model of the same layers in PyTorch.
 
+        Both files appear together; other files in the folder stay.
+
         Args:
             base_model: ``base_model_name_or_path``, the name or path of that model.
             rename: from a layer's name here (``layers.0.attn.q_proj``) to its name there.
 
         Raises:
-            ValuesError: ``theta_d`` does not fit, or holds NaN or infinity.
+            ValuesError: ``theta_d`` does not fit, or it or a factor holds NaN or infinity; old files are kept.
+            OSError: a file cannot be written; it names the path.
         """
         theta_d = self._checked(theta_d, "export_lora")
-        _check_finite(theta_d, "export_lora")
+        _check_finite(theta_d, "export_lora: theta_d")
         factors = {name: np.asarray(factor) for name, factor in self.factors(theta_d).items()}
         blocks: dict[str, list[tuple[np.ndarray, np.ndarray, int]]] = {}
         heights: dict[str, int] = {}
+        for name, factor in factors.items():
+            _check_finite(factor, f"export_lora: {name}")
         for target in self.targets:
             for name, module in zip(target.names, target.modules, strict=True):
                 block = factors[f"{name}.A"], factors[f"{name}.B"], target.first_row
                 blocks.setdefault(rename(module), []).append(block)
-                heights[rename(module)] = self._outputs(target)
+                heights[rename(module)] = self._leaves[target.path].outputs
         state, rank = lora_state(blocks, heights)
+        said = json.dumps(lora_config(blocks, rank, base_model=base_model), indent=2, sort_keys=True)
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(lora_config(blocks, rank, base_model=base_model), indent=2, sort_keys=True)
-        (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+        with new_files(folder / "adapter_model.safetensors", folder / "adapter_config.json") as (weights, config):
+            save_file(state, weights, metadata={"format": "pt"})
+            config.write_text(said + "\n", encoding="utf-8")
 
     # ---- internals ----
 
@@ -243,7 +282,7 @@ class Adapter:
             return self._factors(theta_d)
         laid = []
         for target in self.targets:
-            part = target.out_features < self._outputs(target)
+            part = target.out_features < self._leaves[target.path].outputs
             laid += [_sharding(target, role, shardings.get(target.path), role == "o" and part) for role in "io"]
         return self._factors(theta_d, laid)
 
@@ -265,11 +304,9 @@ class Adapter:
         """Path → U (r, …) and V (r, …), with the axes of the leaf behind the rank; see `LowRank`."""
         stacks = self._stacks(theta_d, shardings)
         found: dict[str, tuple[Array, Array]] = {}
-        for path, shape in self.shapes:
-            parts = [target for target in self.targets if target.path == path]
+        for path, (shape, roles, _, parts) in self._leaves.items():
             down = _joined([stacks[factor_names(part, "A")] for part in parts])
             up = _joined([self._padded(part, stacks[factor_names(part, "B")]) for part in parts])
-            roles = self._roles(path)
             in_sizes = [size if role != "o" else 1 for size, role in zip(shape, roles, strict=True)]
             out_sizes = [size if role != "i" else 1 for size, role in zip(shape, roles, strict=True)]
             found[path] = down.reshape(-1, *in_sizes), up.reshape(-1, *out_sizes)
@@ -277,20 +314,8 @@ class Adapter:
 
     def _padded(self, target: Target, B: Array) -> Array:
         """Bᵀ (layers, r, out) with zeros for the outputs of the leaf that the target leaves alone."""
-        after = self._outputs(target) - target.first_row - target.out_features
+        after = self._leaves[target.path].outputs - target.first_row - target.out_features
         return jnp.pad(B, ((0, 0), (0, 0), (target.first_row, after))) if target.first_row or after else B
-
-    def _outputs(self, target: Target) -> int:
-        """How many outputs the leaf has in each layer."""
-        shape = dict(self.shapes)[target.path]
-        return math.prod(size for size, role in zip(shape, self._roles(target.path), strict=True) if role == "o")
-
-    def _roles(self, path: str) -> str:
-        target = next(target for target in self.targets if target.path == path)
-        shape = dict(self.shapes)[path]
-        return "".join(
-            "l" if target.stacked and axis == 0 else "i" if axis in target.inputs else "o" for axis in range(len(shape))
-        )
 
     def _check_reached(self, reached: set[str]) -> None:
         missing = [path for path, _ in self.shapes if path not in reached]
@@ -333,9 +358,19 @@ def _varying_as(theta_d: Array, arrays: list[Any]) -> Array:
     return jax.lax.pcast(theta_d, tuple(sorted(axes)), to="varying") if axes else theta_d
 
 
-def _check_finite(theta_d: Array, what: str) -> None:
-    if not isinstance(theta_d, jax.core.Tracer) and not np.isfinite(np.asarray(theta_d)).all():
+def _check_finite(values: Any, what: str) -> None:
+    if not isinstance(values, jax.core.Tracer) and not np.isfinite(np.asarray(values)).all():
         raise ValuesError(
-            f"{what}: theta_d holds NaN or infinity; training diverged (a lower learning rate, or gradient clipping). "
+            f"{what} holds NaN or infinity; training diverged (a lower learning rate, or gradient clipping). "
             "Nothing was written or changed."
+        )
+
+
+def _check_merged(path: str, weight: Any, merged: Array) -> None:
+    """Refuse W + B·A that is NaN or infinite where W is finite."""
+    bad = jnp.isfinite(weight) & ~jnp.isfinite(merged)
+    if not isinstance(bad, jax.core.Tracer) and (count := int(bad.sum())):
+        raise ValuesError(
+            f"merge: {path}: {count} of {merged.size} values of W + B·A are no numbers that {merged.dtype} holds; "
+            "training diverged, or the weight needs a wider dtype. Nothing was changed."
         )

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -12,9 +14,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from unilora_core import MismatchError, ProjectionSpec, SpecError, TargetError, read_adapter
+from unilora_core.errors import printable
 from unilora_core.header import TargetRow, read_header
-from unilora_core.lora import lora_layout
+from unilora_core.lora import largest_rank, lora_layout
 from unilora_core.rates import planned_spec
+from unilora_core.schema import shown
 from unilora_jax.adapter import Adapter
 from unilora_jax.factors import factors_of
 from unilora_jax.targets import (
@@ -31,6 +35,9 @@ from unilora_jax.targets import (
 __all__ = ["load", "plan"]
 
 Groups = Literal["computed", "cached"]
+
+BLOCKS = 4
+"""How many times the largest rank of a layer those of its blocks may add up to: q, k and v, and an MLP beside them."""
 
 
 def plan(
@@ -82,6 +89,7 @@ def load(
     rename: Callable[[str], str] = str,
     stacked: str = STACKED,
     groups: Groups = "computed",
+    any_rank: bool = False,
 ) -> tuple[Adapter, Array]:
     """Read an adapter file, written here or by another backend, for a tree of parameters.
 
@@ -92,22 +100,29 @@ def load(
         rename: from a layer's name in the file (``model.layers.0.self_attn.q_proj``) to its path here, joined by dots
             and without ``kernel`` or ``weight`` (``layers.0.self_attn.q_proj``; a stack's number comes after it).
         stacked, groups: as in `plan`.
+        any_rank: take factors of a rank beyond min(in, out) (and 64), which need more memory than the weight that they
+            adapt.
 
     Returns:
         The adapter, and θ_d (d,) float32.
 
     Raises:
         AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`).
-        MismatchError: the file belongs to another model; the message names the leaf, expected and found.
+        MismatchError: the file belongs to another model; the message names the leaf, expected and found. Nothing of a
+            size that the file states is made before it is checked.
     """
     file = read_adapter(path)
     header = read_header(path, file)
-    targets = _targets_for(path, params, header.targets, rename, stacked)
-    _check_fits(params, targets)
-    if header.modules_to_save or file.tensors:
+    targets = _targets_for(path, params, header.targets, rename, stacked, any_rank)
+    try:
+        _check_fits(params, targets)
+    except TargetError as error:
+        raise MismatchError(f"{path}: {error}") from error
+    if names := header.modules_to_save or tuple(sorted(file.tensors)):
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         warnings.warn(
-            f"{path}: the file also holds {', '.join(header.modules_to_save or sorted(file.tensors))}, trained with "
-            "θ_d; put unilora_core.read_adapter(path).tensors into the parameters.",
+            printable(f"{path}: the file also holds {', '.join(map(_short, names[:8]))}{more}, trained with ")
+            + "θ_d; put unilora_core.read_adapter(path).tensors into the parameters.",
             stacklevel=2,
         )
     return _adapter(params, file.spec, targets, groups), jnp.asarray(file.theta_d)
@@ -125,7 +140,7 @@ def _adapter(params: Any, spec: ProjectionSpec, targets: tuple[Target, ...], gro
 def _check_fits(params: Any, targets: tuple[Target, ...]) -> None:
     """Refuse targets that are not in the tree, that do not fit their leaf, or that overlap."""
     leaves = leaves_of(params)
-    for i, target in enumerate(targets):
+    for target in targets:
         if target.path not in leaves:
             raise TargetError(f"{target.path}: no such leaf; the nearest are {nearest(leaves, target.path)}.")
         leaf, end = leaves[target.path], target.first_row + target.out_features
@@ -144,47 +159,100 @@ def _check_fits(params: Any, targets: tuple[Target, ...]) -> None:
                 f"{target.inputs} and the outputs {target.first_row} to {end}; the leaf {tuple(leaf.shape)} has "
                 f"{layers} × {width} inputs and {height} outputs."
             )
-        for other in targets[:i]:
-            if other.path != target.path:
-                continue
-            if (other.inputs, other.stacked) != (target.inputs, target.stacked):
-                raise TargetError(f"{target.names[0]} and {other.names[0]} contract different axes of {target.path}.")
-            if target.first_row < other.first_row + other.out_features and other.first_row < end:
-                raise TargetError(f"{target.names[0]} and {other.names[0]} adapt the same outputs of {target.path}.")
+    _check_apart(targets)
+
+
+def _check_apart(targets: tuple[Target, ...]) -> None:
+    """Refuse targets that overlap, or that read one leaf in two ways."""
+    by_path: dict[str, list[Target]] = {}
+    for target in targets:
+        parts = by_path.setdefault(target.path, [])
+        parts.append(target)
+        if (parts[0].inputs, parts[0].stacked) != (target.inputs, target.stacked):
+            raise TargetError(f"{target.names[0]} and {parts[0].names[0]} contract different axes of {target.path}.")
+    for path, parts in by_path.items():
+        for above, below in itertools.pairwise(sorted(parts, key=lambda part: part.first_row)):
+            if below.first_row < above.first_row + above.out_features:
+                raise TargetError(f"{above.names[0]} and {below.names[0]} adapt the same outputs of {path}.")
 
 
 def _targets_for(
-    path: str | os.PathLike, params: Any, rows: tuple[TargetRow, ...], rename: Callable[[str], str], stacked: str
+    path: str | os.PathLike,
+    params: Any,
+    rows: tuple[TargetRow, ...],
+    rename: Callable[[str], str],
+    stacked: str,
+    any_rank: bool,
 ) -> tuple[Target, ...]:
     """The leaf, or the layer of a stacked leaf, that each row of the file belongs to."""
     known = _weights_by_layer(params, stacked)
     found: dict[tuple[str, int], tuple[Target, dict[int, TargetRow]]] = {}
+    ranks: Counter[tuple[str, int]] = Counter()
     for row in rows:
-        if row.parameter is not None:
-            raise MismatchError(
-                f"{path}: {row.name} adapts the parameter {row.parameter!r} of a PyTorch module (the experts of a "
-                "mixture, for example); the JAX backend reads adapters of layers only."
-            )
-        name = rename(row.module)
-        if name not in known:
-            _check_layer(params, name, stacked)
-            raise MismatchError(
-                f"{path}: the tree has no matrix for the layer {name!r}; the nearest are {nearest(known, name)}. "
-                "If it has another name here, say so: load(…, rename=…)."
-            )
-        weight, layer = known[name]
-        outputs = weight.out_features
-        if row.in_features != weight.in_features or row.first_row + row.out_features > outputs:
-            raise MismatchError(
-                f"{path}: {weight.path}: expected a layer of {row.in_features} inputs and at least "
-                f"{row.first_row + row.out_features} outputs, the tree has {weight.in_features} and {outputs}; the "
-                "adapter was trained on another model."
-            )
+        weight, layer = _place_of(path, params, row, rename, known, stacked)
+        ranks[weight.path, layer] += row.rank
+        if not any_rank:
+            _check_rank(path, row, weight, ranks[weight.path, layer])
         members = found.setdefault((weight.path, row.first_row), (weight, {}))[1]
         if layer in members:
-            raise MismatchError(f"{path}: {members[layer].name} and {row.name} both belong to the layer {name!r}.")
+            raise MismatchError(
+                f"{path}: {_short(members[layer].name)} and {_short(row.name)} both belong to the layer "
+                f"{weight.names[layer]!r}."
+            )
         members[layer] = row
     return tuple(_stack_of(path, weight, members) for weight, members in found.values())
+
+
+def _place_of(
+    path: str | os.PathLike,
+    params: Any,
+    row: TargetRow,
+    rename: Callable[[str], str],
+    known: dict[str, list[tuple[Target, int]]],
+    stacked: str,
+) -> tuple[Target, int]:
+    """The weight of the layer that a row of the file belongs to and fits, and which layer of a stack it is."""
+    if row.parameter is not None:
+        raise MismatchError(
+            f"{path}: {_short(row.name)} adapts the parameter {shown(row.parameter)} of a PyTorch module (the experts "
+            "of a mixture, for example); the JAX backend reads adapters of layers only."
+        )
+    name = rename(row.module)
+    if name not in known:
+        _check_layer(params, name, stacked)
+        raise MismatchError(
+            f"{path}: the tree has no matrix for the layer {shown(name)}; the nearest are {nearest(known, name)}. "
+            "If it has another name here, say so: load(…, rename=…)."
+        )
+    (weight, layer), *others = known[name]
+    if others:
+        raise MismatchError(f"{path}: {weight.path} and {others[0][0].path} both are the layer {name!r}; rename one.")
+    outputs = weight.out_features
+    if row.first_row < 0:
+        raise MismatchError(f"{path}: {weight.path}: expected a first row from 0 on, the file has {row.first_row}.")
+    if row.in_features != weight.in_features or row.first_row + row.out_features > outputs:
+        raise MismatchError(
+            f"{path}: {weight.path}: expected a layer of {row.in_features} inputs and at least "
+            f"{row.first_row + row.out_features} outputs, the tree has {weight.in_features} and {outputs}; the adapter "
+            "was trained on another model."
+        )
+    return weight, layer
+
+
+def _check_rank(path: str | os.PathLike, row: TargetRow, weight: Target, total: int) -> None:
+    """Hold a rank, and what those of a layer's blocks add up to so far, against the layer."""
+    most = largest_rank(row.in_features, row.out_features)
+    if row.rank > most:
+        raise MismatchError(
+            f"{path}: {_short(row.name)}: expected a rank of at most {most} for {row.in_features} inputs and "
+            f"{row.out_features} outputs, the file has {row.rank}; if that is meant, and there is memory for it, say "
+            "any_rank=True."
+        )
+    if total > (most := BLOCKS * largest_rank(weight.in_features, weight.out_features)):
+        raise MismatchError(
+            f"{path}: {weight.path}: expected blocks whose ranks add up to at most {most}, those in the file add up to "
+            f"{total} and more; if that is meant, and there is memory for it, say any_rank=True."
+        )
 
 
 def _check_layer(params: Any, name: str, stacked: str) -> None:
@@ -194,13 +262,14 @@ def _check_layer(params: Any, name: str, stacked: str) -> None:
             linear_target(path, leaf, stacked=stacked)
 
 
-def _weights_by_layer(params: Any, stacked: str) -> dict[str, tuple[Target, int]]:
-    """Name of each layer → its weight, and which layer of the stack it is."""
-    known: dict[str, tuple[Target, int]] = {}
+def _weights_by_layer(params: Any, stacked: str) -> dict[str, list[tuple[Target, int]]]:
+    """Name of each layer → its weight, and which layer of the stack it is; more than one where names collide."""
+    known: dict[str, list[tuple[Target, int]]] = {}
     for path, leaf in leaves_of(params).items():
         with contextlib.suppress(TargetError):  # what is no matrix belongs to no layer
             weight = linear_target(path, leaf, stacked=stacked)
-            known |= {name: (weight, i) for i, name in enumerate(weight.names)}
+            for i, name in enumerate(weight.names):
+                known.setdefault(name, []).append((weight, i))
     return known
 
 
@@ -210,7 +279,8 @@ def _stack_of(path: str | os.PathLike, weight: Target, rows: dict[int, TargetRow
     if len(rows) < len(weight.names) or len(shapes) > 1:
         raise MismatchError(
             f"{path}: {weight.path} is a stack of {len(weight.names)} layers; expected factors of one shape for each, "
-            f"the file has {len(rows)} layers with (rank, outputs) {sorted(shapes)}. Unstack the parameters to load it."
+            f"the file has {len(rows)} layers with (rank, outputs) {shown(sorted(shapes))}. Unstack the parameters to "
+            "load it."
         )
     ordered = [rows[i] for i in range(len(rows))]
     return dataclasses.replace(
@@ -220,3 +290,8 @@ def _stack_of(path: str | os.PathLike, weight: Target, rows: dict[int, TargetRow
         out_features=ordered[0].out_features,
         first_row=ordered[0].first_row,
     )
+
+
+def _short(name: str) -> str:
+    """A name from a file, for a message."""
+    return shown(name)[1:-1]

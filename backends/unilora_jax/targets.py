@@ -173,8 +173,8 @@ def factor_names(target: Target, factor: str) -> tuple[str, ...]:
 
 
 def nearest(paths: Iterable[str], name: str) -> list[str]:
-    """The paths that look most like ``name``."""
-    return difflib.get_close_matches(name, list(paths), 3, 0.4)
+    """The paths that look most like ``name``, of which only the beginning counts where it is very long."""
+    return difflib.get_close_matches(name[:256], list(paths), 3, 0.4)
 
 
 def _names(layer: str, prefix: str | None, layers: int | None) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def attach(
     Raises:
         TargetError: nothing to adapt, or a target that no gradient reaches (also where a layer scale or a norm is zero,
             as in some models with random weights: load the weights first); the model is unchanged.
-        SpecError: rank or d out of range; the model is unchanged.
+        SpecError: rank or d out of range; the model is unchanged, as it is after an interrupt.
     """
     heads = classifier(model) if modules_to_save is None else modules_to_save
     found = find_targets(model, targets, exclude=exclude)
@@ -62,15 +62,18 @@ def attach(
             ) from error
         adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
         try:
-            adapter.verify(image)
-        except TargetError as error:
-            hint = _zeros(model, adapter)
-            adapter.detach()
-            raise TargetError(f"{error}{hint}") from None
+            _verify(model, adapter, image)
         except BaseException:
             adapter.detach()
             raise
     return adapter
+
+
+def _verify(model: nn.Module, adapter: Adapter, image: Tensor) -> None:
+    try:
+        adapter.verify(image)
+    except TargetError as error:
+        raise TargetError(f"{error}{_zeros(model, adapter)}") from None
 
 
 def _zeros(model: nn.Module, adapter: Adapter) -> str:
@@ -100,12 +103,10 @@ def _past_dead_classifier(model: nn.Module) -> Iterator[None]:
     """Leave a classifier of zeros out: it lets no gradient through until it has trained a step."""
     heads = [model.get_submodule(name) for name in classifier(model)]
     dead = [head for head in heads if not any(parameter.any() for parameter in head.parameters())]
-    handles = [head.register_forward_hook(lambda _module, args, _output: args[0]) for head in dead]
-    try:
+    with contextlib.ExitStack() as stack:
+        for head in dead:
+            stack.callback(head.register_forward_hook(lambda _module, args, _output: args[0]).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def example_of(model: nn.Module) -> Tensor:

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from unilora_core import TargetError
+from unilora_core.files import new_files
 from unilora_timm.attach import example_of
 from unilora_torch.adapter import adapters
 
 __all__ = ["check_onnx", "merged", "save_onnx"]
+
+LARGE = 2**30
+"""Weights of more bytes lie beside an ONNX file, which cannot hold 2 GB."""
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -43,13 +47,15 @@ def save_onnx(model: nn.Module, path: str | os.PathLike, example: Tensor | None 
 
     Args:
         model: a model of timm, adapted or plain.
-        path: the file to write; weights that are too large for one file (2 GB) come to lie beside it.
+        path: the file to write; weights of more than a gigabyte come to lie beside it, in ``path`` with ``.data``. The
+            files appear together, and whole or not at all.
         example: images of the height and width that the file shall take; by default of the model's size.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is not installed.
         TargetError, ValuesError: as `merged`.
         RuntimeError: torch cannot export the model, or not for any batch size. Nothing is written then.
+        OSError: a file cannot be written; it names the path.
     """
     check_onnx()
     plain = (merged(model) if adapters(model) else copy.deepcopy(model)).eval()
@@ -61,8 +67,12 @@ def save_onnx(model: nn.Module, path: str | os.PathLike, example: Tensor | None 
     names = {"input_names": ["images"], "output_names": ["logits"]}
     program = torch.onnx.export(plain, (pair,), **names, dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False)
     assert program is not None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    program.save(path)
+    arrays = [value.const_value for value in program.model.graph.initializers.values()]
+    large = sum(array.nbytes for array in arrays if array is not None) > LARGE
+    place = Path(os.path.realpath(path))
+    beside = [place.with_name(f"{place.name}.data")] if large else []
+    with new_files(*beside, place) as new:
+        program.save(new[-1], external_data=large)
 
 
 def check_onnx() -> None:

@@ -103,6 +103,8 @@ REFUSED = [
     (int, True, "an integer, got True"),
     (int, 1.0, "an integer, got 1.0"),
     (int, "1", "an integer, got '1'"),
+    (int, 2**64, r"an integer below 2\^64, got 18446744073709551616"),
+    (int, -(10**4299), r"an integer below 2\^64, got -1000"),
     (bool, 1, "true or false, got 1"),
     (float, True, "a finite number, got True"),
     (float, float("nan"), "a finite number, got nan"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,7 @@ def test_a_hand_written_target_of_integers():
 @pytest.mark.parametrize("rows", [(0, 0), (0, 2), (2, 0), (3, 2)])
 def test_overlapping_blocks(rows):
     blocks = [dataclasses.replace(UP, names=(n,), out_features=3, first_row=r) for n, r in zip("qk", rows, strict=True)]
-    refused(TargetError, "k and q adapt the same outputs of up/kernel", blocks)
+    refused(TargetError, "(k and q|q and k) adapt the same outputs of up/kernel", blocks)
 
 
 def test_two_blocks_of_one_name():
@@ -206,6 +207,8 @@ WRONG = {
     "short": (lambda: jnp.ones(9), r"\(10,\).*got \(9,\) float32"),
     "column": (lambda: np.ones((10, 1)), r"\(10,\).*got \(10, 1\) float"),
     "integers": (lambda: jnp.ones(10, jnp.int32), r"\(10,\).*got \(10,\) int32"),
+    "truth": (lambda: jnp.ones(10, bool), r"\(10,\).*floating-point dtype, got \(10,\) bool"),
+    "complex": (lambda: jnp.ones(10, jnp.complex64), r"\(10,\).*floating-point dtype, got \(10,\) complex64"),
     "list": (lambda: [0.0] * 10, r"\(10,\).*got a builtins.list"),
     "torch": (
         lambda: pytest.importorskip("torch", reason="this case needs torch").ones(10),
@@ -241,6 +244,53 @@ def test_an_old_file_and_folder_stay(tmp_path, adapter):
             with pytest.raises(ValuesError, match="theta_d"):
                 use(adapter, how, theta_d, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_an_export_that_does_not_fit_the_disk_leaves_the_old_one(tmp_path):
+    params = {"up": {"kernel": ones(256, 256)}}
+    adapter = unilora_jax.plan(params, ["up"], rank=64, grouping="numpy-shuffle")
+    adapter.export_lora(tmp_path, adapter.init(), base_model="old")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            adapter.export_lora(tmp_path, adapter.init() + 1, base_model="new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "adapter_model.safetensors")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_an_export_of_factors_that_are_no_numbers(tmp_path):
+    """θ_d is finite, θ_d - θ_d⁰ is not."""
+    identity = unilora_jax.plan(tree(), ["up"], d=10, start="identity", bound=3e38)
+    theta_d = np.where(identity.init() < 0, 3e38, -3e38).astype(np.float32)
+    assert np.isfinite(theta_d).all()
+    with pytest.raises(ValuesError, match=r"export_lora: up\.B holds NaN or infinity.*Nothing was written"):
+        identity.export_lora(tmp_path, theta_d)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_merge_that_the_weights_cannot_hold(adapter, dtype):
+    params = {**tree(), "up": {"kernel": jnp.ones((4, 6), dtype)}}
+    large, match = adapter.init() + (3e3 if dtype == jnp.float16 else 3e19), rf"{jnp.dtype(dtype).name} holds"
+    with pytest.raises(
+        ValuesError, match=rf"merge: up/kernel: \d+ of 24 values of W \+ B·A are no numbers that {match}"
+    ):
+        adapter.merge(params, large)
+    assert (params["up"]["kernel"] == 1).all()
+    merged = jax.jit(adapter.merge)(params, large)["up"]["kernel"]  # where no value can be looked at
+    assert not jnp.isfinite(merged).all()
+    assert jnp.isfinite(adapter.merge(params, adapter.init())["up"]["kernel"]).all()
+
+
+def test_a_weight_that_is_infinite_already_is_none_of_the_merge(adapter):
+    params = {**tree(), "up": {"kernel": jnp.ones((4, 6)).at[0, 0].set(-jnp.inf)}}
+    merged = adapter.merge(params, adapter.init())["up"]["kernel"]
+    assert merged[0, 0] == -jnp.inf
+    assert jnp.isfinite(merged.flatten()[1:]).all()
 
 
 # ---- parameters that are not the plan's -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Out: merged weights as a checkpoint of timm's own, ONNX with the same logits, and the file of θ_d with its head."""
 
 import json
+import resource
 import sys
 
 import pytest
@@ -193,3 +194,43 @@ def test_a_model_that_onnx_would_take_for_one_batch_size_only_is_refused(tmp_pat
     with pytest.raises(RuntimeError, match="Failed to export"):
         save_onnx(Fixed(), tmp_path / "model.onnx", torch.randn(1, 3, 8, 8))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def any_is_large(monkeypatch):
+    monkeypatch.setattr("unilora_timm.saving.LARGE", 1000)
+
+
+@pytest.mark.usefixtures("any_is_large")
+def test_large_weights_lie_beside_onnx(tiny, images, tmp_path):
+    pytest.importorskip("onnxscript", reason="writing ONNX needs onnx and onnxscript")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "there" / "model.onnx")
+    model = tiny(depth=1)
+    torch.nn.init.normal_(model.head.weight)
+    save_onnx(model, tmp_path / "link.onnx")
+    assert (tmp_path / "link.onnx").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["model.onnx", "model.onnx.data"]
+    found = onnx_logits(tmp_path / "there" / "model.onnx", images[:1])
+    torch.testing.assert_close(found, model(images[:1]).detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_onnx_that_does_not_fit_the_disk_leaves_the_old_files(request, tiny, tmp_path, large):
+    pytest.importorskip("onnxscript", reason="writing ONNX needs onnx and onnxscript")
+    if large:
+        request.getfixturevalue("any_is_large")
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_onnx(tiny(depth=1), tmp_path / "model.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / ("model.onnx.data" if large else "model.onnx"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "model.onnx": b"old",
+        "model.onnx.data": b"old",
+    }
