@@ -34,7 +34,7 @@ os.environ |= {
 
 SECONDS_PER_MB, MB_PER_MB = 4, 60
 """What a try may take for each megabyte of its file; some twenty times what linear readers take."""
-HANG, DEAD = 10, 25
+HANG, DEAD = 30, 60
 """Seconds after which a try is interrupted, and after which its process is killed."""
 ROOM = 3 * 2**29
 """Memory that a reader's process may take beside what it starts with."""

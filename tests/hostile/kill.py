@@ -49,12 +49,13 @@ class Writer:
 
     Attributes:
         inside: the names that may be in the place, where it is a folder.
-        fits: bytes that the first generation needs; the tmpfs is made of it.
+        numbered: whether generations can be told apart.
+        renews: whether a save takes the place of an older one; `merge_checkpoint` refuses to.
     """
 
     name = ""
     inside: frozenset[str] | None = None
-    merges = False
+    numbered = renews = True
 
     def __init__(self, scratch: Path):
         self.scratch, self.home = scratch, scratch / self.name.replace(" ", "-")
@@ -275,7 +276,7 @@ class Merge(Torch):
 
     name = "merge_checkpoint"
     inside = frozenset({"config.json", "model.safetensors", "generation_config.json"})
-    merges = True
+    numbered = renews = False
 
     def prepare(self) -> None:
         import transformers
@@ -352,6 +353,7 @@ class Run(Writer):
     """The outputs of `unilora finetune`, killed while it trains; the next run in the folder begins anew."""
 
     name = "unilora finetune"
+    numbered = False
     inside = frozenset({FILE, "metrics.csv", "metrics.json", "summary.csv", "loss.png", "training.pt"})
 
     def prepare(self) -> None:
@@ -532,7 +534,7 @@ def kill(writer: Writer, kills: int, seconds: float, rng: random.Random, ready: 
             row.seen["none" if found is None else "old" if found <= saved else "new"] += 1
             if found is None and writer.inside is None:
                 row.torn.append("the old file is gone, and the new one is not there")
-            if found is not None and not writer.merges and found < saved:
+            if found is not None and writer.numbered and found < saved:
                 row.torn.append(f"generation {found} was seen after {saved} had been saved")
         except Torn as error:
             row.torn.append(str(error).replace(str(writer.scratch), ""))
@@ -630,7 +632,7 @@ def places(writer: Writer, row: Row) -> None:
     folder = Path(tempfile.mkdtemp(dir=writer.scratch))
     real, link = folder / "real", folder / "link"
     writer.write(real, 1)
-    if not writer.merges:
+    if writer.renews:
         link.symlink_to("real")
         try:
             writer.write(link, 2)
@@ -648,7 +650,7 @@ def places(writer: Writer, row: Row) -> None:
 
 def on_small_disk(writer: Writer, disk: Path, size: int) -> dict[str, str]:
     found, place = {}, disk / writer.place.name
-    if not writer.merges:
+    if writer.renews:
         writer.write(place, 1)
     filler = disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -666,7 +668,7 @@ def on_small_disk(writer: Writer, disk: Path, size: int) -> dict[str, str]:
 
 TORCH: list[type[Writer]] = [Save, ExportLora, SavePeft, SavePretrained, Merge, Run]
 JAX: list[type[Writer]] = [JaxSave, JaxExport]
-SHARE = {"unilora finetune": 2.0, "jax save": 2.0, "jax export_lora": 2.0}
+SHARE = {"unilora finetune": 2.0, "jax save": 2.0, "jax export_lora": 3.0}
 
 
 def all_of(kinds: list[type[Writer]], arguments: argparse.Namespace, scratch: Path, ready: bool) -> dict[str, Row]:
@@ -677,7 +679,7 @@ def all_of(kinds: list[type[Writer]], arguments: argparse.Namespace, scratch: Pa
             writer.prepare()
         row = kill(writer, arguments.kills, arguments.seconds * SHARE.get(kind.name, 1.0), rng, ready)
         if not isinstance(writer, Run):
-            if ready and not writer.merges:
+            if ready and writer.renews:
                 meet(writer, row, arguments.seconds / 2)
             if not ready:
                 writer.prepare()  # there is nothing to be forked any more
