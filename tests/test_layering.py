@@ -31,6 +31,9 @@ COMMAND = {"unilora_core"}
 SEAM = "_namespace.py"
 """The one file that imports array_api_compat."""
 
+HEADER = {"unilora_core": {"header.py"}}
+"""The file that looks into what an adapter file says."""
+
 SUITE = "testing/"
 """The conformance suite, imported on request only: the one folder of the core that imports hypothesis."""
 
@@ -62,6 +65,16 @@ def strays(package, name, source):
     return foreign(imports(source), package) - ALLOWED[package] - seam - suite
 
 
+def readings(source):
+    """The lines in which a file's ``metadata`` is looked into, rather than made (``metadata()``) or shown whole."""
+    nodes = list(ast.walk(ast.parse(source)))
+    inside = {node.value for node in nodes if isinstance(node, (ast.Subscript, ast.Attribute))}
+    shown = {node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "items"}
+    made = {node.func for node in nodes if isinstance(node, ast.Call) and node not in inside}
+    found = (node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "metadata")
+    return {node.lineno for node in found if isinstance(node.ctx, ast.Load) and node not in shown | made}
+
+
 def loaded_at_once(sources, start="main"):
     """The packages that loading one module of ``unilora_cli`` loads; ``sources``: module name → source."""
     todo, done, names = [start], set(), set()
@@ -81,6 +94,33 @@ def test_imports_point_down(package):
     names = {path: path.relative_to(FOLDERS[package]).as_posix() for path in files}
     found = {name: strays(package, name, path.read_text("utf-8")) for path, name in names.items()}
     assert not {name: modules for name, modules in found.items() if modules}
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_what_a_file_says_reaches_a_call_through_the_header_only(package):
+    """There it is given a type, a range, or a refusal."""
+    files = {path.relative_to(FOLDERS[package]).as_posix(): path for path in FOLDERS[package].rglob("*.py")}
+    found = {name: readings(path.read_text("utf-8")) for name, path in files.items() if not name.startswith(SUITE)}
+    assert {name for name, lines in found.items() if lines} == HEADER.get(package, set())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'file.metadata["base_model"]',
+        'file.metadata.get("base_model")',
+        "said = file.metadata",
+        "dict(read_adapter(path).metadata)",
+        "build(**file.metadata)",
+        'safe_open(path).metadata()["spec"]',
+    ],
+)
+def test_a_planted_reading_is_caught(source):
+    assert readings(source) == {1}
+
+
+def test_what_is_no_reading_is_not_caught():
+    assert not readings('for name, text in file.metadata.items(): print(name, text)\nsave(path, metadata={"a": "b"})')
 
 
 def test_the_command_starts_light():
