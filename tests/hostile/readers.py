@@ -536,7 +536,7 @@ class LoadJax(Adapters):
         if again.spec != adapter.spec or not np.array_equal(other, theta_d):
             raise Unclear("accepted, but saved and loaded again it is another")
         self.checked += 1
-        if self.checked % 20 == 1:  # each new layout is compiled
+        if self.checked % 40 == 10:  # each new layout is compiled
             for name, factor in adapter.factors(theta_d).items():
                 if (
                     tuple(factor.shape) != tuple(adapter.spec.layout.shapes[name])
