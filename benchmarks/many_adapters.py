@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import unilora_core
 import unilora_torch
 import unilora_transformers
-from unilora_core.targets import write_targets
+from unilora_core.header import write_targets
 
 ADAPTERS, ROWS, RANK = 1000, 32, 4
 TARGETS = {"q and v": None, "all-linear": "all-linear"}

@@ -105,6 +105,7 @@ def _temporary(parent: Path) -> Iterator[Path]:
 
     What is locked is the outer, so that files can be written in the inner by this module, too.
     """
+    made = not parent.exists()
     parent.mkdir(parents=True, exist_ok=True)
     _tidy(parent)
     while True:
@@ -118,6 +119,9 @@ def _temporary(parent: Path) -> Iterator[Path]:
                     return
         finally:
             shutil.rmtree(path, ignore_errors=True)
+            if made:
+                with contextlib.suppress(OSError):  # it holds something, as it should
+                    parent.rmdir()
 
 
 @contextlib.contextmanager

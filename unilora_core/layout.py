@@ -19,7 +19,7 @@ from unilora_core._namespace import Array, array_namespace
 from unilora_core.errors import SpecError, ValuesError
 from unilora_core.schema import shown
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "integer"]
 
 Shape = tuple[int, ...]
 

@@ -246,12 +246,13 @@ def _check_rank(path: str | os.PathLike, row: TargetRow, weight: Target, total: 
         raise MismatchError(
             f"{path}: {_short(row.name)}: expected a rank of at most {most} for {row.in_features} inputs and "
             f"{row.out_features} outputs, the file has {row.rank}; if that is meant, and there is memory for it, say "
-            "any_rank=True."
+            "any_rank=True (--any-rank of the command)."
         )
     if total > (most := BLOCKS * largest_rank(weight.in_features, weight.out_features)):
         raise MismatchError(
             f"{path}: {weight.path}: expected blocks whose ranks add up to at most {most}, those in the file add up to "
-            f"{total} and more; if that is meant, and there is memory for it, say any_rank=True."
+            f"{total} and more; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the"
+            " command)."
         )
 
 

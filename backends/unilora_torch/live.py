@@ -184,8 +184,9 @@ class Live:
     @contextlib.contextmanager
     def watching(self) -> Iterator[dict[str, Tensor]]:
         """Inside the ``with``, the factors of this thread's passes come to lie in the mapping."""
+        seen: dict[str, Tensor] = {}
         try:
-            self.here.watched = seen = {}
+            self.here.watched = seen
             yield seen
         finally:
             self.here.watched = None

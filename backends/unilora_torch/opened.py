@@ -85,7 +85,8 @@ def check_rank(where: str | os.PathLike, name: str, rank: int, in_features: int,
     if rank > (most := largest_rank(in_features, out_features)):
         raise MismatchError(
             f"{where}: {name}: expected a rank of at most {most} for {in_features} inputs and {out_features} outputs, "
-            f"the file has {rank}; if that is meant, and there is memory for it, say any_rank=True."
+            f"the file has {rank}; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the"
+            " command)."
         )
 
 

@@ -269,6 +269,8 @@ def _build_from_file(base: Base, name: str, options: dict[str, Any]) -> Any:
 
 
 def _build_transformers(base: Base, loading: dict[str, Any]) -> tuple[Any, list[str]]:
+    from unilora_transformers.saving import refuse_kernels
+
     transformers = _transformers()
     options = loading | base.trust | base.arguments
     if base.kind == "lm":
@@ -283,6 +285,8 @@ def _build_transformers(base: Base, loading: dict[str, Any]) -> tuple[Any, list[
                 "id2label": dict(enumerate(base.labels)),
                 "label2id": {label: i for i, label in enumerate(base.labels)},
             }
+    if not options["trust_remote_code"] and "attn_implementation" not in options:
+        refuse_kernels(base.name, transformers.AutoConfig.from_pretrained(base.name, **base.trust))
     model, report = auto.from_pretrained(base.name, output_loading_info=True, **options)
     fresh = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", ()))]
     return model, sorted(fresh)

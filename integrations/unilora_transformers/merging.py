@@ -38,7 +38,7 @@ from unilora_torch.base import identity
 from unilora_torch.checks import check_merged
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.targets import block_of, weight_name
-from unilora_transformers.saving import model_class
+from unilora_transformers.saving import model_class, refuse_kernels
 
 __all__ = ["merge_checkpoint"]
 
@@ -197,6 +197,7 @@ class _Names:
 def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
     """The model that the file adapts, of the checkpoint's config and without values."""
     config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | changes)
+    refuse_kernels(header.where, config)
     if getattr(config, "quantization_config", None) is not None:
         raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
     if labels := header.labels:

@@ -7,6 +7,7 @@ PEFT rounds P's scale to the base's dtype; here it stays float32, so on a bf16 b
 
 import contextlib
 import json
+import math
 import os
 import time
 import warnings
@@ -52,6 +53,9 @@ WITHOUT_EFFECT |= {"peft_version", "revision", "save_indices", "task_type", "run
 GROUPING = "numpy-shuffle"
 SECONDS = 1.0
 """How long the regular expressions of a folder may take over the names of a model: some take for ever."""
+
+LONGEST = 10_000
+"""How long such an expression may be, and how often its counted repeats may multiply."""
 
 Matches = Callable[..., Any]
 
@@ -213,18 +217,16 @@ def _check_indices(folder: Path, spec: ProjectionSpec, saved: Mapping[str, np.nd
 
 def _targets(folder: str | os.PathLike, model: PreTrainedModel, config: _Config) -> tuple[Target, ...]:
     """The layers that PEFT adapts, in the order in which it deals P to them: its `check_target_module_exists`."""
-    chosen, ends = config.target_modules, ()
-    if isinstance(chosen, tuple):
-        ends, chosen = tuple(f".{end}" for end in chosen), None
+    chosen = config.target_modules
     names = [name for name, _ in model.named_modules()]
     with _expressions(folder) as matches:
         if config.modules_to_save:
             inside = rf"(?:^|.*\.)(?:{'|'.join(config.modules_to_save)})(?:$|\..*)"
             names = [name for name in names if not matches(inside, name)]
-        if chosen is not None:
+        if isinstance(chosen, str):
             names = [name for name in names if matches(chosen, name, regex.fullmatch)]
         else:
-            whole = set(config.target_modules or ())
+            whole, ends = set(chosen or ()), tuple(f".{end}" for end in chosen or ())
             names = [n for n in names if n in whole or (n.endswith(ends) and _selects_layer(config, n, matches))]
     return tuple(to_target(name, model.get_submodule(name)) for name in names)
 
@@ -251,6 +253,9 @@ def _expressions(folder: str | os.PathLike) -> Iterator[Matches]:
     end = time.monotonic() + SECONDS
 
     def matches(expression: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
+        counts = [int(count[:9]) for count in regex.findall(r"[1-9]\d*(?=[\d,\s]*\})", expression[:LONGEST])]
+        if len(expression) > LONGEST or math.prod(counts) > LONGEST:  # what is compiled is as long as its repeats
+            raise OverflowError("an expression that is too long")
         return how(expression, name, timeout=max(1e-3, end - time.monotonic()))
 
     try:

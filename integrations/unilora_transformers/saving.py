@@ -17,13 +17,14 @@ import transformers
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
 from unilora_core.files import new_files
 from unilora_core.header import read_header
+from unilora_core.schema import shown
 from unilora_torch.adapter import NAME, adapters
 
 __all__ = [
@@ -33,8 +34,12 @@ __all__ = [
     "build_base",
     "find_files",
     "model_class",
+    "refuse_kernels",
     "save_pretrained",
 ]
+
+PLACE = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"}
+"""The options of `from_pretrained` that say where a base lies, or whether its code may run."""
 
 SPEC = "spec"
 """Beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
@@ -155,9 +160,13 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
     if labels := header.labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         said |= {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names
+    given = {"trust_remote_code": False} | dict(options)
     try:
-        return cls.from_pretrained(name, **{"trust_remote_code": False} | said | dict(options))
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        if not given["trust_remote_code"] and not given.keys() & {"config", "attn_implementation"}:
+            config = AutoConfig.from_pretrained(name, **{key: given[key] for key in given.keys() & PLACE})
+            refuse_kernels(path, config)
+        return cls.from_pretrained(name, **said | given)
+    except (AdapterFileError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers raises on a base that does not fit its class or its settings
         raise AdapterFileError(
@@ -181,6 +190,21 @@ def model_class(path: str | os.PathLike, name: str) -> type[PreTrainedModel]:
             "adapter.detach(merge=True) there."
         )
     return cls
+
+
+def refuse_kernels(where: str | os.PathLike, config: PreTrainedConfig) -> None:
+    """Refuse a base whose config names attention of a repository on the hub, which is code of that repository.
+
+    Raises:
+        AdapterFileError: with the remedy.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        kernel = getattr(part, "_attn_implementation", None)
+        if "/" in str(kernel):
+            raise AdapterFileError(
+                f"{where}: the config of its base model asks for the attention {shown(kernel)} of the hub, which is "
+                "code; if it is meant, say so: attn_implementation=…, or build the base model yourself."
+            )
 
 
 def base_metadata(model: PreTrainedModel) -> dict[str, str]:

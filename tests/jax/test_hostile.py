@@ -185,7 +185,7 @@ def test_loading_and_using_a_file_takes_lines_of_its_length(path, blocks):
         run()  # what JAX compiles once
         return lines_of(run) / layers
 
-    few, more = work(8), work(64)
+    few, more = work(4), work(32)
     assert more < 1.25 * few
 
 
@@ -247,7 +247,7 @@ def test_mutated_headers_are_refused_clearly_or_mean_something(path):
     rows = [["q", "up", 0, False], ["k", "up", 3, False], *([f"m{i}", f"layers.{i}.mlp", 0, False] for i in range(3))]
     pairs = {"q": (2, 4, 3), "k": (2, 4, 3)} | {f"m{i}": (2, 4, 4) for i in range(3)}
     said = {"targets": rows, "modules_to_save": ["head"], "labels": ["a"], "base": base, "base_arguments": {"seed": 3}}
-    for _ in range(600):
+    for _ in range(300):
         entries = {name: json.dumps(value) for name, value in said.items()}
         name = rng.choice([*said, "targets", "targets"])
         entries[name] = rng.choice(TEXTS) if rng.random() < 0.1 else json.dumps(mutated(rng, said[name]))
@@ -261,7 +261,7 @@ def test_mutated_headers_are_refused_clearly_or_mean_something(path):
             accepted += 1
             merged = adapter.merge(TREE, theta_d)
             assert jax.tree.all(jax.tree.map(lambda x: np.isfinite(x).all(), merged))
-    assert 20 < accepted < 400
+    assert 20 < accepted < 200
     assert all(len(message) < 2000 and message.replace("\n", "").isprintable() for message in said_of_it)
 
 

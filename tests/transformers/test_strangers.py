@@ -258,6 +258,8 @@ def changed(folder, **change):
             AdapterFileError,
             "cannot be matched with the names .*TimeoutError",
         ),
+        ({"target_modules": "x{1000000000}"}, AdapterFileError, "cannot be matched .* too long"),
+        ({"target_modules": "(x{999}){999}"}, AdapterFileError, "cannot be matched .* too long"),
         ({"modules_to_save": {"a": 1}}, CorruptFileError, "modules_to_save: expected a list of a string or null"),
         ({"modules_to_save": ["("]}, AdapterFileError, "cannot be matched with the names"),
         ({"layers_to_transform": "all"}, CorruptFileError, "layers_to_transform: expected an integer or a list"),
@@ -304,3 +306,15 @@ def test_an_export_replaces_another_and_keeps_what_else_is_there(tiny, peft_fold
     assert sorted(path.name for path in peft_folder.iterdir()) == names[1:]
     assert json.loads((peft_folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     shutil.rmtree(peft_folder)
+
+
+def test_a_base_whose_config_names_a_kernel_of_the_hub(tmp_path, base):
+    config = json.loads((base / "config.json").read_text()) | {"_attn_implementation": "somebody/kernel"}
+    (base / "config.json").write_text(json.dumps(config))
+    folder = folder_with(tmp_path, base_model=str(base), base_class="LlamaForCausalLM")
+    message = "asks for the attention 'somebody/kernel' of the hub, which is code"
+    with pytest.raises(AdapterFileError, match=message):
+        unilora_transformers.from_pretrained(folder)
+    with pytest.raises(AdapterFileError, match=message):
+        merge_checkpoint(folder / "adapter.safetensors", base, tmp_path / "out")
+    assert unilora_transformers.from_pretrained(folder, attn_implementation="eager").unilora.spec.d == 4
