@@ -176,6 +176,9 @@ def _check_values(theta_d: np.ndarray, spec: ProjectionSpec, where: str) -> None
             "(a lower learning rate, or gradient clipping), so nothing was written or loaded."
         )
 
+    if spec.start == "identity" and float(np.abs(theta_d).max()) + spec.bound > float(np.finfo(np.float32).max):
+        raise ValuesError(f"{where}: theta_d - theta_d⁰ is infinite in float32; training diverged.")
+
 
 def _check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
     for name, array in arrays.items():

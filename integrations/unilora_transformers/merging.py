@@ -206,8 +206,14 @@ def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTraine
     architectures = [*(config.architectures or ()), ""]
     kind = header.base_class or (header.base.kind if header.base else architectures[0])
     cls = model_class(header.where, kind)
-    with torch.device("meta"):
-        return cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
+    except Exception as error:  # whatever a class raises on the config of another
+        raise MismatchError(
+            f"{header.where}: it adapts a {kind}, which cannot be built of the config of {folder} "
+            f"({type(config).__name__}: {error!r:.300}); is it the base that the adapter was trained on?"
+        ) from error
 
 
 def _load_small(model: PreTrainedModel, checkpoint: _Checkpoint, names: _Names) -> None:

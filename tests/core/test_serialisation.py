@@ -518,3 +518,11 @@ def test_every_error_of_a_file_is_one_of_ours(path):
     rewrite_spec(path, d=0)
     with pytest.raises(UniLoraError):
         load_adapter(path)
+
+
+def test_a_theta_whose_distance_from_the_start_is_infinite(path):
+    spec = ProjectionSpec(Layout([("q.A", (2, 3)), ("q.B", (4, 2))]), 4, start="identity", bound=3e38)
+    save_adapter(path, spec, np.full(4, 4e37))
+    with pytest.raises(ValuesError, match=r"theta_d - theta_d⁰ is infinite in float32"):
+        save_adapter(path, spec, np.full(4, 3e38))
+    save_adapter(path, ProjectionSpec(spec.layout, 4, bound=3e38), np.full(4, 3e38))

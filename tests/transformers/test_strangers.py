@@ -318,3 +318,12 @@ def test_a_base_whose_config_names_a_kernel_of_the_hub(tmp_path, base):
     with pytest.raises(AdapterFileError, match=message):
         merge_checkpoint(folder / "adapter.safetensors", base, tmp_path / "out")
     assert unilora_transformers.from_pretrained(folder, attn_implementation="eager").unilora.spec.d == 4
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "AutoModelForImageClassification"])
+def test_a_class_of_another_config(tmp_path, base, kind):
+    folder = folder_with(tmp_path, base_model=str(base), base_class=kind)
+    with pytest.raises(
+        MismatchError, match=f"it adapts a {kind}, which cannot be built of the config of .*LlamaConfig"
+    ):
+        merge_checkpoint(folder / "adapter.safetensors", base, tmp_path / "out")
