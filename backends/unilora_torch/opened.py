@@ -1,20 +1,23 @@
 """A file, checked against a model: the one place where what a file says meets the model, whoever asks."""
 
 import os
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from unilora_core import AdapterFile, MismatchError, ProjectionSpec, TargetError, ValuesError, read_adapter
-from unilora_core.header import Header, read_header
+from unilora_core.header import Header, TargetRow, read_header
 from unilora_core.lora import largest_rank
 from unilora_torch.checks import check_parameter, check_targets
 from unilora_torch.heads import check_heads, head_states, submodule
 from unilora_torch.targets import Target, features, target_of
 
 __all__ = ["Opened", "check_rank", "open_file"]
+
+BLOCKS = 4
+"""How many blocks of the largest rank one weight may have; q, k and v are three."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def open_file(
             if not any_rank:
                 check_rank(where, row.name, row.rank, row.in_features, row.out_features)
         check_targets(model, targets, loaded=loaded)
+        if not any_rank:
+            _check_blocks(where, header.targets)
     heads = head_states(where, model, header.modules_to_save, file.tensors)
     if loaded:
         check_heads(model, header.modules_to_save)
@@ -88,6 +93,20 @@ def check_rank(where: str | os.PathLike, name: str, rank: int, in_features: int,
             f"the file has {rank}; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the"
             " command)."
         )
+
+
+def _check_blocks(where: str | os.PathLike, rows: Iterable[TargetRow]) -> None:
+    """Refuse blocks of one weight that together are larger than a few of the whole would be."""
+    weights: dict[tuple[str, str | None], list[TargetRow]] = {}
+    for row in rows:
+        weights.setdefault((row.module, row.parameter), []).append(row)
+    for (module, _), blocks in weights.items():
+        total, height = sum(row.rank for row in blocks), max(row.first_row + row.out_features for row in blocks)
+        if total > (most := BLOCKS * largest_rank(blocks[0].in_features, height)):
+            raise MismatchError(
+                f"{where}: {module}: expected blocks whose ranks add up to at most {most}, those in the file add up to "
+                f"{total}; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the command)."
+            )
 
 
 def _check_fits(where: str | os.PathLike, model: nn.Module, target: Target) -> None:

@@ -68,6 +68,17 @@ def test_an_adapter_of_usual_rank_on_a_narrow_layer_is_its_own_file(path):
     unilora_torch.load(mlp(), path)
 
 
+def test_many_blocks_of_one_layer_are_bounded_together(path):
+    layers = [(f"b{i}", 16, 1) for i in range(16)]
+    rows = [[f"b{i}", "0", i, False] for i in range(16)]
+    wrote(path, layers, 16, targets=rows)
+    unilora_torch.load(nn.Sequential(nn.Linear(16, 16)), path)
+    wrote(path, layers, 17, targets=rows)
+    with pytest.raises(MismatchError, match=r"0: expected blocks whose ranks add up to at most 256, .* to 272"):
+        unilora_torch.load(nn.Sequential(nn.Linear(16, 16)), path)
+    assert unilora_torch.load(nn.Sequential(nn.Linear(16, 16)), path, any_rank=True).spec.D == 17 * 17 * 16
+
+
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
