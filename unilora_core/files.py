@@ -185,7 +185,7 @@ def _naming(*paths: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        if (number := re.search(r"(?:os error|code:) (\d+)", str(error))) is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(paths[0])) from error
     except OSError as error:
