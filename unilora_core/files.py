@@ -58,6 +58,8 @@ def new_files(*paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
         with alone(places[-1].parent):
             for file, place in pairs:
                 _like(place, file)
+                with contextlib.suppress(OSError):  # none there, or no links: else freeing it would take time below
+                    os.link(place, file.with_name(f"old-{secrets.token_hex(8)}"))
             if len(others) > 1 or (others and not _same(*last)):
                 places[-1].unlink(missing_ok=True)
             for file, place in pairs:
