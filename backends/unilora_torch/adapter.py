@@ -75,11 +75,6 @@ class Adapter(nn.Module):
         self._was_trainable = _trainable(model)
         self._claim: contextlib.AbstractContextManager[None] | None = None
         self._handles: list[Handle] = []
-        try:
-            self._register()
-        except BaseException:
-            self._unregister()
-            raise
 
     def __repr__(self) -> str:
         return f"Adapter({self.summary()})"
@@ -154,6 +149,28 @@ class Adapter(nn.Module):
     def active(self) -> bool:
         """Whether the low-rank paths add to the outputs: not disabled, not merged."""
         return self._live.acts()
+
+    def put_on(self, name: str) -> None:
+        """Hook it to its model, under this name: the base is frozen, the modules to save train.
+
+        Raises:
+            TargetError: another thread is calling the model.
+        """
+        model = self._root[0]
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        with self._alone("attach"):
+            try:
+                self._register()
+                model.requires_grad_(False)
+                for parameter in self._saved_parameters().values():
+                    parameter.requires_grad_(True)
+                model.add_module(name, self)
+            except BaseException:  # nothing is left half done
+                self._unregister()
+                model._modules.pop(name, None)
+                for parameter in model.parameters():
+                    parameter.requires_grad_(id(parameter) in trained)
+                raise
 
     def _register(self) -> None:
         """The hooks, each with its handle in `_handles` as soon as it is there."""

@@ -93,8 +93,15 @@ def load(
     heads = found.header.modules_to_save
     if check_base:
         base.check_base(str(path), found.header.base, base.identity(model, (*heads, *adapters(model))))
+    before = {module: _values(model, module) for module in heads}
     adapter = _install(model, found.spec, found.targets, heads, name)
-    _fill(adapter, found)
+    try:
+        _fill(adapter, found)
+    except BaseException:  # nothing is left half done
+        adapter.detach()
+        for module, state in before.items():
+            model.get_submodule(module).load_state_dict(state)
+        raise
     return adapter
 
 
@@ -161,6 +168,10 @@ def _resolve(
     return kept
 
 
+def _values(model: nn.Module, module: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.get_submodule(module).state_dict().items()}
+
+
 def _fill(adapter: Adapter, found: Opened) -> None:
     with torch.no_grad():
         adapter.theta_d.copy_(found.theta_d)
@@ -174,8 +185,5 @@ def _install(
     acting = {other: adapter.modules_to_save for other, adapter in adapters(model).items() if adapter.enabled}
     check_apart(acting | {name: modules_to_save})
     adapter = Adapter(model, spec, targets, modules_to_save)
-    model.requires_grad_(False)
-    for module in modules_to_save:
-        model.get_submodule(module).requires_grad_(True)
-    model.add_module(name, adapter)
+    adapter.put_on(name)
     return adapter

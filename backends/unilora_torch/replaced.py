@@ -41,22 +41,32 @@ class Copies:
         return copied
 
     def _copy(self, path: str, module: nn.Module) -> nn.Module:
-        before = {name: value for name, value in vars(module).items() if name not in CALLS}
         copied = object.__new__(type(module))
-        vars(copied).update(before)
-        self.made[path] = module, copied, before
+        own = vars(copied)
+        own.update(vars(module))
+        for name in CALLS:
+            own.pop(name, None)
+        self.made[path] = module, copied, dict(own)
         return copied
 
     def put_back(self) -> None:
         """Give the modules the attributes that a forward pass wrote on the copies."""
         for module, copied, before in self.made.values():
-            for name, value in vars(copied).items():
-                if before.get(name, NOTHING) is not value and not _stays(module, name):
+            now, same = vars(copied), 0
+            for name, value in now.items():
+                if before.get(name, NOTHING) is value:
+                    same += 1
+                elif not _stays(module, name):
                     vars(module)[name] = value
-            for name in before.keys() - vars(copied).keys():
-                vars(module).pop(name, None)
-            for name in copied._modules.keys() - before["_modules"].keys():
-                module._modules[name] = copied._modules[name]
+            if same < len(before):
+                _put_back_what_is_gone(module, now, before)
+
+
+def _put_back_what_is_gone(module: nn.Module, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    for name in before.keys() - now.keys():
+        vars(module).pop(name, None)
+    for name in now["_modules"].keys() - before["_modules"].keys():
+        module._modules[name] = now["_modules"][name]
 
 
 CALLS = ("_call_impl", "_compiled_call_impl")

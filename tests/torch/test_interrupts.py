@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from kinds import KINDS
-from small_models import adapted, hooks, mlp, move, snapshot
+from small_models import adapted, assert_unchanged, hooks, mlp, move, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -298,9 +298,23 @@ def test_attach(how):
         with contextlib.suppress(KeyboardInterrupt), how(n):
             unilora_torch.attach(model, d=20)
         if not unilora_torch.adapters(model):
-            assert snapshot(model)[1:] == before[1:], n
+            assert_unchanged(model, before)
             assert "_call_impl" not in vars(model), n
-            assert torch.equal(model(X), base(X)), n
+
+
+@WAYS
+def test_load(how, tmp_path):
+    adapted(modules_to_save=["head"])[1].save(tmp_path / "a")
+    base = mlp()
+    before = snapshot(base)
+    with how() as whole:
+        unilora_torch.load(mlp(), tmp_path / "a", check_base=False)
+    for n in range(1, whole.count + 1, max(1, whole.count // PLACES)):
+        model = mlp()
+        with contextlib.suppress(KeyboardInterrupt), how(n):
+            unilora_torch.load(model, tmp_path / "a", check_base=False)
+        if not unilora_torch.adapters(model):
+            assert_unchanged(model, before)
 
 
 # ---- banks ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import Conv1D, adapted, mlp, move, naive_weights
+from small_models import Conv1D, adapted, assert_unchanged, mlp, move, naive_weights, snapshot
 from torch import nn
 
 import unilora_torch
@@ -215,3 +215,29 @@ def test_detach_after_a_merge_and_a_second_adapter():
     second.merge()
     second.detach()
     assert torch.equal(model(X), mlp()(X))
+
+
+@pytest.mark.parametrize("take_off", [False, True])
+def test_a_sum_that_the_dtype_cannot_hold(take_off):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16)).half()
+    adapter = unilora_torch.attach(model, d=20, start="paper")
+    with torch.no_grad():
+        adapter.theta_d.fill_(2000)
+    before = snapshot(model)
+    with pytest.raises(ValuesError, match=r"merge: 0: 256 of 256 weights would be infinite or NaN in torch.float16"):
+        adapter.detach(merge=True) if take_off else adapter.merge()
+    assert_unchanged(model, before)
+    assert not adapter.merged
+    model.float()
+    adapter.merge()
+    assert model[0].weight.isfinite().all()
+
+
+def test_weights_that_were_infinite_before_are_no_reason_to_refuse():
+    model = nn.Sequential(nn.Linear(16, 16)).half()
+    adapter = unilora_torch.attach(model, d=20)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    adapter.merge()
+    assert adapter.merged

@@ -72,7 +72,8 @@ def assert_each_row(model, paths, names, tolerance=1e-5, **more):
     wanted = torch.stack(parts)
     assert (found - wanted).abs().max() <= tolerance * max(1.0, float(wanted.abs().max()))
     moved = (found - base).flatten(1).abs().amax(1)
-    assert (moved > 0).tolist() == [name is not None for name in names]
+    # a mixture's experts take the tokens of all rows in one product, which may be rounded in another order
+    assert (moved > tolerance).tolist() == [name is not None for name in names]
     assert moved[[name is not None for name in names]].min() > 10 * tolerance
     return bank
 
