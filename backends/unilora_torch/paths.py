@@ -128,10 +128,13 @@ class WeightPath(_Path):
     registered, under its name, and is what everybody else reads meanwhile.
     """
 
+    def __init__(self, live: Live, targets: tuple[Target, ...]):
+        super().__init__(live, targets)
+        self.paths = tuple(dict.fromkeys(path for path, _ in map(_place, targets) if path))
+
     def around(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
         """A call of the module."""
-        paths = [_place(target)[0] for target in self.targets]
-        if is_bound([module, *map(module.get_submodule, paths)]):
+        if is_bound([module, *map(module.get_submodule, self.paths)]):
             with IN_PLACE:
                 try:
                     return run(module)
@@ -139,7 +142,7 @@ class WeightPath(_Path):
                     self.close(module)
         if not self.live.acts():
             return run(module)
-        copies = Copies(module, paths)
+        copies = Copies(module, self.paths)
         try:
             return run(copies.top)
         finally:

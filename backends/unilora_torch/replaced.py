@@ -1,5 +1,6 @@
 """A layer with another weight: what its class computes then, and whether that is linear in the weight."""
 
+import operator
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -37,36 +38,35 @@ class Copies:
         parent = self.at(above)
         child = parent._modules[name]
         copied = self._copy(path, child)
-        vars(parent)["_modules"] = {key: copied if value is child else value for key, value in parent._modules.items()}
+        children = {key: copied if value is child else value for key, value in parent._modules.items()}
+        vars(parent)["_modules"] = self.made[above][2]["_modules"] = children
         return copied
 
     def _copy(self, path: str, module: nn.Module) -> nn.Module:
-        copied = object.__new__(type(module))
-        own = vars(copied)
-        own.update(vars(module))
+        before = dict(vars(module))
         for name in CALLS:
-            own.pop(name, None)
-        self.made[path] = module, copied, dict(own)
+            before.pop(name, None)
+        copied = object.__new__(type(module))
+        vars(copied).update(before)
+        self.made[path] = module, copied, before
         return copied
 
     def put_back(self) -> None:
         """Give the modules the attributes that a forward pass wrote on the copies."""
         for module, copied, before in self.made.values():
-            now, same = vars(copied), 0
-            for name, value in now.items():
-                if before.get(name, NOTHING) is value:
-                    same += 1
-                elif not _stays(module, name):
-                    vars(module)[name] = value
-            if same < len(before):
-                _put_back_what_is_gone(module, now, before)
+            now = vars(copied)
+            if len(now) != len(before) or not all(map(operator.is_, now.values(), before.values())):
+                _put_back(module, now, before)
+            for name in copied._modules.keys() - module._modules.keys():
+                module._modules[name] = copied._modules[name]
 
 
-def _put_back_what_is_gone(module: nn.Module, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+def _put_back(module: nn.Module, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name, NOTHING) is not value and not _stays(module, name):
+            vars(module)[name] = value
     for name in before.keys() - now.keys():
         vars(module).pop(name, None)
-    for name in now["_modules"].keys() - before["_modules"].keys():
-        module._modules[name] = now["_modules"][name]
 
 
 CALLS = ("_call_impl", "_compiled_call_impl")
