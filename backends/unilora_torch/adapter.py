@@ -414,7 +414,7 @@ class Adapter(nn.Module):
 
     def _fill_tables(self, tables: Tables) -> None:
         for table, new in zip(self._tables, tables, strict=True):
-            if table is not None:
+            if table is not None and new is not None:
                 table.copy_(new)
 
     def detach(self, merge: bool = False) -> None:

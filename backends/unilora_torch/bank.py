@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -300,7 +301,7 @@ class Bank:
             if (kind, module) in self._hooks:
                 self._hooks[kind, module][0].knows = knows
             else:
-                hook = kind(self._rows, module, knows)
+                hook: Any = kind(self._rows, module, knows)
                 handle = self.model.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
                 self._hooks[kind, module] = hook, handle
 

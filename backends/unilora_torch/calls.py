@@ -69,7 +69,7 @@ def surround(module: nn.Module, around: Around) -> CallHandle:
     """Put something around every call of a module, outside of its hooks."""
     call = vars(module).get("_call_impl")
     if not isinstance(call, Call):
-        call = module._call_impl = Call(module)
+        call = vars(module)["_call_impl"] = Call(module)
     call.arounds += (around,)
     return CallHandle(call, around)
 

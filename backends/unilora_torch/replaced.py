@@ -36,7 +36,7 @@ class Copies:
             return self.made[path][1]
         above, _, name = path.rpartition(".")
         parent = self.at(above)
-        child = parent._modules[name]
+        child = parent.get_submodule(name)
         copied = self._copy(path, child)
         children = {key: copied if value is child else value for key, value in parent._modules.items()}
         vars(parent)["_modules"] = self.made[above][2]["_modules"] = children
@@ -103,11 +103,11 @@ def forward_with(module: nn.Module, replaced: Mapping[str, Tensor | None], *args
 def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
     """As `torch.func.functional_call`, which is not for threads: the tensors of a module's state are others."""
     if torch.compiler.is_compiling():
-        return torch.func.functional_call(module, state, args, kwargs)
+        return torch.func.functional_call(module, dict(state), args, kwargs)
     copies = Copies(module, (name.rpartition(".")[0] for name in state))
     if is_bound(original for original, *_ in copies.made.values()):
         with IN_PLACE:
-            return torch.func.functional_call(module, state, args, kwargs)
+            return torch.func.functional_call(module, dict(state), args, kwargs)
     for name, value in state.items():
         owner, _, key = name.rpartition(".")
         vars(copies.at(owner))[key] = value

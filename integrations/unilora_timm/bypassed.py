@@ -119,8 +119,9 @@ class _StandIn:
         """Before the module's forward pass."""
         layer = module.get_submodule(self.path)
         self.outer.append(vars(layer).get("weight"))
-        vars(layer)["weight"] = layer.weight.detach().requires_grad_()
-        self.made.append(layer.weight)
+        weight: Any = layer.weight
+        vars(layer)["weight"] = copied = weight.detach().requires_grad_()
+        self.made.append(copied)
 
     def close(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """After it."""
