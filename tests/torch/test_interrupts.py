@@ -1,6 +1,7 @@
 """Whatever ends a pass, a merge or a detach in its midst: what comes next begins from the truth, bit for bit."""
 
 import contextlib
+import gc
 import os
 import random
 import sys
@@ -18,6 +19,17 @@ from unilora_torch import Bank
 ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit, RuntimeError)
 PLACES = 50 if os.environ.get("UNILORA_SLOW") else 8
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(autouse=True)
+def what_python_itself_leaves():
+    """An exception on the very line that leaves a ``with`` keeps it from ending: torch.no_grad(), an open file."""
+    yield
+    torch.set_grad_enabled(True)
+    gc.collect()
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
 class Interrupted(TorchDispatchMode):
@@ -68,8 +80,10 @@ def places(run, how, count=PLACES, seed=0):
     chosen = range(1, whole.count + 1) if whole.count <= count else sorted(rng.sample(range(1, whole.count + 1), count))
     for n in chosen:
         end = rng.choice(ENDS)
+        grad = torch.is_grad_enabled()
         with contextlib.suppress(*ENDS), how(n, end):
             run()
+        torch.set_grad_enabled(grad)
         yield f"{end.__name__} at {n} of {whole.count}"
 
 
