@@ -74,9 +74,8 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: ``path`` holds something, or is the current folder, which cannot be replaced.
         OSError: something cannot be written; it names the path. ``path`` is as it was.
     """
+    refuse_filled(path)
     place = Path(os.path.realpath(path))
-    if place.exists() and (not place.is_dir() or any(place.iterdir()) or place.samefile(os.curdir)):
-        raise FileExistsError(f"{path}: exists and is not an empty folder, or is the current one; choose another.")
     with _naming(path), _temporary(place.parent) as new:
         whole = new / place.name
         whole.mkdir()
@@ -91,14 +90,14 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def refuse_filled(path: str | os.PathLike) -> None:
-    """Refuse a folder that holds something, before the work that would fill it.
+    """Refuse a folder that `new_folder` could not make, before the work that would fill it.
 
     Raises:
-        FileExistsError: ``path`` is a file, or a folder that is not empty.
+        FileExistsError: ``path`` is a file, a folder that is not empty, or the current folder.
     """
     place = Path(path)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise FileExistsError(f"{path}: exists and is not an empty folder; choose another.")
+    if place.exists() and (not place.is_dir() or any(place.iterdir()) or place.samefile(os.curdir)):
+        raise FileExistsError(f"{path}: exists and is not an empty folder, or is the current one; choose another.")
 
 
 @contextlib.contextmanager

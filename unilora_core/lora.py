@@ -4,17 +4,30 @@ Format: ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21 r
 the same rank and alpha equals it, because few servers read PEFT's ``rank_pattern`` (see docs/serving.md).
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from unilora_core.errors import SpecError
+from unilora_core.errors import MismatchError, SpecError
 from unilora_core.layout import Layout
 
-__all__ = ["join_blocks", "largest_rank", "lora_config", "lora_layout", "lora_names", "lora_state"]
+__all__ = [
+    "BLOCKS",
+    "check_rank",
+    "join_blocks",
+    "largest_rank",
+    "lora_config",
+    "lora_layout",
+    "lora_names",
+    "lora_state",
+]
 
 USUAL = 64
 """The largest of the ranks that LoRA is usually given, in narrow layers too."""
+
+BLOCKS = 4
+"""How many blocks of the largest rank one weight may have in a file; q, k and v are three."""
 
 Block = tuple[np.ndarray, np.ndarray, int]
 """A (r, in), B (out, r), and where its outputs start in the layer's."""
@@ -45,6 +58,20 @@ def largest_rank(in_features: int, out_features: int) -> int:
     rank, where that is larger. So what a file makes of a model is bounded by the model.
     """
     return max(min(in_features, out_features), USUAL)
+
+
+def check_rank(where: str | os.PathLike, name: str, rank: int, in_features: int, out_features: int) -> None:
+    """Refuse factors of a file that are larger than their layer gives reason for.
+
+    Raises:
+        MismatchError: the rank is beyond `largest_rank`.
+    """
+    if rank > (most := largest_rank(in_features, out_features)):
+        raise MismatchError(
+            f"{where}: {name}: expected a rank of at most {most} for {in_features} inputs and {out_features} outputs, "
+            f"the file has {rank}; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the"
+            " command)."
+        )
 
 
 def join_blocks(blocks: Iterable[Block], height: int) -> tuple[np.ndarray, np.ndarray]:

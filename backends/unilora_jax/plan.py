@@ -16,7 +16,7 @@ from jax import Array
 from unilora_core import MismatchError, ProjectionSpec, SpecError, TargetError, read_adapter
 from unilora_core.errors import printable
 from unilora_core.header import TargetRow, read_header
-from unilora_core.lora import largest_rank, lora_layout
+from unilora_core.lora import BLOCKS, check_rank, largest_rank, lora_layout
 from unilora_core.rates import planned_spec
 from unilora_core.schema import shown
 from unilora_jax.adapter import Adapter
@@ -35,9 +35,6 @@ from unilora_jax.targets import (
 __all__ = ["load", "plan"]
 
 Groups = Literal["computed", "cached"]
-
-BLOCKS = 4
-"""How many times the largest rank of a layer those of its blocks may add up to: q, k and v, and an MLP beside them."""
 
 
 def plan(
@@ -241,13 +238,7 @@ def _place_of(
 
 def _check_rank(path: str | os.PathLike, row: TargetRow, weight: Target, total: int) -> None:
     """Hold a rank, and what those of a layer's blocks add up to so far, against the layer."""
-    most = largest_rank(row.in_features, row.out_features)
-    if row.rank > most:
-        raise MismatchError(
-            f"{path}: {_short(row.name)}: expected a rank of at most {most} for {row.in_features} inputs and "
-            f"{row.out_features} outputs, the file has {row.rank}; if that is meant, and there is memory for it, say "
-            "any_rank=True (--any-rank of the command)."
-        )
+    check_rank(path, _short(row.name), row.rank, row.in_features, row.out_features)
     if total > (most := BLOCKS * largest_rank(weight.in_features, weight.out_features)):
         raise MismatchError(
             f"{path}: {weight.path}: expected blocks whose ranks add up to at most {most}, those in the file add up to "

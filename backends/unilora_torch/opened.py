@@ -9,15 +9,12 @@ from torch import Tensor, nn
 
 from unilora_core import AdapterFile, MismatchError, ProjectionSpec, TargetError, ValuesError, read_adapter
 from unilora_core.header import Header, TargetRow, read_header
-from unilora_core.lora import largest_rank
+from unilora_core.lora import BLOCKS, check_rank, largest_rank
 from unilora_torch.checks import check_parameter, check_targets
 from unilora_torch.heads import check_heads, head_states, submodule
 from unilora_torch.targets import Target, features, target_of
 
-__all__ = ["Opened", "check_rank", "open_file"]
-
-BLOCKS = 4
-"""How many blocks of the largest rank one weight may have; q, k and v are three."""
+__all__ = ["Opened", "open_file"]
 
 
 @dataclass(frozen=True)
@@ -79,20 +76,6 @@ def open_file(
     if loaded:
         check_heads(model, header.modules_to_save)
     return Opened(file.spec, _theta(where, file), header, targets, heads)
-
-
-def check_rank(where: str | os.PathLike, name: str, rank: int, in_features: int, out_features: int) -> None:
-    """Refuse factors that are larger than the layer that they are for gives reason for.
-
-    Raises:
-        MismatchError: the rank is beyond `unilora_core.lora.largest_rank`.
-    """
-    if rank > (most := largest_rank(in_features, out_features)):
-        raise MismatchError(
-            f"{where}: {name}: expected a rank of at most {most} for {in_features} inputs and {out_features} outputs, "
-            f"the file has {rank}; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the"
-            " command)."
-        )
 
 
 def _check_blocks(where: str | os.PathLike, rows: Iterable[TargetRow]) -> None:

@@ -35,11 +35,11 @@ from unilora_core import (
     ValuesError,
 )
 from unilora_core.files import alone, new_files
+from unilora_core.lora import check_rank
 from unilora_core.schema import read_json, shown, typed
 from unilora_torch import Adapter, Target
 from unilora_torch.attach import layout_of
 from unilora_torch.heads import head_states
-from unilora_torch.opened import check_rank
 from unilora_transformers.attach import finish, require_model
 from unilora_transformers.targets import to_target
 
