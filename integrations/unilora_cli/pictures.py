@@ -1,12 +1,8 @@
 """What a classifier of images predicts, as tables and pictures: each prediction, the confusions, the worst mistakes."""
 
-import csv
-import io
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unilora_cli.data_images import ImageSet
+from unilora_cli.outputs import blank_figure, write_csv, write_png
 from unilora_core.errors import printable
-from unilora_core.files import write_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Predictions", "draw_confusion", "draw_mistakes", "predict", "write_confusion", "write_predictions"]
 
@@ -87,13 +80,13 @@ def write_predictions(path: Path, found: Predictions) -> None:
     for name, label, guess, probability, of_label in zip(*columns, strict=True):
         classes = (found.classes[label], found.classes[guess])
         rows.append([name, *classes, f"{probability:.4f}", f"{of_label:.4f}"])
-    _write_table(path, rows)
+    write_csv(path, rows)
 
 
 def write_confusion(path: Path, found: Predictions) -> None:
     """A row per true class, a column per predicted class: counts."""
     counts = zip(found.classes, found.confusion().tolist(), strict=True)
-    _write_table(path, [["true", *found.classes], *([name, *row] for name, row in counts)])
+    write_csv(path, [["true", *found.classes], *([name, *row] for name, row in counts)])
 
 
 def draw_confusion(path: Path, found: Predictions) -> None:
@@ -102,7 +95,7 @@ def draw_confusion(path: Path, found: Predictions) -> None:
     totals = counts.sum(1, keepdims=True)
     parts = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
     side = min(12.0, max(4.5, 2.5 + 0.28 * n))
-    figure = _figure(side + 0.8, side)
+    figure = blank_figure(side + 0.8, side)
     axes = figure.add_subplot(xlabel="predicted class", ylabel="true class")
     image = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, shrink=0.7, label="part of the true class")
@@ -118,7 +111,7 @@ def draw_confusion(path: Path, found: Predictions) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     right = int(counts.trace())
     axes.set_title(f"{right:,} of {counts.sum():,} right", fontsize=10)
-    _save(figure, path)
+    write_png(figure, path)
 
 
 def draw_mistakes(path: Path, found: Predictions, image: Callable[[int], Tensor]) -> bool:
@@ -134,7 +127,7 @@ def draw_mistakes(path: Path, found: Predictions, image: Callable[[int], Tensor]
         return False
     columns = min(COLUMNS, len(shown))
     width, height = 2.2 * max(columns, 3), 2.8 * -(-len(shown) // columns) + 0.4
-    figure = _figure(width, height, layout=None)
+    figure = blank_figure(width, height, layout=None)
     figure.suptitle(f"the {len(shown)} most confident of {len(mistakes):,} mistakes: true → predicted", fontsize=10)
     axes = figure.add_axes((0, 0, 1, 1))  # one for all, in inches: one for each image would take seconds
     axes.set_axis_off()
@@ -148,32 +141,8 @@ def draw_mistakes(path: Path, found: Predictions, image: Callable[[int], Tensor]
         text = f"{true}\n→ {guess}, {100 * found.probability[index]:.0f} %\n{_short(Path(found.names[index]).name, 26)}"
         axes.text(left + 1, bottom + 2.05, text, ha="center", fontsize=7, parse_math=False)
     axes.set(xlim=(0, width), ylim=(0, height))
-    _save(figure, path)
+    write_png(figure, path)
     return True
-
-
-def _figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
-    """A figure that leaves the state of pyplot alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write_table(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))  # names of files may be no UTF-8
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
-        figure.savefig(picture, format="png", dpi=120)
-    write_file(path, picture.getvalue())
 
 
 def _short(text: str, most: int) -> str:

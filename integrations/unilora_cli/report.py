@@ -1,17 +1,16 @@
 """The outputs of a training run: the adapter, metrics as CSV and JSON, a picture, and the table at the end."""
 
 import contextlib
-import csv
-import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from unilora_cli import checkpoint
 from unilora_cli.console import number, say, table
 from unilora_cli.distributed import only_first
+from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
 from unilora_cli.task import Task
 from unilora_core.files import write_file
 
@@ -57,7 +56,7 @@ class Recorder:
             for name in (ADAPTER, checkpoint.FILE):
                 (self.folder / name).unlink(missing_ok=True)
         rows: list[list[object]] = [["step", "loss", "rate"], *(_csv_step(*row) for row in self.losses)]
-        write_file(self.folder / "metrics.csv", _csv(rows).encode())
+        write_csv(self.folder / "metrics.csv", rows)
         self._file = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> "Recorder":
@@ -73,7 +72,7 @@ class Recorder:
         self.losses.append((step, loss, rate))
         if self._file:
             try:
-                self._file.write(_csv([_csv_step(step, loss, rate)]))
+                self._file.write(csv_text([_csv_step(step, loss, rate)]))
             except OSError as error:
                 raise OSError(error.errno, error.strerror, self._file.name) from error
 
@@ -143,7 +142,7 @@ class Recorder:
     @only_first
     def finish(self) -> None:
         """Write the last outputs, and print the table."""
-        self._plot()
+        _draw(self.folder / "loss.png", self.losses, self.epochs, self.task.metrics[0].name)
         self.write("finished")
         (self.folder / checkpoint.FILE).unlink(missing_ok=True)
         say("\nresult\n" + table(self._summary()))
@@ -163,7 +162,7 @@ class Recorder:
             "seconds": self._seconds(),
         }
         write_file(self.folder / "metrics.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
-        write_file(self.folder / "summary.csv", _csv(self._epoch_rows()).encode())
+        write_csv(self.folder / "summary.csv", self._epoch_rows())
 
     def _epoch_rows(self) -> list[list[object]]:
         """A line per evaluation, with the columns that timm's own training script has."""
@@ -203,38 +202,9 @@ class Recorder:
             ("also written", f"{', '.join(self.also_written)} in {self.folder}"),
         ]
 
-    def _plot(self) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 6), layout="constrained")
-        FigureCanvasAgg(figure)
-        above, middle, below = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1])
-        steps, losses, rates = zip(*self.losses, strict=True)
-        above.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-        above.plot(steps, _smooth(losses), color="tab:blue", label="training (moving mean)")
-        at, name = [row["step"] for row in self.epochs], self.task.metrics[0].name
-        above.plot(at, [row["loss"] for row in self.epochs], "o-", color="tab:orange", label="held out")
-        above.legend()
-        middle.plot(at, [row[name] for row in self.epochs], "o-", color="tab:orange")
-        below.plot(steps, rates, color="tab:gray")
-        for axes, label in ((above, "loss"), (middle, f"held-out {name}"), (below, "rate of θ_d")):
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.3)
-        below.set_xlabel("step")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
-        write_file(self.folder / "loss.png", picture.getvalue())
-
 
 def _csv_step(step: int, loss: float, rate: float) -> list[object]:
     return [step, f"{loss:.6g}", f"{rate:.6g}"]
-
-
-def _csv(rows: Iterable[Iterable[object]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue()
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -244,3 +214,22 @@ def _smooth(values: Sequence[float]) -> list[float]:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         smooth.append(mean / weight)
     return smooth
+
+
+def _draw(path: Path, losses: list[tuple[int, float, float]], epochs: list[dict[str, Any]], metric: str) -> None:
+    """The losses and rates of all steps, and the loss and the metric of all evaluations."""
+    figure = blank_figure(7, 6)
+    above, middle, below = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1])
+    steps, training, rates = zip(*losses, strict=True)
+    above.plot(steps, training, color="tab:blue", alpha=0.3, linewidth=0.8)
+    above.plot(steps, _smooth(training), color="tab:blue", label="training (moving mean)")
+    at = [row["step"] for row in epochs]
+    above.plot(at, [row["loss"] for row in epochs], "o-", color="tab:orange", label="held out")
+    above.legend()
+    middle.plot(at, [row[metric] for row in epochs], "o-", color="tab:orange")
+    below.plot(steps, rates, color="tab:gray")
+    for axes, label in ((above, "loss"), (middle, f"held-out {metric}"), (below, "rate of θ_d")):
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    below.set_xlabel("step")
+    write_png(figure, path)
