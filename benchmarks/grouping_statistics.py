@@ -655,7 +655,7 @@ def stream(source, first_seed=0):
                 key = grouping._words("iid", Problem(2**31, 256, seed), 0)[:2]
                 for begin in range(start, start + 2**21, 2**15):
                     p = np.arange(begin, begin + 2**15, dtype=np.int32)
-                    yield np.stack(grouping._threefry(key, 0 * p, p), axis=1).astype("<i4").tobytes()
+                    yield np.stack(grouping.threefry(key, 0 * p, p), axis=1).astype("<i4").tobytes()
 
 
 def piped(source, command, first_seed=0):

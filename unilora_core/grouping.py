@@ -9,9 +9,7 @@ non-negative numbers. A position past 2^31 is a pair (segment, offset) whose seg
 """
 
 import functools
-import hashlib
 import math
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,6 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from unilora_core._namespace import Array, is_numpy_namespace, standard
+from unilora_core.draws import keys, shift, signed, threefry
 
 __all__ = ["ALGORITHMS", "MAX_D", "MAX_d", "Problem", "counts", "groups", "uniform"]
 
@@ -134,19 +133,7 @@ def _iid_segment(problem: Problem) -> int:
 
 def _iid(problem: Problem, segment: int, xp: ModuleType, _device: object) -> Kernel:
     key, d = _words("iid", problem, 0)[:2], problem.d
-    return lambda p: _times_shifted(*_threefry(key, 0 * p + segment, p), d, xp)
-
-
-def _threefry(key: tuple[int, ...], x0: Array, x1: Array) -> tuple[Array, Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)."""
-    keys = [*key, _signed(key[0] ^ key[1] ^ 0x1BD11BDA)]
-    x0, x1 = x0 + keys[0], x1 + keys[1]
-    for i in range(5):
-        for r in (13, 15, 26, 6) if i % 2 == 0 else (17, 29, 16, 24):
-            x0 = x0 + x1
-            x1 = ((x1 << r) | _shift(x1, 32 - r)) ^ x0
-        x0, x1 = x0 + keys[(i + 1) % 3], x1 + _signed(keys[(i + 2) % 3] + i + 1)
-    return x0, x1
+    return lambda p: _times_shifted(*threefry(key, 0 * p + segment, p), d, xp)
 
 
 def _times_shifted(high: Array, low: Array, d: int, xp: ModuleType) -> Array:
@@ -159,11 +146,11 @@ def _times_shifted(high: Array, low: Array, d: int, xp: ModuleType) -> Array:
 
 def _multiply(word: Array, d: int) -> tuple[Array, Array]:
     """The high and the low 32 bits of the unsigned product word·d, d ≤ 2^31, by 16-bit limbs."""
-    w1, w0 = _shift(word, 16), word & 0xFFFF
+    w1, w0 = shift(word, 16), word & 0xFFFF
     d1, d0 = d >> 16, d & 0xFFFF
     low, cross_w, cross_d = w0 * d0, w1 * d0, w0 * d1
-    middle = _shift(low, 16) + (cross_w & 0xFFFF) + (cross_d & 0xFFFF)
-    high = w1 * d1 + _shift(cross_w, 16) + _shift(cross_d, 16) + _shift(middle, 16)
+    middle = shift(low, 16) + (cross_w & 0xFFFF) + (cross_d & 0xFFFF)
+    high = w1 * d1 + shift(cross_w, 16) + shift(cross_d, 16) + shift(middle, 16)
     return high, (middle << 16) | (low & 0xFFFF)
 
 
@@ -258,8 +245,8 @@ def uniform(problem: Problem, bound: float) -> np.ndarray:
     values = np.empty(problem.d, np.float32)
     for start in range(0, problem.d, BLOCK):
         j = np.arange(start, min(start + BLOCK, problem.d)).astype(np.int32)
-        word, _ = _threefry(key, 0 * j, j)
-        values[start : start + BLOCK] = ((_shift(word, 8) + 0.5) / 2**23 - 1) * bound
+        word, _ = threefry(key, 0 * j, j)
+        values[start : start + BLOCK] = ((shift(word, 8) + 0.5) / 2**23 - 1) * bound
     return values
 
 
@@ -284,26 +271,16 @@ def _positions(offset: int, n: int, xp: ModuleType, device: object) -> Array:
 def _words(name: str, problem: Problem, segment: int) -> tuple[int, ...]:
     """Eight int32 keys: the SHA-256 of everything that a segment depends on, read as little-endian words."""
     text = f"unilora/{name}/1 seed={problem.seed} D={problem.D} d={problem.d} segment={segment}"
-    return struct.unpack("<8i", hashlib.sha256(text.encode("ascii")).digest())
+    return keys(text)
 
 
 def _lowbias32(x: Array) -> Array:
     """A bijection of 32-bit words with low avalanche bias (C. Wellons, hash-prospector, "lowbias32")."""
-    x = (x ^ _shift(x, 16)) * 0x7FEB352D
-    x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
-    return x ^ _shift(x, 16)
-
-
-def _shift(x: Array, n: int) -> Array:
-    """Logical right shift: int32 ``>>`` copies the sign bit, so it is masked."""
-    return (x >> n) & ((1 << (32 - n)) - 1)
+    x = (x ^ shift(x, 16)) * 0x7FEB352D
+    x = (x ^ shift(x, 15)) * signed(0x846CA68B)
+    return x ^ shift(x, 16)
 
 
 def _mod(x: Array, m: int) -> Array:
     """x mod m, x ≥ 0 (NumPy divides by a constant much faster than it takes the remainder)."""
     return x - (x // m) * m
-
-
-def _signed(word: int) -> int:
-    """The int32 with the same 32 bits."""
-    return (word + WORD) % 2**32 - WORD

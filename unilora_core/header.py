@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from unilora_core.errors import CorruptFileError
+from unilora_core.errors import CorruptFileError, SpecError
+from unilora_core.frames import Sizes, frame_layout
 from unilora_core.schema import parse_json, shown, typed
 from unilora_core.serialisation import AdapterFile
+from unilora_core.spec import ProjectionSpec
 
 __all__ = [
     "SETTINGS",
@@ -47,9 +49,10 @@ SIZES = {"depth": 64, "in_chans": 256, "img_size": 4096, "num_classes": 2**16, "
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One pair of factors, ``name.A`` (rank, in_features) and ``name.B`` (out_features, rank).
+    """One target of a frame: of a pair, ``name.A`` (rank, in_features) and ``name.B`` (out_features, rank).
 
     Attributes:
+        rank: 0 where the frame has none.
         module: the layer's name.
         first_row: where the adapted outputs start in the layer's.
         transposed: the weight is stored (in, out), as in transformers' Conv1D.
@@ -150,8 +153,11 @@ class Header:
 Entry = tuple[str, str, int, bool] | tuple[str, str, int, bool, str]
 """A target in the file: name, module, first row, transposed, and the parameter if it is one."""
 
+Sized = tuple[str, str, int, bool, str | None, int, int, int]
+"""A target of another frame, whose factors do not tell its sizes: as above, then inputs, outputs, experts."""
 
-def write_targets(rows: Iterable[Entry], modules_to_save: Iterable[str] = ()) -> dict[str, str]:
+
+def write_targets(rows: Iterable[Entry | Sized], modules_to_save: Iterable[str] = ()) -> dict[str, str]:
     """The header's entries for the targets and the modules that were trained in full."""
     return {"targets": json.dumps([list(row) for row in rows]), "modules_to_save": json.dumps(list(modules_to_save))}
 
@@ -184,9 +190,14 @@ def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
 
 
 def _targets(path: str | os.PathLike, file: AdapterFile) -> tuple[TargetRow, ...]:
-    where, shapes = f"{path}: its targets do not fit its layout", file.spec.layout.shapes
+    where = f"{path}: its targets do not fit its layout"
     said = parse_json(file.metadata.get("targets", "null"), where)
-    entries = typed(tuple[Entry, ...] | None, said, where)
+    return _pairs(where, file.spec, said) if file.spec.frame == "pair" else _sized(where, file.spec, said)
+
+
+def _pairs(where: str, spec: ProjectionSpec, said: Any) -> tuple[TargetRow, ...]:
+    """The targets of pairs, whose shapes tell their sizes; each may have a rank of its own."""
+    shapes, entries = spec.layout.shapes, typed(tuple[Entry, ...] | None, said, where)
     names = [name.removesuffix(".A") for name in shapes if name.endswith(".A")]
     rows = []
     for name, *entry in [(name, name, 0, False) for name in names] if entries is None else entries:
@@ -197,6 +208,26 @@ def _targets(path: str | os.PathLike, file: AdapterFile) -> tuple[TargetRow, ...
         raise CorruptFileError(
             f"{where}: {len(shapes)} factors, but {len(rows)} targets; expected two for each, and each once."
         )
+    return tuple(rows)
+
+
+def _sized(where: str, spec: ProjectionSpec, said: Any) -> tuple[TargetRow, ...]:
+    """The targets of any frame; the layout must be the one that the frame makes of them."""
+    rank = int(spec.chosen.get("rank", 0))
+    rows = []
+    for name, module, first_row, transposed, parameter, *sizes in typed(tuple[Sized, ...], said, where):
+        if min(sizes[:2]) < 1 or sizes[2] < 0:
+            raise CorruptFileError(f"{where}: {shown(name)} has the sizes {sizes}; expected inputs and outputs ≥ 1.")
+        rows.append(TargetRow(name, module, rank, sizes[0], sizes[1], first_row, transposed, parameter, sizes[2]))
+    if len({row.name for row in rows}) < len(rows):
+        raise CorruptFileError(f"{where}: a target occurs twice.")
+    sizes_of = ((row.name, Sizes(row.in_features, row.out_features, row.experts)) for row in rows)
+    try:
+        made = frame_layout(spec.form, sizes_of, spec.chosen)
+    except SpecError as error:
+        raise CorruptFileError(f"{where}: {error}") from error
+    if made != spec.layout:
+        raise CorruptFileError(f"{where}: the frame {spec.frame!r} makes other factors of them, or in another order.")
     return tuple(rows)
 
 

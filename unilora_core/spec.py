@@ -1,10 +1,13 @@
-"""ProjectionSpec: everything that fixes P and the point where training starts; P itself is never stored.
+"""ProjectionSpec: everything that fixes P, what its numbers build, and where training starts; P is not stored.
 
-P ∈ R^{D×d}: row i is one-hot at column g(i), column j is scaled by 1/√n_j, so PᵀP = I_d.
-Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1.
+θ_D = P θ_d: for Uni-LoRA P ∈ R^{D×d} is one-hot by row at column g(i), column j is scaled by 1/√n_j, so PᵀP = I_d.
+Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1. Other maps: `unilora_core.maps`.
 """
 
-from dataclasses import dataclass
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
@@ -12,15 +15,19 @@ import numpy as np
 from unilora_core import grouping as _grouping
 from unilora_core._namespace import Array, standard
 from unilora_core.errors import CorruptFileError, SpecError, UnknownVersionError
+from unilora_core.frames import FRAMES, Frame
 from unilora_core.layout import Layout, integer
+from unilora_core.maps import MAPS, Map, Options
+from unilora_core.maps.gather import scale
+from unilora_core.maps.mapping import Option
 from unilora_core.schema import shown, typed
 
-__all__ = ["PAPER_BOUND", "ProjectionSpec"]
+__all__ = ["PAPER_BOUND", "STARTS", "ProjectionSpec"]
 
 PAPER_BOUND = 0.02
 """θ_d starts as U(-0.02, 0.02) in the paper, its official code and PEFT."""
 
-STARTS = ("paper", "identity")
+STARTS = ("paper", "identity", "zero")
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -30,13 +37,17 @@ class ProjectionSpec:
 
     Args:
         layout: the factors that θ_D holds.
-        d: trainable numbers, 1 ≤ d ≤ min(D, 2^31).
+        d: trainable numbers, 1 ≤ d ≤ min(D, 2^31); for some maps there is one d only.
         seed: 0 ≤ seed < 2^64.
-        grouping: ``"balanced"`` (a keyed permutation: group sizes differ by at most one), ``"iid"`` (the paper's text:
-            each position draws its group) or ``"numpy-shuffle"`` (what PEFT ≥ 0.20 generates).
+        grouping: the name of the map P. ``"balanced"`` (a keyed permutation: group sizes differ by at most one),
+            ``"iid"`` (the paper's text: each position draws its group), ``"numpy-shuffle"`` (what PEFT ≥ 0.20
+            generates), or another of `unilora_core.maps.MAPS`.
         start: ``"paper"``: the factors are θ_D = P θ_d, and B·A is not zero at the start. ``"identity"``: the factors
-            ``*.B`` are P (θ_d - θ_d⁰), where θ_d⁰ = `init`, so that B = 0 and the adapted model starts as the base.
+            that the frame lets start at zero (``*.B``) are P (θ_d - θ_d⁰), where θ_d⁰ = `init`, so that the adapted
+            model starts as the base. ``"zero"``: the same with θ_d⁰ = 0, for a frame all of whose factors may be zero.
         bound: θ_d starts as U(-bound, bound).
+        frame: what the factors of a target build: ``"pair"`` (A and B), or another of `unilora_core.frames.FRAMES`.
+        options: name → value, of the map's and the frame's options; the rank of every frame but a pair.
 
     Raises:
         SpecError: a field out of its range, with the range.
@@ -48,39 +59,48 @@ class ProjectionSpec:
     grouping: str = "balanced"
     start: str = "paper"
     bound: float = PAPER_BOUND
+    frame: str = "pair"
+    options: tuple[tuple[str, Option], ...] = ()
 
     def __post_init__(self):
-        for field in ("d", "seed"):
+        for name in ("d", "seed"):
             try:
-                object.__setattr__(self, field, integer(getattr(self, field)))
+                object.__setattr__(self, name, integer(getattr(self, name)))
             except TypeError:
-                raise SpecError(f"ProjectionSpec: {field} must be an integer, got {getattr(self, field)!r}.") from None
+                raise SpecError(f"ProjectionSpec: {name} must be an integer, got {getattr(self, name)!r}.") from None
         if not isinstance(self.layout, Layout):
             raise SpecError(f"ProjectionSpec: layout must be a Layout, got {type(self.layout).__name__}.")
+        known("grouping", self.grouping, MAPS)
+        known("frame", self.frame, FRAMES)
+        object.__setattr__(self, "options", _checked_options(self))
         if self.D > _grouping.MAX_D:
             raise SpecError(f"ProjectionSpec: D = {self.D} is more than 2^48.")
-        if not 1 <= self.d <= min(self.D, _grouping.MAX_d):
-            raise SpecError(
-                f"ProjectionSpec: expected 1 ≤ d ≤ min(D, 2^31), got d = {self.d} with D = {self.D}; "
-                "d is the number of trained values, usually D/16."
-            )
+        self.map.check(self)
         if not 0 <= self.seed < 2**64:
             raise SpecError(f"ProjectionSpec: expected 0 ≤ seed < 2^64, got {self.seed}.")
-        if not isinstance(self.grouping, str) or self.grouping not in _grouping.ALGORITHMS:
-            raise SpecError(f"ProjectionSpec: unknown grouping {self.grouping!r}; known: {_known_groupings()}.")
-        if self.grouping == "numpy-shuffle" and self.D > 2**31:
-            raise SpecError(f"ProjectionSpec: numpy-shuffle shuffles all D positions; D = {self.D} is more than 2^31.")
-        if self.start not in STARTS:
-            raise SpecError(f"ProjectionSpec: unknown start {self.start!r}; known: {', '.join(STARTS)}.")
-        if self.start == "identity":
-            stray = next((name for name in self.layout.shapes if not name.endswith((".A", ".B"))), None)
-            if stray is not None:
-                raise SpecError(
-                    f"ProjectionSpec: start='identity' must tell A from B; {shown(stray)} ends in neither .A nor .B."
-                )
+        _check_start(self)
         number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
         if not (number and SMALLEST <= self.bound <= LARGEST):
             raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {shown(self.bound)}.")
+
+    @property
+    def map(self) -> Map:
+        """The map that ``grouping`` names."""
+        return MAPS[self.grouping]
+
+    @property
+    def form(self) -> Frame:
+        """The frame that ``frame`` names."""
+        return FRAMES[self.frame]
+
+    @property
+    def chosen(self) -> Options:
+        """Name → value of the options."""
+        return dict(self.options)
+
+    def shifted(self, factor: str) -> bool:
+        """Whether the numbers of this factor are P (θ_d - θ_d⁰), not P θ_d: the rule of the identity start."""
+        return self.start != "paper" and _piece(factor) in self.form.zero
 
     @property
     def D(self) -> int:
@@ -103,34 +123,61 @@ class ProjectionSpec:
         stop = self.D if stop is None else stop
         if not 0 <= start <= stop <= self.D:
             raise SpecError(f"groups: expected 0 ≤ start ≤ stop ≤ D = {self.D}, got start = {start}, stop = {stop}.")
-        return _grouping.groups(self.grouping, self._problem, start, stop, xp, device)
+        if self.map.groups is None:
+            raise SpecError(self._no_groups())
+        return self.map.groups(self, start, stop, xp, device)
 
     def counts(self) -> np.ndarray:
-        """n_j, the size of each group: (d,) int64 in NumPy. Closed form for ``balanced``, else a pass over D."""
-        return _grouping.counts(self.grouping, self._problem)
+        """n_j, the size of each group: (d,) int64 in NumPy. Closed form for ``balanced``, else a pass over D.
+
+        Raises:
+            SpecError: a map without groups.
+        """
+        if self.map.counts is None:
+            raise SpecError(self._no_groups())
+        return self.map.counts(self)
 
     def scale(self, *, xp: ModuleType = np, device: object = None, dtype: object = None) -> Array:
-        """1/√n_j: (d,), computed in float64 and rounded once to ``dtype`` (default float32); 1 for an empty group."""
-        xp = standard(xp)
-        scale = 1 / np.sqrt(np.maximum(self.counts(), 1))
-        narrow = scale if dtype == xp.float64 else scale.astype(np.float32)
-        return xp.asarray(narrow, dtype=dtype or xp.float32, device=device)
+        """1/√n_j: (d,), computed in float64 and rounded once to ``dtype`` (default float32); 1 for an empty group.
+
+        Raises:
+            SpecError: a map without groups.
+        """
+        if self.map.weighs is None:
+            raise SpecError(self._no_groups())
+        return scale(self.map.weighs(self), xp, device, dtype)
+
+    def _no_groups(self) -> str:
+        there = ", ".join(name for name, each in MAPS.items() if each.groups is not None)
+        return f"the grouping {self.grouping!r} has no groups: a row of its P has other entries; {there} have."
 
     def init(self, *, xp: ModuleType = np, device: object = None) -> Array:
-        """θ_d⁰ ~ U(-bound, bound): (d,) float32, the same bits in every namespace (drawn in NumPy, then moved)."""
-        return standard(xp).asarray(_grouping.uniform(self._problem, self.bound), device=device)
+        """θ_d⁰ ~ U(-bound, bound): (d,) float32, the same bits in every namespace (drawn in NumPy, then moved).
+
+        It is 0 with ``start="zero"``, and what the map starts from where that is something else.
+        """
+        if self.start == "zero":
+            values = np.zeros(self.d, np.float32)
+        elif self.map.start is not None:
+            values = self.map.start(self)
+        else:
+            values = _grouping.uniform(_grouping.Problem(self.D, self.d, self.seed), self.bound)
+        return standard(xp).asarray(values, device=device)
 
     def to_json(self) -> dict:
-        """Every field, and the version of the grouping, ready for `json.dumps`."""
-        return {
+        """Every field, with the versions of map and frame, ready for `json.dumps`; a pair and no options go unsaid."""
+        written = {
             "layout": self.layout.to_json(),
             "d": self.d,
             "seed": self.seed,
             "grouping": self.grouping,
-            "grouping_version": _grouping.ALGORITHMS[self.grouping].version,
+            "grouping_version": self.map.version,
             "start": self.start,
             "bound": self.bound,
         }
+        if self.frame != "pair":
+            written |= {"frame": self.frame, "frame_version": self.form.version}
+        return written | ({"options": self.chosen} if self.options else {})
 
     @classmethod
     def from_json(cls, data: object) -> "ProjectionSpec":
@@ -138,30 +185,107 @@ class ProjectionSpec:
 
         Raises:
             SpecError: a field is missing, unknown or out of range.
-            UnknownVersionError: the grouping, its version or the start is not known to this version of unilora,
-                whatever other fields there are.
+            UnknownVersionError: the grouping, the frame, the version of one, or the start is not known to this version
+                of unilora, whatever other fields there are.
         """
         said = data if isinstance(data, dict) else {}
-        if {"grouping", "grouping_version", "start"} <= said.keys():
-            name, version, start = said["grouping"], said["grouping_version"], said["start"]
-            algorithm = _grouping.ALGORITHMS.get(name) if isinstance(name, str) else None
-            same = algorithm is not None and type(version) is int and version == algorithm.version
-            if not same or start not in STARTS:
-                raise UnknownVersionError(
-                    f"ProjectionSpec: grouping {shown(name)} version {shown(version)} with start {shown(start)} is not "
-                    f"known here (known: {_known_groupings()}; starts: {', '.join(STARTS)}); a newer unilora may read "
-                    "it."
-                )
+        _check_known("grouping", said, MAPS)
+        _check_known("frame", said, FRAMES)
+        if said.get("start", "paper") not in STARTS:
+            raise UnknownVersionError(
+                f"ProjectionSpec: start {shown(said['start'])} is not known here (known: {', '.join(STARTS)}); a newer "
+                "unilora may read it."
+            )
         try:
             fields = vars(typed(_Fields, data, "ProjectionSpec"))
         except CorruptFileError as error:
             raise SpecError(str(error)) from None
-        del fields["grouping_version"]
-        return cls(**fields | {"layout": Layout(fields["layout"])})
+        for name in ("grouping_version", "frame_version"):
+            del fields[name]
+        return cls(**fields | {"layout": Layout(fields["layout"]), "options": tuple(fields["options"].items())})
 
-    @property
-    def _problem(self) -> _grouping.Problem:
-        return _grouping.Problem(self.D, self.d, self.seed)
+
+def _checked_options(spec: ProjectionSpec) -> tuple[tuple[str, Option], ...]:
+    """The options in order of name, each of the type of its default."""
+    wanted = dict(spec.form.options) | dict(spec.map.options)
+    if spec.form.ranked and spec.frame != "pair":
+        wanted["rank"] = 1
+    try:
+        given = dict(spec.options)
+    except (TypeError, ValueError):
+        raise SpecError(
+            f"ProjectionSpec: options must be pairs of name and value, got {shown(spec.options)}."
+        ) from None
+    if given.keys() != wanted.keys():
+        raise SpecError(
+            f"ProjectionSpec: the frame {spec.frame!r} with the grouping {spec.grouping!r} has the options "
+            f"{sorted(wanted)}, got {shown(sorted(map(str, given)))}."
+        )
+    return tuple((name, _option(name, given[name], wanted[name])) for name in sorted(given))
+
+
+def _check_start(spec: ProjectionSpec) -> None:
+    if spec.start not in STARTS:
+        raise SpecError(f"ProjectionSpec: unknown start {shown(spec.start)}; known: {', '.join(STARTS)}.")
+    if spec.start == "paper":
+        return
+    if spec.map.transpose is None:
+        raise SpecError(f"ProjectionSpec: {spec.grouping!r} is not linear, so it has start='paper' only.")
+    stray = next((name for name in spec.layout.shapes if _piece(name) not in spec.form.names), None)
+    if stray is not None:
+        pieces = ", ".join(f".{name}" for name in spec.form.names)
+        raise SpecError(
+            f"ProjectionSpec: start={spec.start!r} must tell the factors apart; {shown(stray)} ends in none of "
+            f"{pieces}."
+        )
+    if spec.start == "zero" and not all(map(spec.shifted, spec.layout.shapes)):
+        raise SpecError(
+            f"ProjectionSpec: start='zero' with the frame {spec.frame!r} would leave every factor at zero, and no "
+            "gradient; take start='identity'."
+        )
+
+
+def known(what: str, name: object, there: Iterable[str]) -> None:
+    """Refuse a name that is none of these; the nearest are listed.
+
+    Raises:
+        SpecError: with the names.
+    """
+    there = list(there)
+    if not isinstance(name, str) or name not in there:
+        near = difflib.get_close_matches(str(name)[:200], there, 3)
+        raise SpecError(
+            f"ProjectionSpec: unknown {what} {shown(name)}; "
+            + (f"the nearest are {', '.join(near)}; " if near else "")
+            + f"known: {', '.join(there)}."
+        )
+
+
+def _check_known(what: str, said: dict, there: Mapping[str, Map] | Mapping[str, Frame]) -> None:
+    """Refuse a map or frame of another version of unilora, before the set of fields is looked at."""
+    name, version = said.get(what), said.get(f"{what}_version")
+    if what not in said or f"{what}_version" not in said:
+        return
+    each = there.get(name) if isinstance(name, str) else None
+    if each is None or type(version) is not int or version != each.version:
+        every = ", ".join(f"{name} version {each.version}" for name, each in there.items())
+        raise UnknownVersionError(
+            f"ProjectionSpec: {what} {shown(name)} version {shown(version)} is not known here (known: {every}); a "
+            "newer unilora may read it."
+        )
+
+
+def _option(name: str, value: object, default: Option) -> Option:
+    """A positive number of the default's type."""
+    kinds = (int, np.integer) if isinstance(default, int) else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not (0 < value < 2**63 and math.isfinite(value)):
+        kind = "integer" if isinstance(default, int) else "number"
+        raise SpecError(f"ProjectionSpec: {name} must be a positive {kind}, got {shown(value)}.")
+    return type(default)(value)
+
+
+def _piece(factor: str) -> str:
+    return factor.rpartition(".")[2]
 
 
 @dataclass
@@ -175,7 +299,6 @@ class _Fields:
     grouping_version: int
     start: str
     bound: float
-
-
-def _known_groupings() -> str:
-    return ", ".join(f"{name} version {a.version}" for name, a in _grouping.ALGORITHMS.items())
+    frame: str = "pair"
+    frame_version: int = 1
+    options: dict[str, int | float] = field(default_factory=dict)

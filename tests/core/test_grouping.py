@@ -57,13 +57,13 @@ THREEFRY = [  # Random123, kat_vectors: threefry2x32, 20 rounds: counter, key, r
 
 
 def words(text):
-    return [impl._signed(int(word, 16)) for word in text.split()]
+    return [impl.signed(int(word, 16)) for word in text.split()]
 
 
 @pytest.mark.parametrize(("counter", "key", "result"), THREEFRY)
 def test_threefry_gives_the_published_answers(namespace, counter, key, result):
     x0, x1 = (namespace.asarray(np.array([word], np.int32)) for word in words(counter))
-    ours = impl._threefry(tuple(words(key)), x0, x1)
+    ours = impl.threefry(tuple(words(key)), x0, x1)
     assert [np.asarray(word).tolist() for word in ours] == [[word] for word in words(result)]
 
 
@@ -72,20 +72,20 @@ def test_threefry_equals_that_of_jax(jax):
 
     x = np.random.default_rng(0).integers(-(2**31), 2**31, (2, 1000), dtype=np.int64).astype(np.int32)
     key = (123456789, -987654321)
-    ours = np.concatenate(impl._threefry(key, x[0], x[1])).view(np.uint32)
+    ours = np.concatenate(impl.threefry(key, x[0], x[1])).view(np.uint32)
     theirs = threefry_2x32(np.array(key, np.int32).view(np.uint32), x.reshape(-1).view(np.uint32))
     assert (ours == np.asarray(theirs)).all()
 
 
 @given(word=st.integers(0, 2**32 - 1))
 def test_lowbias32_equals_its_definition(word):
-    ours = impl._lowbias32(np.array([impl._signed(word)], np.int32))
+    ours = impl._lowbias32(np.array([impl.signed(word)], np.int32))
     assert int(ours[0]) % 2**32 == reference.lowbias32(word)
 
 
 @given(high=st.integers(0, 2**32 - 1), low=st.integers(0, 2**32 - 1), d=st.integers(1, 2**31))
 def test_the_96_bit_product_is_exact(high, low, d):
-    as_array = [np.array([impl._signed(word)], np.int32) for word in (high, low)]
+    as_array = [np.array([impl.signed(word)], np.int32) for word in (high, low)]
     assert int(impl._times_shifted(*as_array, d, np)[0]) == (high * 2**32 + low) * d // 2**64
 
 
@@ -153,7 +153,7 @@ def test_init_does_not_depend_on_the_size_of_a_block(spec_of, monkeypatch):
 
 def test_segments_of_balanced_are_permuted_apart(spec_of, monkeypatch):
     monkeypatch.setattr(impl, "WORD", 300)
-    monkeypatch.setattr(impl, "_signed", lambda word: (word + 2**31) % 2**32 - 2**31)
+    monkeypatch.setattr(impl, "signed", lambda word: (word + 2**31) % 2**32 - 2**31)
     spec = spec_of(1000, 10, seed=123)
     sizes = [np.bincount(spec.groups(start, min(start + 300, 1000)), minlength=10) for start in range(0, 1000, 300)]
     assert [size.tolist() for size in sizes] == [[30] * 10, [30] * 10, [30] * 10, [10] * 10]

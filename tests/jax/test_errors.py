@@ -73,7 +73,7 @@ def test_rank_that_is_no_integer():
     [
         ({"seed": -1}, "0 ≤ seed < 2"),
         ({"grouping": "random"}, "unknown grouping 'random'; known: balanced"),
-        ({"start": "zero"}, "unknown start 'zero'; known: paper, identity"),
+        ({"start": "warm"}, "unknown start 'warm'; known: paper, identity, zero"),
         ({"bound": float("nan")}, "bound must be a positive float32 number, got nan"),
         ({"groups": "x"}, "groups must be 'computed' or 'cached', got 'x'"),
     ],

@@ -45,7 +45,7 @@ def test_rank_that_is_no_integer():
     [
         ({"seed": -1}, "0 ≤ seed < 2"),
         ({"grouping": "random"}, "unknown grouping 'random'; known: balanced"),
-        ({"start": "zero"}, "unknown start 'zero'; known: paper, identity"),
+        ({"start": "warm"}, "unknown start 'warm'; known: paper, identity, zero"),
         ({"bound": 0.0}, "bound must be a positive float32 number, got 0.0"),
         ({"bound": float("nan")}, "bound must be a positive float32 number, got nan"),
     ],

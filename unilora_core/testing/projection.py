@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from unilora_core._namespace import Array
 from unilora_core.errors import ValuesError
 from unilora_core.grouping import ALGORITHMS
-from unilora_core.spec import STARTS, ProjectionSpec
+from unilora_core.spec import ProjectionSpec
 from unilora_core.testing.backend import Subject
 from unilora_core.testing.compare import close, drawn, expect, raises, same, text_of
 from unilora_core.testing.reference import LAYOUT, SEEDS, dense, flat, normal, transposed, vector
@@ -19,6 +19,7 @@ from unilora_core.testing.reference import LAYOUT, SEEDS, dense, flat, normal, t
 __all__ = ["checks"]
 
 Check = tuple[str, Callable[[], None]]
+STARTS = ("paper", "identity")
 SIZES = (1, 64, 100, 411)
 """Each d that is tried with LAYOUT: few, because JAX compiles anew for each shape."""
 

@@ -1,0 +1,84 @@
+"""Random numbers that are a function of a text and a counter: the same in every namespace, on any device.
+
+The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
+in int32 that wraps on overflow. What is drawn with it is part of the file format: a change is another text.
+"""
+
+import hashlib
+import struct
+from types import ModuleType
+
+import numpy as np
+
+from unilora_core._namespace import Array
+
+__all__ = ["keys", "normal", "normals", "permutations", "shift", "signed", "signs", "threefry", "uniform", "words"]
+
+BLOCK = 2**15
+"""So many counters at a time in NumPy: the temporaries stay in the L2 cache."""
+
+
+def keys(text: str) -> tuple[int, ...]:
+    """Eight int32 keys: the SHA-256 of an ASCII text, read as little-endian words."""
+    return struct.unpack("<8i", hashlib.sha256(text.encode("ascii")).digest())
+
+
+def threefry(key: tuple[int, ...], x0: Array, x1: Array) -> tuple[Array, Array]:
+    """Two int32 words for each counter (x0, x1) under a key of two words."""
+    schedule = [*key, signed(key[0] ^ key[1] ^ 0x1BD11BDA)]
+    x0, x1 = x0 + schedule[0], x1 + schedule[1]
+    for i in range(5):
+        for r in (13, 15, 26, 6) if i % 2 == 0 else (17, 29, 16, 24):
+            x0 = x0 + x1
+            x1 = ((x1 << r) | shift(x1, 32 - r)) ^ x0
+        x0, x1 = x0 + schedule[(i + 1) % 3], x1 + signed(schedule[(i + 2) % 3] + i + 1)
+    return x0, x1
+
+
+def shift(x: Array, n: int) -> Array:
+    """Logical right shift: int32 ``>>`` copies the sign bit, so it is masked."""
+    return (x >> n) & ((1 << (32 - n)) - 1)
+
+
+def signed(word: int) -> int:
+    """The int32 with the same 32 bits."""
+    return (word + 2**31) % 2**32 - 2**31
+
+
+def normals(x0: Array, x1: Array, xp: ModuleType) -> tuple[Array, Array]:
+    """Two float32 N(0, 1) for each pair of words (Box and Muller 1958), from 24 bits of each."""
+    u, v = ((xp.astype(shift(x, 8), xp.float32) + 0.5) * 2.0**-24 for x in (x0, x1))
+    radius, angle = xp.sqrt(-2 * xp.log(u)), 2 * np.pi * v
+    return radius * xp.cos(angle), radius * xp.sin(angle)
+
+
+def words(text: str, n: int) -> np.ndarray:
+    """(n,) int32 in NumPy: the words of the counters 0 … ⌈n/2⌉-1, both of each."""
+    key, found = keys(text)[:2], np.empty((-(-n // 2), 2), np.int32)
+    for start in range(0, len(found), BLOCK):
+        counter = np.arange(start, min(start + BLOCK, len(found))).astype(np.int32)
+        found[start : start + BLOCK] = np.stack(threefry(key, 0 * counter, counter), axis=1)
+    return found.reshape(-1)[:n]
+
+
+def uniform(text: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
+    """U(-bound, bound), float32, NumPy."""
+    values = (shift(words(text, int(np.prod(shape))), 8) + 0.5) / 2**23 - 1
+    return (values * bound).astype(np.float32).reshape(shape)
+
+
+def normal(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """N(0, 1), float32, NumPy."""
+    n = int(np.prod(shape))
+    pairs = words(text, 2 * -(-n // 2)).reshape(-1, 2)
+    return np.stack(normals(pairs[:, 0], pairs[:, 1], np), axis=1).reshape(-1)[:n].reshape(shape)
+
+
+def signs(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """-1 and 1 with equal chances, float32, NumPy."""
+    return (1 - 2 * (words(text, int(np.prod(shape))) & 1)).astype(np.float32).reshape(shape)
+
+
+def permutations(text: str, rows: int, n: int) -> np.ndarray:
+    """A permutation of {0 … n-1} in each row: (rows, n) int64, NumPy."""
+    return np.argsort(words(text, rows * n).reshape(rows, n), axis=1, kind="stable")

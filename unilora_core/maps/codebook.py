@@ -1,0 +1,76 @@
+"""VB-LoRA: every factor is cut into sub-vectors, each a mixture of the top k of a learned codebook.
+
+θ_d holds the codebook (vectors, length) and the logits (D / length, vectors). The mixture weights are learned, so the
+map is not linear: it has no transpose, and no start at which an update of it is zero.
+Source: VB-LoRA (arXiv 2405.15179); defaults and starts as in PEFT 0.21.
+"""
+
+import numpy as np
+
+from unilora_core import draws
+from unilora_core._namespace import Array, array_namespace
+from unilora_core.errors import SpecError
+from unilora_core.layout import Layout
+from unilora_core.maps.mapping import Frozen, Instance, Map, Options
+
+__all__ = ["CODEBOOK"]
+
+RATE = 10.0
+"""VB-LoRA trains its codebook at 1e-3 and its logits at 1e-2, where LoRA has 4e-4 (arXiv 2405.15179, appendix)."""
+
+
+def _width(layout: Layout, options: Options) -> int:
+    vectors, length = int(options["vectors"]), int(options["length"])
+    return vectors * length + layout.size // length * vectors
+
+
+def _check(of: Instance) -> None:
+    vectors, length, topk = (int(of.chosen[name]) for name in ("vectors", "length", "topk"))
+    for name, shape in of.layout.factors:
+        if shape[-1] % length:
+            raise SpecError(
+                f"ProjectionSpec: the codebook's length = {length} does not divide the {shape[-1]} columns of "
+                f"{name!r}; take one that divides every width of the layers, such as {np.gcd(shape[-1], length)}."
+            )
+    if topk > vectors:
+        raise SpecError(f"ProjectionSpec: expected topk ≤ vectors = {vectors}, got {topk}.")
+    if of.d != (expected := _width(of.layout, of.chosen)):
+        raise SpecError(f"ProjectionSpec: with this codebook d is {expected}, got {of.d}.")
+
+
+def _project(of: Instance, theta: Array, _: Frozen, start: int, stop: int) -> Array:
+    vectors, length, topk = (int(of.chosen[name]) for name in ("vectors", "length", "topk"))
+    xp, size = array_namespace(theta), vectors * length
+    first, last = start // length, -(-stop // length)
+    codebook = xp.reshape(theta[:size], (vectors, length))
+    logits = xp.reshape(theta[size + first * vectors : size + last * vectors], (last - first, vectors))
+    chosen = xp.argsort(logits, axis=1, descending=True, stable=True)[:, :topk]
+    best = xp.take_along_axis(logits, chosen, axis=1)
+    weights = xp.exp(best - best[:, :1])
+    weights = weights / xp.sum(weights, axis=1, keepdims=True)
+    parts = xp.reshape(xp.take(codebook, xp.reshape(chosen, (-1,)), axis=0), (last - first, topk, length))
+    mixed = xp.sum(parts * weights[:, :, None], axis=1)
+    return xp.reshape(mixed, (-1,))[start - first * length : stop - first * length]
+
+
+def _start(of: Instance) -> np.ndarray:
+    """The codebook U(-0.02, 0.02), the logits N(0, 0.01)."""
+    size = int(of.chosen["vectors"] * of.chosen["length"])
+    text = f"unilora/codebook/1 seed={of.seed} d={of.d}"
+    codebook = draws.uniform(f"{text} codebook", (size,), 0.02)
+    return np.concatenate([codebook, draws.normal(f"{text} logits", (of.d - size,)) * np.float32(0.1)])
+
+
+CODEBOOK = Map(
+    version=1,
+    width=_width,
+    check=_check,
+    frozen=lambda *_: (),
+    project=_project,
+    transpose=None,
+    rate=lambda _of: RATE,
+    source="VB-LoRA (arXiv 2405.15179)",
+    fixed=True,
+    start=_start,
+    options={"vectors": 256, "length": 256, "topk": 2},
+)

@@ -1,0 +1,93 @@
+"""Map: what every choice of P has to say, as data. The kinds are in the modules beside this one.
+
+Source of the form: Uni-LoRA (arXiv 2506.00799), section 3: LoRA and its variants are θ_D = P θ_d with different P.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from unilora_core._namespace import Array
+from unilora_core.layout import Layout
+
+__all__ = ["Frozen", "Instance", "Map", "Option", "Options"]
+
+Option = int | float
+"""A positive number: a count is an int, a size is a float."""
+
+Options = Mapping[str, Option]
+
+Frozen = tuple[Array, ...]
+"""What is kept beside θ_d: it follows from the instance, and is never trained or stored in a file."""
+
+
+class Instance(Protocol):
+    """What a map depends on: a `ProjectionSpec`, or anything with these attributes."""
+
+    @property
+    def layout(self) -> Layout:
+        """The factors that θ_D holds."""
+
+    @property
+    def D(self) -> int:
+        """The size of θ_D."""
+
+    @property
+    def d(self) -> int:
+        """The size of θ_d."""
+
+    @property
+    def seed(self) -> int:
+        """0 ≤ seed < 2^64."""
+
+    @property
+    def chosen(self) -> Options:
+        """The value of each option."""
+
+
+Project = Callable[[Instance, Array, Frozen, int, int], Array]
+Transpose = Callable[[Instance, Array, Frozen, int], Array]
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map θ_d ∈ R^d → θ_D ∈ R^D. Functions take an `Instance` first.
+
+    Attributes:
+        version: of the algorithm, which a file states.
+        width: (layout, options) → the d of ``d="auto"``.
+        fixed: whether that d is the only one.
+        check: raises `SpecError` for an instance that cannot be.
+        frozen: (instance, xp, device) → what is kept beside θ_d.
+        project: (instance, θ_d, frozen, start, stop) → those numbers of θ_D, in Array API code that is differentiable
+            where the namespace is.
+        transpose: (instance, y, frozen, start) → Pᵀ of a θ_D that is y from ``start`` on and 0 elsewhere; None where
+            the map is not linear.
+        groups: (instance, start, stop, xp, device) → the column of each row, int32, where every row has one entry.
+        counts: instance → how many rows each column has, (d,) int64, NumPy; where there are groups.
+        weighs: instance → what takes the place of n_j in the scale 1/√n_j; where there are groups.
+        start: instance → θ_d⁰ (d,) float32, NumPy, where the map has its own; else U(-bound, bound).
+        rate: instance → what LoRA's learning rate is multiplied by for θ_d.
+        options: name → default.
+        exact: whether θ_D has the same bits in each namespace; else it agrees to rounding.
+        source: where it was published.
+    """
+
+    version: int
+    width: Callable[[Layout, Options], int]
+    check: Callable[[Instance], None]
+    frozen: Callable[[Instance, ModuleType, object], Frozen]
+    project: Project
+    transpose: Transpose | None
+    rate: Callable[[Instance], float]
+    source: str
+    fixed: bool = False
+    groups: Callable[[Instance, int, int, ModuleType, object], Array] | None = None
+    counts: Callable[[Instance], np.ndarray] | None = None
+    weighs: Callable[[Instance], np.ndarray] | None = None
+    start: Callable[[Instance], np.ndarray] | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    exact: bool = False

@@ -1,0 +1,123 @@
+"""Methods by name: the paper's table, executable. Each is a frame and a map with its defaults: docs/framework.md."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from unilora_core.errors import SpecError
+from unilora_core.frames import FRAMES, Sizes, frame_layout
+from unilora_core.maps import MAPS
+from unilora_core.maps.mapping import Option
+from unilora_core.rates import default_bound
+from unilora_core.spec import ProjectionSpec, known
+
+__all__ = ["METHODS", "Method", "method_of", "plan_spec"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A frame and a map, with defaults.
+
+    Attributes:
+        frame: a name of `unilora_core.frames.FRAMES`.
+        grouping: a name of `unilora_core.maps.MAPS`.
+        start: see `ProjectionSpec`.
+        rank: the usual one; None where the frame has none.
+        source: where it was published.
+        d: the usual one; None where it follows from the layout.
+    """
+
+    frame: str
+    grouping: str
+    start: str
+    rank: int | None
+    source: str
+    d: int | None = None
+
+
+USUAL_RANK = 4
+
+METHODS: dict[str, Method] = {
+    "uni-lora": Method("pair", "balanced", "identity", 4, "Uni-LoRA, arXiv 2506.00799"),
+    "lora": Method("pair", "identity", "identity", 4, "LoRA, arXiv 2106.09685"),
+    "tied-lora": Method("tied", "identity", "identity", 4, "Tied-LoRA, arXiv 2311.09578"),
+    "vera": Method("scaled", "identity", "zero", 256, "VeRA, arXiv 2310.11454"),
+    "lora-xs": Method("core", "identity", "zero", 16, "LoRA-XS, arXiv 2405.17604"),
+    "tinylora": Method("core", "gaussian", "zero", 2, "TinyLoRA, with all targets tied", d=64),
+    "vb-lora": Method("rows", "codebook", "paper", 4, "VB-LoRA, arXiv 2405.15179"),
+    "fourierft": Method("spectrum", "identity", "zero", None, "FourierFT, arXiv 2405.03003"),
+    "fastfood": Method("pair", "fastfood", "identity", 4, "Le, Sarlós and Smola 2013; arXiv 2506.00799"),
+    "gaussian": Method("pair", "gaussian", "identity", 4, "arXiv 2506.00799"),
+    "gpart": Method("dense", "balanced", "zero", None, "GPart, arXiv 2605.14841"),
+    "intrinsic-dimension": Method("dense", "fastfood", "zero", None, "arXiv 1804.08838 and 2012.13255"),
+}
+
+
+def plan_spec(
+    targets: Iterable[tuple[str, Sizes]],
+    *,
+    method: str = "uni-lora",
+    rank: int | None = None,
+    d: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    grouping: str | None = None,
+    start: str | None = None,
+    bound: float | None = None,
+    options: Mapping[str, Option] | None = None,
+) -> ProjectionSpec:
+    """The spec of a method for these targets; what is None is the method's own.
+
+    Args:
+        targets: name and sizes of each.
+        d: the number of trained values; ``"auto"``: the method's, which is D/16 for Uni-LoRA, and as many as Uni-LoRA
+            has at rank 4 where ΔW itself is made of them.
+        grouping: another map for the method's frame, such as ``"iid"``, or ``"balanced"`` for VeRA's vectors.
+        bound: of θ_d⁰; by default `default_bound` for the identity start, else 0.02.
+        options: name → value, of the options of the frame and the map; the others are their defaults.
+
+    Raises:
+        SpecError: an unknown method (the nearest are named), an option that it does not take, a rank where there is
+            none, a d where it follows from the method, or a field out of its range.
+    """
+    known("method", method, METHODS)
+    chosen = METHODS[method]
+    grouping = chosen.grouping if grouping is None else grouping
+    known("grouping", grouping, MAPS)
+    form, each = FRAMES[chosen.frame], MAPS[grouping]
+    values = dict(form.options) | dict(each.options)
+    if unknown := sorted(set(options or {}) - set(values)):
+        known(f"option of the method {method!r}", unknown[0], values)
+    if rank is not None and not form.ranked:
+        raise SpecError(f"the method {method!r} has no rank, got rank = {rank}; leave it out.")
+    values |= dict(options or {})
+    ranked = {"rank": chosen.rank if rank is None else rank} if form.ranked else {}
+    targets = list(targets)
+    layout = frame_layout(form, targets, values | ranked)
+    as_lora = frame_layout(FRAMES["pair"], targets, {"rank": USUAL_RANK}) if form.dense and not each.fixed else layout
+    width = each.width(as_lora, values)
+    usual = width if chosen.d is None or each.fixed else min(chosen.d, layout.size)
+    if each.fixed and d not in ("auto", width):
+        raise SpecError(
+            f"the method {method!r} trains d = {width} numbers here, got d = {d}; leave d out, or take a grouping that "
+            "has a d, such as 'balanced'."
+        )
+    held = values if chosen.frame == "pair" else values | ranked
+    spec = ProjectionSpec(
+        layout,
+        usual if d == "auto" else d,
+        seed,
+        grouping,
+        chosen.start if start is None else start,
+        frame=chosen.frame,
+        options=tuple(held.items()),
+    )
+    if bound is None and spec.start != "identity":
+        return spec
+    return dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+
+
+def method_of(spec: ProjectionSpec) -> str | None:
+    """The name of the method that a spec's frame and map make; None where they make none of these."""
+    made = (spec.frame, spec.grouping)
+    return next((name for name, method in METHODS.items() if (method.frame, method.grouping) == made), None)
