@@ -3,6 +3,7 @@
 This package is the specification and its reference, for any Array API namespace; it imports no framework.
 """
 
+from unilora_core.analysis import analyze
 from unilora_core.errors import (
     AdapterFileError,
     CorruptFileError,
@@ -30,6 +31,7 @@ __all__ = [
     "UniLoraError",
     "UnknownVersionError",
     "ValuesError",
+    "analyze",
     "load_adapter",
     "project",
     "project_transpose",
