@@ -22,7 +22,7 @@ from unilora_core.maps.gather import scale
 from unilora_core.maps.mapping import Option
 from unilora_core.schema import shown, typed
 
-__all__ = ["PAPER_BOUND", "STARTS", "ProjectionSpec"]
+__all__ = ["PAPER_BOUND", "STARTS", "ProjectionSpec", "known"]
 
 PAPER_BOUND = 0.02
 """θ_d starts as U(-0.02, 0.02) in the paper, its official code and PEFT."""
