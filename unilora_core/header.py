@@ -18,6 +18,7 @@ from unilora_core.serialisation import AdapterFile
 from unilora_core.spec import ProjectionSpec
 
 __all__ = [
+    "FROZEN",
     "SETTINGS",
     "BaseArguments",
     "BaseIdentity",
@@ -28,6 +29,9 @@ __all__ = [
     "write_identity",
     "write_targets",
 ]
+
+FROZEN = "frozen."
+"""What an extra tensor's name begins with that a frame made of a weight: ``frozen.TARGET.ARRAY``."""
 
 SETTINGS: Mapping[str, Any] = {
     **dict.fromkeys(("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "dropout"), float),
