@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     options_finetune.add_finetune(commands)
     options_finetune.add_recipes(commands)
     options.add_inspect(commands)
+    options.add_analyze(commands)
     options.add_convert(commands)
     options.add_check(commands)
     options.add_merge(commands)

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from unilora_cli.values import assignment, positive
+from unilora_cli.values import assignment, auto_or_positive, names, natural, positive
 
-__all__ = ["add_check", "add_convert", "add_inspect", "add_merge", "command", "model_arguments"]
+__all__ = ["add_analyze", "add_check", "add_convert", "add_inspect", "add_merge", "command", "model_arguments"]
 
 KINDS = ("vit", "text", "lm")
 ENGINES = ("vllm", "sglang", "lorax", "llama.cpp")
@@ -130,6 +130,55 @@ With --onnx a timm model is written as FOLDER/model.onnx, too: images in, logits
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--onnx", action="store_true", help="for a timm model: write model.onnx beside the weights")
     _base_arguments(parser)
+
+
+def add_analyze(commands: Any) -> None:
+    """`unilora analyze`."""
+    details = """
+P maps the trained vector to the numbers of A and B of every target (or to the update itself, where a method trains
+that). For each method, from P itself:
+  global       how many columns of P reach more than one target
+  A and B      how many reach both A and B
+  rows/column  how many rows a column reaches, least and most: P is uniform where they are equal
+  gains        |P x|^2 / |x|^2, least and most: the eigenvalues of P'P, of a large P the gains of random x; P is
+               isometric where they are 1
+  file, memory bytes of numbers in the file, and kept while it is used
+  operations   numbers that the map and its transpose compute or move; ms: their time in NumPy
+Loads no framework. Writes analysis.csv, with every figure, and support.png, a picture of each P.
+"""
+    examples = """
+  unilora analyze --out properties/
+  unilora analyze --method uni-lora,vera,fastfood --layers 2 --width 32
+  unilora analyze --method uni-lora/local,vera/balanced    # with another grouping
+  unilora analyze runs/sst2/adapter.safetensors --method gaussian
+"""
+    purpose = "measure what the projection of each method is: global, uniform, isometric, cheap"
+    parser = command(commands, "analyze", purpose, details, examples, "unilora_cli.analyze:run")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="an adapter file: its P, for its targets")
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write into")
+    group = parser.add_argument_group("methods")
+    group.add_argument(
+        "--method",
+        type=names,
+        metavar="NAMES",
+        help="names, METHOD or METHOD/GROUPING, or all (default: all, or with FILE its own alone)",
+    )
+    group.add_argument("--rank", type=positive, default=4, metavar="R", help="of the methods that have one")
+    group.add_argument(
+        "--d", type=auto_or_positive, default="auto", metavar="N", help="of the methods that have a choice"
+    )
+    group.add_argument("--seed", type=natural, default=0, metavar="N", help="of what is drawn")
+    group.add_argument(
+        "--option",
+        action="append",
+        type=assignment,
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the methods that take it, such as frequencies=100; may be repeated",
+    )
+    group = parser.add_argument_group("without FILE: q and v of a transformer with random weights")
+    group.add_argument("--layers", type=positive, default=4, metavar="N", help="how many")
+    group.add_argument("--width", type=positive, default=64, metavar="N", help="of each")
 
 
 def _base_arguments(parser: argparse.ArgumentParser) -> None:

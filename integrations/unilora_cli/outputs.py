@@ -5,7 +5,7 @@ import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from unilora_core.files import write_file
 
@@ -27,7 +27,7 @@ def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
     write_file(path, csv_text(rows).encode("utf-8", "surrogateescape"))  # names of files may be no UTF-8
 
 
-def blank_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
+def blank_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> "Figure":
     """A figure of so many inches, which leaves the state of pyplot alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

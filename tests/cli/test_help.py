@@ -11,6 +11,7 @@ COMMANDS = [
     ("finetune", "lm"),
     ("recipes",),
     ("inspect",),
+    ("analyze",),
     ("convert",),
     ("merge",),
 ]

@@ -1,0 +1,128 @@
+"""`unilora analyze`: the properties of P for methods side by side, measured. Imports the core only."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unilora_cli.analyze_cases import Case, made_up, of_file, planned
+from unilora_cli.console import number, path_of, say, table
+from unilora_cli.outputs import blank_figure, write_csv, write_png
+from unilora_core import analyze
+from unilora_core.analysis import Analysis, Projection
+
+__all__ = ["draw_support", "run", "table_of", "write_figures"]
+
+HEADER = ("method", "d", "rows of P", "global", "A and B", "rows/column", "gains", "file", "memory", "operations", "ms")
+
+ROWS, COLUMNS = 256, 128
+"""Of a picture of P: a pixel is the largest of several rows, in one of several columns."""
+
+ENDS, WAYS = ("least", "most"), ("P", "transpose")
+PAIRS = {"rows": ENDS, "gains": ENDS, "operations": WAYS, "seconds": WAYS}
+"""Figures that come in twos, and the columns of the CSV that they are in."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table, and write ``analysis.csv`` and ``support.png``.
+
+    Raises:
+        SpecError: a method that there is not, or one that these targets cannot have.
+        FileNotFoundError, CorruptFileError: the file.
+        CommandError: an option that no method takes.
+    """
+    found = [(case, analyze(case.spec, case.targets, case.frozen)) for case in _cases(arguments)]
+    say(table(table_of(found)))
+    if arguments.out:
+        folder = path_of(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_figures(folder / "analysis.csv", found)
+        draw_support(folder / "support.png", [case for case, _ in found])
+        say(f"also written: analysis.csv, support.png in {folder}")
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    """The file's own P first, where there is a file; then the methods that were asked for, for the same targets."""
+    own, targets = [], made_up(arguments.layers, arguments.width)
+    if arguments.file:
+        case, targets = of_file(arguments.file)
+        own = [case]
+    names = arguments.method or (() if own else ("all",))
+    fields = {"rank": arguments.rank, "d": arguments.d, "seed": arguments.seed}
+    return own + planned(names, targets, fields, dict(arguments.option))
+
+
+def table_of(found: Sequence[tuple[Case, Analysis]]) -> list[tuple[str, ...]]:
+    """A header, and a row of words for each."""
+    return [HEADER, *(_row(case.name, analysis) for case, analysis in found)]
+
+
+def _row(name: str, of: Analysis) -> tuple[str, ...]:
+    return (
+        name + ("" if of.linear else " (at its start)"),
+        number(of.d),
+        number(of.numbers),
+        f"{100 * of.across_targets:.0f} %",
+        "one factor" if of.across_factors is None else f"{100 * of.across_factors:.0f} %",
+        "–".join(map(number, of.rows)),
+        ("" if of.exact else "about ") + _gains(*of.gains),
+        number(of.file_bytes),
+        number(of.memory_bytes),
+        " / ".join("–" if n is None else f"{n:.2g}" if n >= 1e5 else number(n) for n in of.operations),
+        " / ".join("–" if s is None else f"{1000 * s:.2g}" for s in of.seconds),
+    )
+
+
+def _gains(least: float, most: float) -> str:
+    middle = (least + most) / 2
+    apart = max(abs(most - round(middle, 3)), abs(least - round(middle, 3)))
+    return f"{round(middle, 3):g} ± {apart:.0e}" if apart < 1e-6 else f"{least:.3g}–{most:.3g}"
+
+
+def write_figures(path: Path, found: Sequence[tuple[Case, Analysis]]) -> None:
+    """Every figure of the analyses, as CSV."""
+    rows = [
+        {"method": case.name, "frame": case.spec.frame, "map": case.spec.grouping, **_figures(analysis)}
+        for case, analysis in found
+    ]
+    write_csv(path, [list(rows[0]), *(row.values() for row in rows)])
+
+
+def _figures(of: Analysis) -> dict[str, Any]:
+    """Name → figure; a pair is two, and what the rows of each factor read is one text."""
+    figures = vars(of) | {"columns": " ".join(f"{name}:{a}-{b}" for name, (a, b) in of.columns.items())}
+    for name, ends in PAIRS.items():
+        first, second = figures.pop(name)
+        figures |= {f"{name}_{ends[0]}": first, f"{name}_{ends[1]}": second}
+    return figures
+
+
+def draw_support(path: Path, chosen: Sequence[Case]) -> None:
+    """|P| of each case: dark where it is large; lines between targets, thin ones between A and B."""
+    across = min(6, len(chosen))
+    down = -(-len(chosen) // across)
+    figure = blank_figure(2.3 * across, 3.2 * down)
+    for case, axes in zip(chosen, figure.subplots(down, across, squeeze=False).flat, strict=False):
+        _draw(case, axes)
+    for axes in figure.axes[len(chosen) :]:
+        axes.set_axis_off()
+    figure.supxlabel("columns of P: θ_d", fontsize=9)
+    figure.supylabel("rows of P: A and B, or ΔW, of each target", fontsize=9)
+    write_png(figure, path)
+
+
+def _draw(case: Case, axes: Any) -> None:
+    P = Projection(case.spec, case.targets, case.frozen)
+    some = np.unique(np.linspace(0, case.spec.d - 1, COLUMNS).astype(int))
+    ends = np.unique(np.linspace(0, P.numbers, ROWS + 1).astype(int))[:-1]
+    image = np.stack([np.maximum.reduceat(np.abs(column), ends) for column in P.columns(some)], axis=1)
+    axes.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest", extent=(0, case.spec.d, P.numbers, 0))
+    for before, part in zip(P.parts, P.parts[1:], strict=False):
+        new = before.target != part.target
+        axes.axhline(part.at.start, color="black" if new else "gray", linewidth=0.5 if new else 0.2)
+    axes.set_title(case.name, fontsize=8)
+    axes.set_xticks([0, case.spec.d])
+    axes.set_yticks([0, P.numbers])
+    axes.tick_params(labelsize=6)

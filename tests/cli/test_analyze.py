@@ -1,0 +1,129 @@
+"""`unilora analyze`."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from unilora_core import Layout, ProjectionSpec, analyze, save_adapter
+from unilora_core.frames import FRAMES, Sizes
+from unilora_core.header import write_targets
+from unilora_core.methods import METHODS, plan_spec
+
+SMALL = ("--layers", 2, "--width", 16, "--rank", 2)
+
+
+def rows(text):
+    """method → the words of its row, by the header's."""
+    head, *lines = [line.split("  ") for line in text.splitlines() if line.startswith("  ")]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in (head, *lines)]
+    return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[1:]}
+
+
+def test_every_method_is_measured(unilora):
+    result = unilora("analyze", *SMALL)
+    assert (result.code, result.err) == (0, "")
+    found = rows(result.out)
+    assert {name.removesuffix(" (at its start)") for name in found} >= {*METHODS, "uni-lora/local", "uni-lora/iid"}
+    ours, local, vera = found["uni-lora"], found["uni-lora/local"], found["vera"]
+    assert (ours["d"], ours["rows of P"], ours["global"], ours["A and B"]) == ("16", "256", "100 %", "100 %")
+    assert (ours["rows/column"], ours["file"]) == ("16–16", "64")
+    assert ours["gains"].startswith("1 ± ")
+    assert (local["global"], vera["global"], vera["rows/column"]) == ("0 %", "0 %", "2–16")
+    assert found["uni-lora/unnormalised"]["gains"].startswith("16 ± ")
+    assert found["vb-lora (at its start)"]["operations"].endswith(" / –")
+    assert found["gpart"]["A and B"] == "one factor"
+
+
+def test_the_files_hold_every_figure(unilora, tmp_path):
+    words = ("--method", "uni-lora,vera,vb-lora,gpart", "--seed", 3, "--d", 20, "--out", "out")
+    result = unilora("analyze", *SMALL, *words)
+    assert result.out.endswith("also written: analysis.csv, support.png in out\n")
+    with (tmp_path / "out" / "analysis.csv").open(newline="") as file:
+        found = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(found) == ["uni-lora", "vera", "vb-lora", "gpart"]
+    targets = [(f"layers.{i}.{name}", Sizes(16, 16)) for i in range(2) for name in "qv"]
+    analysis = analyze(plan_spec(targets, rank=2, d=20, seed=3))
+    row = found["uni-lora"]
+    assert (row["frame"], row["map"], row["d"], row["D"]) == ("pair", "balanced", "20", "256")
+    assert (int(row["rows_least"]), int(row["rows_most"])) == analysis.rows == (12, 13)
+    assert (float(row["gains_least"]), float(row["gains_most"])) == analysis.gains
+    assert row["columns"] == "A:1-1 B:1-1"
+    assert found["vb-lora"]["seconds_transpose"] == ""
+    assert (tmp_path / "out" / "support.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter file of a method, for two targets."""
+
+    def write(method):
+        targets = [("a", Sizes(8, 12)), ("b", Sizes(8, 12))]
+        spec = plan_spec(targets, method=method, rank=2)
+        tensors, weight = {}, np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+        if spec.form.of_weight:
+            made = FRAMES["core"].of_weight(weight, 2)
+            tensors = {f"frozen.{name}.{piece}": array for name, _ in targets for piece, array in made.items()}
+        entries = [(name, name, 0, False, None, 8, 12, 0) for name, _ in targets]
+        metadata = write_targets(entries) if spec.frame != "pair" else {}
+        save_adapter(tmp_path / "a.safetensors", spec, spec.init(), tensors=tensors, metadata=metadata)
+        return tmp_path / "a.safetensors"
+
+    return write
+
+
+@pytest.mark.parametrize("method", ["uni-lora", "lora-xs", "vera"])
+def test_the_p_of_a_file(unilora, adapter, method):
+    file = adapter(method)
+    result = unilora("analyze", file)
+    assert (result.code, result.err) == (0, "")
+    ((name, row),) = rows(result.out).items()
+    assert name == f"a.safetensors ({method})"
+    assert row["rows of P"] == "80"
+
+
+def test_other_methods_for_the_targets_of_a_file(unilora, adapter):
+    found = rows(unilora("analyze", adapter("vera"), "--method", "lora,lora-xs", "--rank", 2).out)
+    assert list(found) == ["a.safetensors (vera)", "lora", "lora-xs"]
+    assert found["lora"]["rows of P"] == found["lora-xs"]["rows of P"] == "80"
+
+
+def test_a_file_of_no_method(unilora, tmp_path):
+    spec = ProjectionSpec(Layout([("x.A", (2, 6)), ("x.B", (4, 2))]), 3, grouping="local")
+    save_adapter(tmp_path / "a", spec, np.zeros(3, np.float32))
+    assert "a (pair × local)" in unilora("analyze", tmp_path / "a").out
+
+
+def test_an_option_is_for_the_methods_that_take_it(unilora):
+    found = rows(unilora("analyze", *SMALL, "--method", "fourierft,lora", "--option", "frequencies=5").out)
+    assert (found["fourierft"]["d"], found["lora"]["d"]) == ("20", "256")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "veera"), "unknown method 'veera'; the nearest are vera"),
+        (("--method", "uni-lora/locl"), "unknown grouping 'locl'; the nearest are local"),
+        (("--method", "lora", "--option", "frequencies=5"), "--option frequencies: none of these methods takes it."),
+        (("--method", "fourierft", "--option", "frequencies=500"), "layers.0.q: expected frequencies ≤ 256"),
+        (("--method", "uni-lora", "--d", "100000"), "expected 1 ≤ d ≤ min(D, 2^31), got d = 100000"),
+        (("--method", "vb-lora", "--option", "length=5"), "length = 5 does not divide the 16 columns"),
+        (("none.safetensors",), "none.safetensors: no such adapter file."),
+    ],
+)
+def test_an_error_is_one_line(unilora, words, message):
+    result = unilora("analyze", *SMALL, *words)
+    assert result.code == 1
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_all_says_which_methods_it_leaves_out(unilora, monkeypatch):
+    from unilora_cli import analyze_cases
+
+    monkeypatch.setattr(analyze_cases, "PATIENCE", 0)
+    result = unilora("analyze", *SMALL, "--option", "length=5")
+    assert result.code == 0
+    assert "left out: vb-lora: ProjectionSpec: the codebook's length = 5 does not divide the 16 columns" in result.out
+    assert "left out: gaussian: one product with P takes about 0 s here; name the method to wait for it." in result.out
+    assert "gaussian" not in rows(result.out)
