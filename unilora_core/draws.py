@@ -2,15 +2,17 @@
 
 The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
 in int32 that wraps on overflow. What is drawn with it is part of the file format: a change is another text.
+Integers, signs and uniform numbers have the same bits everywhere; normal ones agree to rounding.
 """
 
 import hashlib
+import math
 import struct
 from types import ModuleType
 
 import numpy as np
 
-from unilora_core._namespace import Array
+from unilora_core._namespace import Array, standard
 
 __all__ = ["keys", "normal", "normals", "permutations", "shift", "signed", "signs", "threefry", "uniform", "words"]
 
@@ -45,9 +47,9 @@ def signed(word: int) -> int:
     return (word + 2**31) % 2**32 - 2**31
 
 
-def normals(x0: Array, x1: Array, xp: ModuleType) -> tuple[Array, Array]:
-    """Two float32 N(0, 1) for each pair of words (Box and Muller 1958), from 24 bits of each."""
-    u, v = ((xp.astype(shift(x, 8), xp.float32) + 0.5) * 2.0**-24 for x in (x0, x1))
+def normals(x0: Array, x1: Array, xp: ModuleType, dtype: object = None) -> tuple[Array, Array]:
+    """Two N(0, 1) for each pair of words (Box and Muller 1958), from 24 bits of each, in ``dtype`` (float32)."""
+    u, v = ((xp.astype(shift(x, 8), dtype or xp.float32) + 0.5) * 2.0**-24 for x in (x0, x1))
     radius, angle = xp.sqrt(-2 * xp.log(u)), 2 * np.pi * v
     return radius * xp.cos(angle), radius * xp.sin(angle)
 
@@ -63,20 +65,23 @@ def words(text: str, n: int) -> np.ndarray:
 
 def uniform(text: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
     """U(-bound, bound), float32, NumPy."""
-    values = (shift(words(text, int(np.prod(shape))), 8) + 0.5) / 2**23 - 1
+    values = (shift(words(text, math.prod(shape)), 8) + 0.5) / 2**23 - 1
     return (values * bound).astype(np.float32).reshape(shape)
 
 
 def normal(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """N(0, 1), float32, NumPy."""
-    n = int(np.prod(shape))
-    pairs = words(text, 2 * -(-n // 2)).reshape(-1, 2)
-    return np.stack(normals(pairs[:, 0], pairs[:, 1], np), axis=1).reshape(-1)[:n].reshape(shape)
+    """N(0, 1), float32, NumPy; rounded from float64, so that libraries whose logarithms differ round alike."""
+    n = math.prod(shape)
+    pairs, xp = words(text, 2 * -(-n // 2)).reshape(-1, 2), standard(np)
+    found = np.empty(pairs.shape, np.float32)
+    for start in range(0, len(pairs), BLOCK):
+        found[start : start + BLOCK] = np.stack(normals(*pairs[start : start + BLOCK].T, xp, np.float64), axis=1)
+    return found.reshape(-1)[:n].reshape(shape)
 
 
 def signs(text: str, shape: tuple[int, ...]) -> np.ndarray:
     """-1 and 1 with equal chances, float32, NumPy."""
-    return (1 - 2 * (words(text, int(np.prod(shape))) & 1)).astype(np.float32).reshape(shape)
+    return (1 - 2 * (words(text, math.prod(shape)) & 1)).astype(np.float32).reshape(shape)
 
 
 def permutations(text: str, rows: int, n: int) -> np.ndarray:

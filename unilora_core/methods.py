@@ -8,9 +8,10 @@ from typing import Literal
 from unilora_core.errors import SpecError
 from unilora_core.frames import FRAMES, Sizes, frame_layout
 from unilora_core.maps import MAPS
-from unilora_core.maps.mapping import Option
+from unilora_core.maps.mapping import Option, Options
 from unilora_core.rates import default_bound
-from unilora_core.spec import ProjectionSpec, known
+from unilora_core.schema import shown
+from unilora_core.spec import ProjectionSpec, known, option
 
 __all__ = ["METHODS", "Method", "method_of", "plan_spec"]
 
@@ -44,7 +45,7 @@ METHODS: dict[str, Method] = {
     "tied-lora": Method("tied", "identity", "identity", 4, "Tied-LoRA, arXiv 2311.09578"),
     "vera": Method("scaled", "identity", "zero", 256, "VeRA, arXiv 2310.11454"),
     "lora-xs": Method("core", "identity", "zero", 16, "LoRA-XS, arXiv 2405.17604"),
-    "tinylora": Method("core", "gaussian", "zero", 2, "TinyLoRA, with all targets tied", d=64),
+    "tinylora": Method("core", "gaussian", "zero", 2, "TinyLoRA with all targets tied, arXiv 2602.04118", d=64),
     "vb-lora": Method("rows", "codebook", "paper", 4, "VB-LoRA, arXiv 2405.15179"),
     "fourierft": Method("spectrum", "identity", "zero", None, "FourierFT, arXiv 2405.03003"),
     "fastfood": Method("pair", "fastfood", "identity", 4, "Le, Sarlós and Smola 2013; arXiv 2506.00799"),
@@ -85,13 +86,10 @@ def plan_spec(
     grouping = chosen.grouping if grouping is None else grouping
     known("grouping", grouping, MAPS)
     form, each = FRAMES[chosen.frame], MAPS[grouping]
-    values = dict(form.options) | dict(each.options)
-    if unknown := sorted(set(options or {}) - set(values)):
-        known(f"option of the method {method!r}", unknown[0], values)
     if rank is not None and not form.ranked:
-        raise SpecError(f"the method {method!r} has no rank, got rank = {rank}; leave it out.")
-    values |= dict(options or {})
+        raise SpecError(f"the method {method!r} has no rank, got rank = {shown(rank)}; leave it out.")
     ranked = {"rank": chosen.rank if rank is None else rank} if form.ranked else {}
+    values = _values(method, dict(form.options) | dict(each.options), options or {})
     targets = list(targets)
     layout = frame_layout(form, targets, values | ranked)
     as_lora = frame_layout(FRAMES["pair"], targets, {"rank": USUAL_RANK}) if form.dense and not each.fixed else layout
@@ -99,22 +97,31 @@ def plan_spec(
     usual = width if chosen.d is None or each.fixed else min(chosen.d, layout.size)
     if each.fixed and d not in ("auto", width):
         raise SpecError(
-            f"the method {method!r} trains d = {width} numbers here, got d = {d}; leave d out, or take a grouping that "
-            "has a d, such as 'balanced'."
+            f"the method {method!r} trains d = {width} numbers here, got d = {shown(d)}; leave d out, or take a grouping "
+            "that has a d, such as 'balanced'."
         )
     held = values if chosen.frame == "pair" else values | ranked
+    usual_start = "paper" if each.transpose is None else chosen.start
     spec = ProjectionSpec(
         layout,
         usual if d == "auto" else d,
         seed,
         grouping,
-        chosen.start if start is None else start,
+        usual_start if start is None else start,
         frame=chosen.frame,
         options=tuple(held.items()),
     )
     if bound is None and spec.start != "identity":
         return spec
     return dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+
+
+def _values(method: str, defaults: Options, given: Options) -> dict[str, Option]:
+    """The value of each option."""
+    if unknown := [name for name in given if name not in defaults]:
+        there = f"known: {', '.join(defaults)}" if defaults else "it has none"
+        raise SpecError(f"the method {method!r} has no option {shown(unknown[0])}; {there}.")
+    return {name: option(name, given.get(name, default), default) for name, default in defaults.items()}
 
 
 def method_of(spec: ProjectionSpec) -> str | None:

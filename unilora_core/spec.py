@@ -22,7 +22,7 @@ from unilora_core.maps.gather import scale
 from unilora_core.maps.mapping import Option
 from unilora_core.schema import shown, typed
 
-__all__ = ["PAPER_BOUND", "STARTS", "ProjectionSpec", "known"]
+__all__ = ["PAPER_BOUND", "STARTS", "ProjectionSpec", "known", "option"]
 
 PAPER_BOUND = 0.02
 """θ_d starts as U(-0.02, 0.02) in the paper, its official code and PEFT."""
@@ -64,10 +64,11 @@ class ProjectionSpec:
 
     def __post_init__(self):
         for name in ("d", "seed"):
+            value = getattr(self, name)
             try:
-                object.__setattr__(self, name, integer(getattr(self, name)))
+                object.__setattr__(self, name, integer(value))
             except TypeError:
-                raise SpecError(f"ProjectionSpec: {name} must be an integer, got {getattr(self, name)!r}.") from None
+                raise SpecError(f"ProjectionSpec: {name} must be an integer, got {shown(value)}.") from None
         if not isinstance(self.layout, Layout):
             raise SpecError(f"ProjectionSpec: layout must be a Layout, got {type(self.layout).__name__}.")
         known("grouping", self.grouping, MAPS)
@@ -77,7 +78,7 @@ class ProjectionSpec:
             raise SpecError(f"ProjectionSpec: D = {self.D} is more than 2^48.")
         self.map.check(self)
         if not 0 <= self.seed < 2**64:
-            raise SpecError(f"ProjectionSpec: expected 0 ≤ seed < 2^64, got {self.seed}.")
+            raise SpecError(f"ProjectionSpec: expected 0 ≤ seed < 2^64, got {shown(self.seed)}.")
         _check_start(self)
         number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
         if not (number and SMALLEST <= self.bound <= LARGEST):
@@ -200,6 +201,8 @@ class ProjectionSpec:
             fields = vars(typed(_Fields, data, "ProjectionSpec"))
         except CorruptFileError as error:
             raise SpecError(str(error)) from None
+        if ("frame" in said) != ("frame_version" in said):
+            raise SpecError("ProjectionSpec: frame and frame_version are both said, or neither.")
         for name in ("grouping_version", "frame_version"):
             del fields[name]
         return cls(**fields | {"layout": Layout(fields["layout"]), "options": tuple(fields["options"].items())})
@@ -221,7 +224,7 @@ def _checked_options(spec: ProjectionSpec) -> tuple[tuple[str, Option], ...]:
             f"ProjectionSpec: the frame {spec.frame!r} with the grouping {spec.grouping!r} has the options "
             f"{sorted(wanted)}, got {shown(sorted(map(str, given)))}."
         )
-    return tuple((name, _option(name, given[name], wanted[name])) for name in sorted(given))
+    return tuple((name, option(name, given[name], wanted[name])) for name in sorted(given))
 
 
 def _check_start(spec: ProjectionSpec) -> None:
@@ -253,7 +256,7 @@ def known(what: str, name: object, there: Iterable[str]) -> None:
     """
     there = list(there)
     if not isinstance(name, str) or name not in there:
-        near = difflib.get_close_matches(str(name)[:200], there, 3)
+        near = difflib.get_close_matches(name[:200], there, 3) if isinstance(name, str) else []
         raise SpecError(
             f"ProjectionSpec: unknown {what} {shown(name)}; "
             + (f"the nearest are {', '.join(near)}; " if near else "")
@@ -275,8 +278,12 @@ def _check_known(what: str, said: dict, there: Mapping[str, Map] | Mapping[str, 
         )
 
 
-def _option(name: str, value: object, default: Option) -> Option:
-    """A positive number of the default's type."""
+def option(name: str, value: object, default: Option) -> Option:
+    """A positive number of the default's type.
+
+    Raises:
+        SpecError: it is none.
+    """
     kinds = (int, np.integer) if isinstance(default, int) else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds) or not (0 < value < 2**63 and math.isfinite(value)):
         kind = "integer" if isinstance(default, int) else "number"
@@ -285,7 +292,9 @@ def _option(name: str, value: object, default: Option) -> Option:
 
 
 def _piece(factor: str) -> str:
-    return factor.rpartition(".")[2]
+    """What follows the last dot; of a name without one, nothing."""
+    _, dot, piece = factor.rpartition(".")
+    return piece if dot else ""
 
 
 @dataclass

@@ -5,6 +5,8 @@ map is not linear: it has no transpose, and no start at which an update of it is
 Source: VB-LoRA (arXiv 2405.15179); defaults and starts as in PEFT 0.21.
 """
 
+import math
+
 import numpy as np
 
 from unilora_core import draws
@@ -12,11 +14,15 @@ from unilora_core._namespace import Array, array_namespace
 from unilora_core.errors import SpecError
 from unilora_core.layout import Layout
 from unilora_core.maps.mapping import Frozen, Instance, Map, Options
+from unilora_core.schema import shown
 
 __all__ = ["CODEBOOK"]
 
+MOST = 2**31
+
 RATE = 10.0
-"""VB-LoRA trains its codebook at 1e-3 and its logits at 1e-2, where LoRA has 4e-4 (arXiv 2405.15179, appendix)."""
+"""VB-LoRA trains its codebook at 1e-3 and its logits at 1e-2 where LoRA has 4e-4 (arXiv 2405.15179, table 9): 2.5 and
+25 times as much; θ_d has one rate, between the two."""
 
 
 def _width(layout: Layout, options: Options) -> int:
@@ -26,16 +32,19 @@ def _width(layout: Layout, options: Options) -> int:
 
 def _check(of: Instance) -> None:
     vectors, length, topk = (int(of.chosen[name]) for name in ("vectors", "length", "topk"))
-    for name, shape in of.layout.factors:
-        if shape[-1] % length:
+    widths = {shape[-1]: name for name, shape in of.layout.factors}
+    for width, name in widths.items():
+        if width % length:
             raise SpecError(
-                f"ProjectionSpec: the codebook's length = {length} does not divide the {shape[-1]} columns of "
-                f"{name!r}; take one that divides every width of the layers, such as {np.gcd(shape[-1], length)}."
+                f"ProjectionSpec: the codebook's length = {length} does not divide the {width} columns of {name!r}; "
+                f"take one that divides every width of the layers, such as {math.gcd(length, *widths)}."
             )
     if topk > vectors:
         raise SpecError(f"ProjectionSpec: expected topk ≤ vectors = {vectors}, got {topk}.")
     if of.d != (expected := _width(of.layout, of.chosen)):
-        raise SpecError(f"ProjectionSpec: with this codebook d is {expected}, got {of.d}.")
+        raise SpecError(f"ProjectionSpec: with this codebook d is {expected}, got {shown(of.d)}.")
+    if of.d > MOST:
+        raise SpecError(f"ProjectionSpec: with this codebook d is {of.d}, more than 2^31; take fewer vectors.")
 
 
 def _project(of: Instance, theta: Array, _: Frozen, start: int, stop: int) -> Array:

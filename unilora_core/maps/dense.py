@@ -13,6 +13,7 @@ from unilora_core._namespace import Array, array_namespace, device, standard
 from unilora_core.errors import SpecError
 from unilora_core.maps.gather import sixteenth, theta_rate
 from unilora_core.maps.mapping import Frozen, Instance, Map
+from unilora_core.schema import shown
 
 __all__ = ["FASTFOOD", "GAUSSIAN", "hadamard"]
 
@@ -25,7 +26,7 @@ def _check(of: Instance) -> None:
     if of.D > MOST:
         raise SpecError(f"ProjectionSpec: a dense P is for D up to 2^31, got {of.D}; take the grouping 'balanced'.")
     if not 1 <= of.d <= of.D:
-        raise SpecError(f"ProjectionSpec: expected 1 ≤ d ≤ D, got d = {of.d} with D = {of.D}.")
+        raise SpecError(f"ProjectionSpec: expected 1 ≤ d ≤ D, got d = {shown(of.d)} with D = {of.D}.")
 
 
 # ---- Gaussian: P_ij ~ N(0, 1/D), generated in blocks of rows, never stored -------------------------------------------

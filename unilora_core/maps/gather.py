@@ -19,6 +19,7 @@ from unilora_core._namespace import Array, array_namespace, device, is_jax_array
 from unilora_core.errors import SpecError
 from unilora_core.layout import Layout
 from unilora_core.maps.mapping import Frozen, Instance, Map, Options
+from unilora_core.schema import shown
 
 __all__ = ["GATHERS", "IDENTITY", "Class", "scale", "scatter_add", "sixteenth", "theta_rate"]
 
@@ -92,7 +93,7 @@ def _problem(of: Instance) -> grouping.Problem:
 def _check_d(of: Instance) -> None:
     if not 1 <= of.d <= min(of.D, grouping.MAX_d):
         raise SpecError(
-            f"ProjectionSpec: expected 1 ≤ d ≤ min(D, 2^31), got d = {of.d} with D = {of.D}; "
+            f"ProjectionSpec: expected 1 ≤ d ≤ min(D, 2^31), got d = {shown(of.d)} with D = {of.D}; "
             "d is the number of trained values, usually D/16."
         )
 
@@ -241,7 +242,7 @@ GATHERS["unnormalised"] = _unnormalised()
 
 def _check_identity(of: Instance) -> None:
     if of.d != of.D:
-        raise SpecError(f"ProjectionSpec: with the grouping 'identity' d is D = {of.D}, got d = {of.d}.")
+        raise SpecError(f"ProjectionSpec: with the grouping 'identity' d is D = {of.D}, got d = {shown(of.d)}.")
     if of.d > grouping.MAX_d:
         raise SpecError(f"ProjectionSpec: with the grouping 'identity' D is at most 2^31, got {of.D}.")
 
