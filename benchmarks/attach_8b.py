@@ -63,8 +63,8 @@ def with_unilora(model: nn.Module, targets: list[str], rank: int) -> tuple[int, 
     start, cpu = time.perf_counter(), time.process_time()
     adapter = unilora_torch.attach(model, targets, rank=rank)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    tensors = [*adapter.parameters(), *adapter.buffers(), *(table for table in adapter._tables if table is not None)]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    tensors = (*adapter.parameters(), *adapter.buffers(), *adapter.projection.tensors)
+    size = sum(tensor.nbytes for tensor in tensors)
     D, d = adapter.spec.D, adapter.spec.d
     adapter.detach()
     return D, d, seconds, cpu, size

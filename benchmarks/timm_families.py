@@ -260,7 +260,7 @@ def outputs(adapter: Adapter, model: nn.Module, x: Tensor) -> tuple[Tensor, Tens
 
 def dense(adapter: Adapter, base: nn.Module, adapted: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """The same of a plain model whose weights are W + B·A, and whose classifier is the trained one."""
-    replaced = {name: dict(adapted.named_parameters())[name] for name in adapter._saved_parameters()}
+    replaced = {name: dict(adapted.named_parameters())[name] for name in adapter.saved_parameters()}
     factors = adapter.factors()
     for target in adapter.targets:
         name = weight_name(target)

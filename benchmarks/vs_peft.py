@@ -76,7 +76,7 @@ def projection() -> dict:
 
     def unilora():
         adapter.theta_d.grad = None
-        unilora_torch.project(adapter.theta_d, adapter._groups, adapter._scale, adapter._origin).backward(y)
+        adapter.projection(adapter.theta_d, [slice(0, adapter.spec.D)]).backward(y)
 
     def unilora_factors():
         adapter.theta_d.grad = None

@@ -7,15 +7,17 @@ from typing import Literal
 import torch
 from torch import nn
 
-from unilora_core import Layout, MismatchError, ProjectionSpec, TargetError
+from unilora_core import Layout, ProjectionSpec, TargetError
 from unilora_core.lora import lora_layout
 from unilora_core.rates import planned_spec
 from unilora_torch import base
-from unilora_torch.adapter import NAME, Adapter, adapters, check_name
+from unilora_torch.adapter import NAME, Adapter, adapters
 from unilora_torch.checks import check_targets
 from unilora_torch.heads import check_apart, check_heads, submodule
-from unilora_torch.opened import Opened, open_file
+from unilora_torch.opened import open_file
+from unilora_torch.swapping import fill, swap
 from unilora_torch.targets import Target, find_targets
+from unilora_torch.vector import check_name
 
 __all__ = ["attach", "layout_of", "load", "swap"]
 
@@ -96,48 +98,13 @@ def load(
     before = {module: _values(model, module) for module in heads}
     adapter = _install(model, found.spec, found.targets, heads, name)
     try:
-        _fill(adapter, found)
+        fill(adapter, found)
     except BaseException:  # nothing is left half done
         adapter.detach()
         for module, state in before.items():
             model.get_submodule(module).load_state_dict(state)
         raise
     return adapter
-
-
-def swap(adapter: Adapter, path: str | os.PathLike) -> None:
-    """Put the adapter of a file in the place of an attached one.
-
-    θ_d, P and the saved modules are overwritten where they are, so that a compiled model is not compiled again and an
-    optimiser keeps its parameters (but not its state's meaning).
-
-    Raises:
-        AdapterFileError: as `load`.
-        MismatchError: the file has other targets, ranks, modules to save, another d or another start: `detach` this one
-            and `load` that one. In each case nothing has changed.
-        TargetError: the adapter is merged.
-    """
-    if adapter.merged:
-        raise TargetError("swap: the adapter is merged; unmerge it first.")
-    mine = adapter.spec
-    found = open_file(path, adapter._root[0], any_rank=True)  # of the same layout, or refused
-    heads = found.header.modules_to_save
-    kept = {
-        "targets": (found.targets == adapter.targets, len(found.targets), len(adapter.targets)),
-        "layout": (found.spec.layout == mine.layout, found.spec.D, mine.D),
-        "modules_to_save": (heads == adapter.modules_to_save, heads, adapter.modules_to_save),
-        "d": (found.spec.d == mine.d, found.spec.d, mine.d),
-        "start": (found.spec.start == mine.start, found.spec.start, mine.start),
-    }
-    for what, (same, theirs, ours) in kept.items():
-        if not same:
-            raise MismatchError(
-                f"{path}: swap expects the same {what} as the attached adapter's ({ours}), the file has {theirs}; "
-                "detach the adapter and load the file instead."
-            )
-    base.check_base(str(path), found.header.base, adapter.base)
-    adapter.reseed(found.spec)
-    _fill(adapter, found)
 
 
 def layout_of(targets: Iterable[Target], rank: int) -> Layout:
@@ -170,13 +137,6 @@ def _resolve(
 
 def _values(model: nn.Module, module: str) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.get_submodule(module).state_dict().items()}
-
-
-def _fill(adapter: Adapter, found: Opened) -> None:
-    with torch.no_grad():
-        adapter.theta_d.copy_(found.theta_d)
-    for module, state in found.heads.items():
-        adapter._root[0].get_submodule(module).load_state_dict(state)
 
 
 def _install(

@@ -22,40 +22,37 @@ from torch import Tensor, nn
 from unilora_core import AdapterFile, ProjectionSpec, TargetError, ValuesError
 from unilora_core.header import BaseIdentity
 from unilora_torch import base
-from unilora_torch.adapter import adapters, device_of
 from unilora_torch.calls import Handle
+from unilora_torch.chains import factor_names
+from unilora_torch.gather import Gather
 from unilora_torch.live import Entered
-from unilora_torch.opened import open_file
-from unilora_torch.reach import by_caller
-from unilora_torch.rows import Batch, CallerHook, HeadHook, Hook, LayerHook, Part, Rows, Share
-from unilora_torch.tables import Tables
+from unilora_torch.opened import Opened, open_file
+from unilora_torch.rows import Batch, Block, HeadHook, LayerHook, Pairs, Rows
 from unilora_torch.targets import Target, is_conv
+from unilora_torch.vector import attached, device_of
+from unilora_torch.watch import CallerHook, by_caller
 
 __all__ = ["Bank"]
 
 Row = str | None | Mapping[str, float]
+Hook = LayerHook | HeadHook | CallerHook
 
 
 @dataclass(frozen=True, eq=False)
-class _Shelf:
+class Family:
     """What all adapters of one spec and the same targets share."""
 
     number: int
     spec: ProjectionSpec
     targets: tuple[Target, ...]
-    tables: Tables
-
-    def table(self, thetas: list[Tensor]) -> Tensor:
-        """What the groups point into: (u, d) float32, θ_d·s of each adapter, then (θ_d - θ_d⁰)·s for the identity."""
-        theta_d, scale, origin = torch.stack(thetas), self.tables.scale, self.tables.origin
-        return theta_d * scale if origin is None else torch.cat([theta_d * scale, (theta_d - origin) * scale], dim=1)
+    projection: Gather
 
 
 @dataclass(frozen=True, eq=False)
-class _Stored:
+class Entry:
     """One adapter: θ_d (d,) float32, and the state of each module that it saves."""
 
-    shelf: _Shelf
+    family: Family
     theta_d: Tensor
     heads: Mapping[str, Mapping[str, Tensor]]
 
@@ -73,36 +70,42 @@ class Bank:
     Outside ``with bank.rows(…)`` the model is the base. The model's weights, names and `state_dict` stay as they are;
     each adapted layer has one forward hook, whatever the number of adapters. Move the model to its device first. Many
     threads can share a bank, each with rows of its own, also while one adds or removes adapters.
+
+    Attributes:
+        model: the base.
+        entries: name → what is stored.
+        families: spec and targets → what the adapters that have them share.
+        live: what its hooks look at.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._stored: dict[str, _Stored] = {}
-        self._shelves: dict[tuple[ProjectionSpec, tuple[Target, ...]], _Shelf] = {}
+        self.entries: dict[str, Entry] = {}
+        self.families: dict[tuple[ProjectionSpec, tuple[Target, ...]], Family] = {}
+        self.live = Rows()
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
-        self._hooked: tuple[set[_Shelf], set[str]] = (set(), set())
+        self._hooked: tuple[set[Family], set[str]] = (set(), set())
         self._hooks: dict[tuple[type[Hook], str], tuple[Hook, Handle]] = {}
         self._identities: dict[tuple[str, ...], BaseIdentity | None] = {}
-        self._rows = Rows()
 
     def __repr__(self) -> str:
-        return f"Bank(adapters: {len(self._stored):,}, specs: {len(self._shelves):,}, bytes: {self.nbytes:,})"
+        return f"Bank(adapters: {len(self.entries):,}, specs: {len(self.families):,}, bytes: {self.nbytes:,})"
 
     # ---- what is stored -----------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the adapters."""
-        return tuple(self._stored)
+        return tuple(self.entries)
 
     @property
     def nbytes(self) -> int:
         """What the bank holds: 4·d bytes for each adapter, its heads, and 4·D bytes and the scales for each spec."""
-        tables = [table for shelf in self._shelves.values() for table in shelf.tables if table is not None]
-        own = [stored.theta_d for stored in self._stored.values()]
-        heads = [t for stored in self._stored.values() for state in stored.heads.values() for t in state.values()]
-        return sum(tensor.nbytes for tensor in [*tables, *own, *heads])
+        shared = [tensor for family in self.families.values() for tensor in family.projection.tensors]
+        own = [entry.theta_d for entry in self.entries.values()]
+        heads = [t for entry in self.entries.values() for state in entry.heads.values() for t in state.values()]
+        return sum(tensor.nbytes for tensor in [*shared, *own, *heads])
 
     def add(
         self,
@@ -131,14 +134,16 @@ class Bank:
         self._check_bare()
         if not isinstance(name, str) or not name:
             raise ValuesError(f"Bank.add: expected a name, got {name!r}.")
-        if name in self._stored and not replace:
+        if name in self.entries and not replace:
             raise ValuesError(f"Bank.add: {name!r} is taken; give replace=True to put another adapter in its place.")
         where, given = (f"adapter {name!r}", file) if isinstance(file, AdapterFile) else (str(file), None)
-        found = open_file(where, self.model, file=given, any_rank=any_rank, known=self._shelves)
+        found = open_file(where, self.model, file=given, any_rank=any_rank, known=self.families)
         if check_base:
             base.check_base(where, found.header.base, self._identity(found.header.modules_to_save))
-        shelf = self._shelves.get((found.spec, found.targets)) or self._new_shelf(where, found.spec, found.targets)
-        self._stored[name] = _Stored(shelf, found.theta_d.to(shelf.tables.scale.device), self._heads(found.heads))
+        family = self.families.get((found.spec, found.targets))
+        family = family or _family(where, self.model, found, next(self._numbers))
+        theta_d, heads = found.theta_d.to(family.projection.device), _like(self.model, found.heads)
+        self.entries[name] = Entry(family, theta_d, heads)
         self._tidy()
 
     def remove(self, name: str) -> None:
@@ -147,8 +152,8 @@ class Bank:
         Raises:
             ValuesError: no adapter has this name.
         """
-        self._get(name, "remove")
-        del self._stored[name]
+        _named(self.entries, name, "remove")
+        del self.entries[name]
         self._tidy()
 
     def rename(self, name: str, new: str) -> None:
@@ -157,15 +162,15 @@ class Bank:
         Raises:
             ValuesError: no adapter has this name, or the new one is taken.
         """
-        stored = self._get(name, "rename")
-        if new in self._stored or not isinstance(new, str) or not new:
+        entry = _named(self.entries, name, "rename")
+        if new in self.entries or not isinstance(new, str) or not new:
             raise ValuesError(f"Bank.rename: {new!r} is taken or no name; {name!r} keeps its own.")
-        del self._stored[name]
-        self._stored[new] = stored
+        del self.entries[name]
+        self.entries[new] = entry
 
     def close(self) -> None:
         """Forget all adapters: the model has no hook of the bank any more."""
-        self._stored.clear()
+        self.entries.clear()
         self._tidy()
 
     # ---- a batch ------------------------------------------------------------------------------------------------
@@ -188,7 +193,7 @@ class Bank:
             TargetError: the model has an adapter attached; by the forward pass: a layer or a head is never called.
         """
         self._check_bare()
-        scope, entered = self._rows.scope, Entered(self._rows.scope, self._read(names, copies))
+        scope, entered = self.live.scope, Entered(self.live.scope, _read(self.entries, names, copies))
         try:
             try:
                 scope.begin(entered)
@@ -200,63 +205,11 @@ class Bank:
         finally:  # again, where an interrupt kept the first from being done
             scope.end(entered)
 
-    def _read(self, names: Iterable[Row], copies: int) -> Batch:
-        if isinstance(names, str) or not (rows := list(names)):
-            raise ValuesError(f"Bank.rows: expected a list with a name for each row of the batch, got {names!r}.")
-        if not isinstance(copies, int) or copies < 1:
-            raise ValuesError(f"Bank.rows: expected copies ≥ 1, got {copies!r}.")
-        found: dict[str, _Stored] = {}
-        pairs: dict[_Shelf, list[tuple[int, str, float]]] = {}
-        heads: dict[str, dict[str, list[int]]] = {}
-        for i, row in enumerate(rows):
-            for name, weight in _mixture(i, row).items():
-                stored = found[name] = found.get(name) or self._get(name, f"rows: row {i}")
-                if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-                    raise ValuesError(
-                        f"Bank.rows: row {i}: the weight of {name!r} must be a finite number, got {weight!r}."
-                    )
-                if stored.heads and isinstance(row, Mapping):
-                    raise ValuesError(
-                        f"Bank.rows: row {i}: {name!r} saves {', '.join(stored.heads)} in full, which has no weighted "
-                        "sum of updates; name one adapter for the row."
-                    )
-                pairs.setdefault(stored.shelf, []).append((i, name, float(weight)))
-                for module in stored.heads:
-                    heads.setdefault(module, {}).setdefault(name, []).append(i)
-        shares = {shelf.number: _share(shelf, mine, found, len(rows)) for shelf, mine in pairs.items()}
-        states = {
-            module: [(found[name].heads[module], torch.tensor(mine)) for name, mine in by_name.items()]
-            for module, by_name in heads.items()
-        }
-        layers = {target.module for shelf in pairs for target in shelf.targets}
-        return Batch(len(rows), copies, shares, states, frozenset(layers | states.keys()), frozenset(pairs))
-
     # ---- internals ----------------------------------------------------------------------------------------------
 
     def _check_bare(self) -> None:
-        if adapters(self.model):
+        if attached(self.model):
             raise TargetError("Bank: the model has an adapter attached, whose update would be added; detach it first.")
-
-    def _get(self, name: object, what: str) -> _Stored:
-        if name in self._stored:
-            return self._stored[name]
-        near = difflib.get_close_matches(str(name), self._stored, 3, 0.4) or list(self._stored)[:3]
-        raise ValuesError(
-            f"Bank.{what}: no adapter is named {name!r}; the nearest of {len(self._stored)} names are {near}."
-        )
-
-    def _new_shelf(self, where: str, spec: ProjectionSpec, targets: tuple[Target, ...]) -> _Shelf:
-        for target in targets:
-            _check_by_row(where, self.model, target)
-        return _Shelf(next(self._numbers), spec, targets, Tables.of(spec).to(device_of(self.model, targets)))
-
-    def _heads(self, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The saved state of each module, in the dtypes of the model's own."""
-        own = {name: self.model.get_submodule(name).state_dict() for name in states}
-        return {
-            name: {key: state[key].to(like, copy=True) for key, like in own[name].items()}
-            for name, state in states.items()
-        }
 
     def _identity(self, heads: tuple[str, ...]) -> BaseIdentity | None:
         """`base.identity`, taken once for all adapters that save the same heads."""
@@ -265,35 +218,35 @@ class Bank:
         return self._identities[heads]
 
     @property
-    def _handles(self) -> list[Handle]:
+    def handles(self) -> list[Handle]:
+        """Those of its hooks."""
         return [handle for _, handle in self._hooks.values()]
 
     def _hooks_for(self, batch: Batch) -> bool:
-        shelves, heads = self._hooked
-        return batch.shelves <= shelves and batch.heads.keys() <= heads
+        families, heads = self._hooked
+        return batch.families <= families and batch.heads.keys() <= heads
 
     def _tidy(self) -> None:
-        """Hooks for what is stored or still named by rows, and no shelf that nothing lies on.
+        """Hooks for what is stored or still named by rows, and no family without an adapter.
 
         Hooks that stay are not touched, so nobody who is calling the model meanwhile misses one.
         """
         with self._lock:
-            stored, before = list(self._stored.values()), self._hooked
-            shelves, heads = {each.shelf for each in stored}, {module for each in stored for module in each.heads}
-            self._hooked = shelves & before[0], heads & before[1]  # rows that begin from here on see what may go
-            for entered in list(self._rows.scope.open):
+            entries, before = list(self.entries.values()), self._hooked
+            families, heads = {each.family for each in entries}, {module for each in entries for module in each.heads}
+            self._hooked = families & before[0], heads & before[1]  # rows that begin from here on see what may go
+            for entered in list(self.live.scope.open):
                 if (batch := entered.value) is not None:
-                    shelves |= batch.shelves
+                    families |= batch.families
                     heads |= batch.heads.keys()
-            if (shelves, heads) != before:
-                self._shelves = {
-                    (shelf.spec, shelf.targets): shelf for shelf in sorted(shelves, key=lambda each: each.number)
-                }
+            if (families, heads) != before:
+                ordered = sorted(families, key=lambda each: each.number)
+                self.families = {(family.spec, family.targets): family for family in ordered}
                 self._set_hooks(heads)
-            self._hooked = shelves, heads
+            self._hooked = families, heads
 
     def _set_hooks(self, heads: Iterable[str]) -> None:
-        wanted = self._wanted(heads)
+        wanted = _wanted(self.model, self.families.values(), heads)
         for key in self._hooks.keys() - wanted.keys():
             self._hooks[key][1].remove()
             del self._hooks[key]
@@ -301,22 +254,44 @@ class Bank:
             if (kind, module) in self._hooks:
                 self._hooks[kind, module][0].knows = knows
             else:
-                hook: Any = kind(self._rows, module, knows)
+                hook: Any = kind(self.live, module, knows)
                 handle = self.model.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
                 self._hooks[kind, module] = hook, handle
 
-    def _wanted(self, heads: Iterable[str]) -> dict[tuple[type[Hook], str], tuple]:
-        """Kind of hook and module → what the hook knows: the parts of a layer, or what a caller calls."""
-        parts: dict[str, list[Part]] = {}
-        for shelf in self._shelves.values():
-            for target in shelf.targets:
-                parts.setdefault(target.module, []).append(_part(shelf, target))
-        wanted: dict[tuple[type[Hook], str], tuple] = {
-            (LayerHook, module): tuple(mine) for module, mine in parts.items()
-        }
-        wanted |= {(HeadHook, module): () for module in sorted(heads)}
-        inside = by_caller(self.model, [module for _, module in wanted])
-        return wanted | {(CallerHook, caller): modules for caller, modules in inside.items()}
+
+# ---- what is named --------------------------------------------------------------------------------------------------
+
+
+def _named(entries: Mapping[str, Entry], name: Any, what: str) -> Entry:
+    if name in entries:
+        return entries[name]
+    near = difflib.get_close_matches(str(name), entries, 3, 0.4) or list(entries)[:3]
+    raise ValuesError(f"Bank.{what}: no adapter is named {name!r}; the nearest of {len(entries)} names are {near}.")
+
+
+def _read(entries: Mapping[str, Entry], names: Iterable[Row], copies: int) -> Batch:
+    """What the rows of a batch need, by their names; see `Bank.rows`."""
+    if isinstance(names, str) or not (rows := list(names)):
+        raise ValuesError(f"Bank.rows: expected a list with a name for each row of the batch, got {names!r}.")
+    if not isinstance(copies, int) or copies < 1:
+        raise ValuesError(f"Bank.rows: expected copies ≥ 1, got {copies!r}.")
+    found: dict[str, Entry] = {}
+    pairs: dict[Family, list[tuple[int, str, float]]] = {}
+    heads: dict[str, dict[str, list[int]]] = {}
+    for i, row in enumerate(rows):
+        for name, weight in _mixture(i, row).items():
+            entry = found[name] = found.get(name) or _named(entries, name, f"rows: row {i}")
+            _check_weighted(i, row, name, weight, entry)
+            pairs.setdefault(entry.family, []).append((i, name, float(weight)))
+            for module in entry.heads:
+                heads.setdefault(module, {}).setdefault(name, []).append(i)
+    states = {
+        module: [(found[name].heads[module], torch.tensor(mine)) for name, mine in by_name.items()]
+        for module, by_name in heads.items()
+    }
+    layers = {target.module for family in pairs for target in family.targets}
+    by_family = {family.number: _pairs(family, mine, found, len(rows)) for family, mine in pairs.items()}
+    return Batch(len(rows), copies, by_family, states, frozenset(layers | states.keys()), frozenset(pairs))
 
 
 def _mixture(i: int, row: Row) -> Mapping[str, float]:
@@ -328,25 +303,68 @@ def _mixture(i: int, row: Row) -> Mapping[str, float]:
     return {row: 1.0} if isinstance(row, str) else row
 
 
-def _share(shelf: _Shelf, pairs: list[tuple[int, str, float]], found: Mapping[str, _Stored], size: int) -> Share:
+def _check_weighted(i: int, row: Row, name: str, weight: Any, entry: Entry) -> None:
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        raise ValuesError(f"Bank.rows: row {i}: the weight of {name!r} must be a finite number, got {weight!r}.")
+    if entry.heads and isinstance(row, Mapping):
+        raise ValuesError(
+            f"Bank.rows: row {i}: {name!r} saves {', '.join(entry.heads)} in full, which has no weighted "
+            "sum of updates; name one adapter for the row."
+        )
+
+
+def _pairs(family: Family, pairs: list[tuple[int, str, float]], found: Mapping[str, Entry], size: int) -> Pairs:
     rows, names, weights = zip(*pairs, strict=True)
-    different, device = list(dict.fromkeys(names)), shelf.tables.scale.device
+    different, device = list(dict.fromkeys(names)), family.projection.device
     number = {name: k for k, name in enumerate(different)}
     which = torch.tensor([number[name] for name in names], device=device)
-    return Share(
-        table=shelf.table([found[name].theta_d for name in different]),
+    return Pairs(
+        table=family.projection.table(torch.stack([found[name].theta_d for name in different])),
         which=None if len(different) in (1, len(names)) else which,
         rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
         weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),
     )
 
 
-def _part(shelf: _Shelf, target: Target) -> Part:
-    """A target in its layer; its groups are a view of the shelf's, unless a file holds another order."""
-    layout, groups = shelf.spec.layout, shelf.tables.groups
-    A, B = (layout.slices[f"{target.name}.{factor}"] for factor in "AB")
-    own = groups[A.start : B.stop] if A.stop == B.start else torch.cat([groups[A], groups[B]])
-    return Part(shelf.number, target, layout.shapes[f"{target.name}.A"][0], own)
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def _wanted(
+    model: nn.Module, families: Iterable[Family], heads: Iterable[str]
+) -> dict[tuple[type[Hook], str], tuple[Any, ...]]:
+    """Kind of hook and module → what the hook knows: the blocks of a layer, or what a caller calls."""
+    blocks: dict[str, list[Block]] = {}
+    for family in families:
+        for target in family.targets:
+            blocks.setdefault(target.module, []).append(_block(family, target))
+    wanted: dict[tuple[type[Hook], str], tuple[Any, ...]] = {
+        (LayerHook, module): tuple(mine) for module, mine in blocks.items()
+    }
+    wanted |= {(HeadHook, module): () for module in sorted(heads)}
+    inside = by_caller(model, [module for _, module in wanted])
+    return wanted | {(CallerHook, caller): modules for caller, modules in inside.items()}
+
+
+def _block(family: Family, target: Target) -> Block:
+    """A target in its layer; its groups are a view of the family's, unless a file holds another order."""
+    layout, names = family.spec.layout, factor_names(target)
+    groups = family.projection.groups_at(layout.slices[name] for name in names)
+    return Block(family.number, target, tuple(layout.shapes[name] for name in names), groups)
+
+
+def _family(where: str, model: nn.Module, found: Opened, number: int) -> Family:
+    for target in found.targets:
+        _check_by_row(where, model, target)
+    projection = Gather.of(found.spec).to(device_of(model, found.targets))
+    return Family(number, found.spec, found.targets, projection)
+
+
+def _like(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The saved state of each module, in the dtypes of the model's own."""
+    own = {name: model.get_submodule(name).state_dict() for name in states}
+    return {
+        name: {key: state[key].to(like, copy=True) for key, like in own[name].items()} for name, state in states.items()
+    }
 
 
 def _check_by_row(where: str, model: nn.Module, target: Target) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -40,35 +40,39 @@ def check_targets(model: nn.Module, targets: Iterable[Target], *, loaded: bool =
     for target in targets:
         if target.module not in modules:
             raise TargetError(f"{target.module}: no such module; the nearest are {nearest(model, target.module)}.")
-        module, place = modules[target.module], weight_name(target)
-        if target.parameter is None:
-            _check_layer(module, target)
-        else:
-            check_parameter(module, target)
-        weight = weight_of(module, target)
-        taken.setdefault(place, []).append(target)
-        if not loaded:
-            continue
-        if weight is not None and len(owners.get(id(weight), ())) > 1:
-            others = ", ".join(name for name in owners[id(weight)] if name != place)
-            raise TargetError(
-                f"{target.module}: its weight is tied, it is also {others}; an update of one would change the other. "
-                "Exclude it, or untie the weights first (for a transformers model: load it with "
-                "tie_word_embeddings=False, and save that copy as the base)."
-            )
-        offloaded = hasattr(module, "_hf_hook")  # accelerate fetches its weights for each pass
-        if not offloaded and any(
-            tensor.is_meta for tensor in ([weight] if weight is not None else module.parameters())
-        ):
-            raise TargetError(
-                f"{target.module}: its weight is on the meta device and has no values; "
-                "load the model's weights before attaching."
-            )
+        module = modules[target.module]
+        (_check_layer if target.parameter is None else check_parameter)(module, target)
+        taken.setdefault(weight_name(target), []).append(target)
+        if loaded:
+            _check_own_values(module, target, owners)
     for blocks in taken.values():
-        for one, other in itertools.pairwise(sorted(blocks, key=lambda target: target.first_row)):
-            if other.first_row < one.first_row + one.out_features:
-                names = " and ".join(block.name for block in reversed(blocks) if block in (one, other))
-                raise TargetError(f"{names} adapt the same outputs of {one.module}.")
+        _check_apart(blocks)
+
+
+def _check_own_values(module: nn.Module, target: Target, owners: Mapping[int, list[str]]) -> None:
+    """Refuse a weight that is tied, or has no values. ``owners``: id of a parameter → its names in the model."""
+    weight = weight_of(module, target)
+    if weight is not None and len(names := owners.get(id(weight), ())) > 1:
+        others = ", ".join(name for name in names if name != weight_name(target))
+        raise TargetError(
+            f"{target.module}: its weight is tied, it is also {others}; an update of one would change the other. "
+            "Exclude it, or untie the weights first (for a transformers model: load it with "
+            "tie_word_embeddings=False, and save that copy as the base)."
+        )
+    offloaded = hasattr(module, "_hf_hook")  # accelerate fetches its weights for each pass
+    if not offloaded and any(tensor.is_meta for tensor in ([weight] if weight is not None else module.parameters())):
+        raise TargetError(
+            f"{target.module}: its weight is on the meta device and has no values; "
+            "load the model's weights before attaching."
+        )
+
+
+def _check_apart(blocks: Sequence[Target]) -> None:
+    """Refuse blocks of one weight that overlap."""
+    for one, other in itertools.pairwise(sorted(blocks, key=lambda target: target.first_row)):
+        if other.first_row < one.first_row + one.out_features:
+            names = " and ".join(block.name for block in reversed(blocks) if block in (one, other))
+            raise TargetError(f"{names} adapt the same outputs of {one.module}.")
 
 
 def check_parameter(module: nn.Module, target: Target) -> None:

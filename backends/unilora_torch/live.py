@@ -9,13 +9,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_torch.calls import runs_elsewhere
+from unilora_torch.chains import chain_of
 from unilora_torch.targets import Target
 
 __all__ = ["Entered", "Live", "PerThread", "Scope", "alone"]
@@ -133,6 +134,8 @@ class Live:
         change: what is being done to the weights or hooks, by one thread alone; None: nothing.
     """
 
+    remedy: ClassVar[str] = "Exclude it, or choose other targets."
+
     def __init__(self, adapter: Callable[..., Mapping[str, Tensor]], modules: Iterable[str]):
         self.adapter, self.unreached = adapter, set(modules)
         self.on, self.merged, self.strength = True, False, 1.0
@@ -158,8 +161,20 @@ class Live:
             raise TargetError(_busy("the model was called", self.change))
         return not self.merged and self.enabled
 
-    def factors_of(self, target: Target) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), times `strength`, of one target.
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def reach(self, module: str) -> None:
+        """Note that a module has run."""
+        self.unreached.discard(module)
+
+    def missed(self, modules: tuple[str, ...]) -> list[str]:
+        """Those of the modules that have not run; each is told of once."""
+        missed = [module for module in modules if module in self.unreached]
+        self.unreached.difference_update(missed)
+        return missed
+
+    def chain_of(self, target: Target) -> tuple[Tensor, ...]:
+        """The factors of one target in the order in which x meets them, A (r, in) and B (out, r); the last one times
+        `strength`.
 
         Inside the model's forward pass they are views of one θ_D, projected once for all targets. Elsewhere (a
         submodule called alone, or recomputed by gradient checkpointing) they are projected alone. Autograd saves the
@@ -168,8 +183,8 @@ class Live:
         factors = self.here.factors
         if factors is None:
             factors = self.adapter(target)
-        A, B = factors[f"{target.name}.A"], factors[f"{target.name}.B"]
-        return A, B if self.strength == 1 else B * self.strength
+        chain = chain_of(factors, target)
+        return chain if self.strength == 1 else (*chain[:-1], chain[-1] * self.strength)
 
     def open(self, _module: nn.Module, _args: Any) -> None:
         """The pre-hook of the model."""

@@ -1,6 +1,6 @@
-"""How B·A reaches what a model computes: beside a linear layer, a convolution, an embedding, or inside a parameter."""
+"""How an update reaches what a model computes: beside a linear layer, a convolution or an embedding, or in a weight."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_torch.calls import Handle, surround
+from unilora_torch.chains import joined, product
 from unilora_torch.live import Live
 from unilora_torch.replaced import IN_PLACE, Copies, forward_with, is_bound
 from unilora_torch.targets import Target, is_conv, shaped
@@ -39,41 +40,31 @@ class _Path:
     def __init__(self, live: Live, targets: tuple[Target, ...]):
         self.live, self.targets = live, targets
 
-    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def _reached(self) -> None:
-        self.live.unreached.discard(self.targets[0].module)
-
 
 class _Beside(_Path):
-    """The forward hook of a layer: adds to its outputs what B·A makes of its inputs."""
+    """The forward hook of a layer: adds to its outputs what the chain makes of its inputs."""
 
     def __init__(self, live: Live, targets: tuple[Target, ...]):
         super().__init__(live, tuple(sorted(targets, key=lambda target: target.first_row)))
+        self.rows = tuple(target.first_row for target in self.targets)
 
-    def factors(self, module: nn.Module, height: int) -> tuple[Tensor, Tensor]:
-        """A (Σr, in) and B (height, Σr) of all targets.
-
-        The blocks of a fused layer are joined: their A stand one below the other, their B on a diagonal, and B·A is
-        zero outside of them.
-        """
-        self._reached()
-        factors = [self.live.factors_of(target) for target in self.targets]
+    def chain(self, module: nn.Module, height: int) -> tuple[Tensor, ...]:
+        """The chain of all targets, (height, in) as a product; see `chains.joined`."""
+        last = self.targets[-1]
+        self.live.reach(last.module)
+        chains = [self.live.chain_of(target) for target in self.targets]
         if self.targets[0].out_features == height:
-            return factors[0]
-        diagonal, row = [], 0
-        for target, (_, B) in zip(self.targets, factors, strict=True):
-            diagonal += [B.new_zeros(target.first_row - row, 0), B]
-            row = target.first_row + target.out_features
-        if row > height:
+            return chains[0]
+        if (needed := last.first_row + last.out_features) > height:
             raise TargetError(
-                f"{target.module}: expected {row} outputs or more, this {type(module).__name__} gave {height}; exclude "
-                "it."
+                f"{last.module}: expected {needed} outputs or more, this {type(module).__name__} gave {height}; "
+                "exclude it."
             )
-        return torch.cat([A for A, _ in factors]), torch.block_diag(*diagonal, B.new_zeros(height - row, 0))
+        return joined(chains, self.rows, height)
 
 
 class LowRankPath(_Beside):
-    """The forward hook of a linear layer: adds B·A·x.
+    """The forward hook of a linear layer: adds the chain's product with x, factor by factor.
 
     Only the input and the output of the layer are used, so its weight may be quantised, or kept under any name.
     """
@@ -82,31 +73,35 @@ class LowRankPath(_Beside):
         """The new output, or None where the adapter is off."""
         if not self.live.acts():
             return None
-        A, B = self.factors(module, output.size(-1))
         x = args[0] if args else next(iter(kwargs.values()))
-        return output + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(output.dtype)
+        hidden = x
+        for factor in self.chain(module, output.size(-1)):
+            hidden = F.linear(hidden, factor.to(x.dtype))
+        return output + hidden.to(output.dtype)
 
 
 class EmbeddingPath(_Beside):
-    """The forward hook of an embedding: adds B·A[:, ids].
+    """The forward hook of an embedding: adds what the chain makes of the columns F_1[:, ids].
 
-    A[:, ids] is what the embedding itself gives with Aᵀ as its weight, and so has the scale that some embeddings apply.
+    They are what the embedding itself gives with F_1ᵀ as its weight, and so have the scale that some embeddings apply.
     """
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The new output, or None where the adapter is off."""
         if not self.live.acts():
             return None
-        A, B = self.factors(module, output.size(-1))
-        rows = forward_with(module, {"weight": A.T.to(output.dtype)}, *args, **kwargs)
-        return output + F.linear(rows, B.to(rows.dtype)).to(output.dtype)
+        first, *rest = self.chain(module, output.size(-1))
+        hidden = forward_with(module, {"weight": first.T.to(output.dtype)}, *args, **kwargs)
+        for factor in rest:
+            hidden = F.linear(hidden, factor.to(hidden.dtype))
+        return output + hidden.to(output.dtype)
 
 
 class ConvPath(_Beside):
-    """The forward hook of a convolution: adds the 1×1 convolution with B of the convolution with A.
+    """The forward hook of a convolution: adds the convolution with F_1, then 1×1 convolutions with the other factors.
 
-    A's rows are kernels of the shape of the layer's own, which the layer's class applies: stride, padding and dilation
-    are its business.
+    The rows of F_1 are kernels of the shape of the layer's own, which the layer's class applies: stride, padding and
+    dilation are its business.
     """
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -114,15 +109,17 @@ class ConvPath(_Beside):
         if not self.live.acts():
             return None
         kernel = module.kernel_size
-        A, B = self.factors(module, output.size(-1 - len(kernel)))
+        first, *rest = self.chain(module, output.size(-1 - len(kernel)))
         x = args[0] if args else next(iter(kwargs.values()))
-        hidden = forward_with(module, {"weight": A.to(x.dtype).unflatten(1, (-1, *kernel)), "bias": None}, x)
+        hidden = forward_with(module, {"weight": first.to(x.dtype).unflatten(1, (-1, *kernel)), "bias": None}, x)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
-        return output + convolve(hidden, B.to(hidden.dtype).view(*B.shape, *(1 for _ in kernel))).to(output.dtype)
+        for factor in rest:
+            hidden = convolve(hidden, factor.to(hidden.dtype).view(*factor.shape, *(1 for _ in kernel)))
+        return output + hidden.to(output.dtype)
 
 
 class WeightPath(_Path):
-    """The hooks of a module that uses a weight by itself: it reads W + B·A from its beginning to its end.
+    """The hooks of a module that uses a weight by itself: it reads W + F_k·…·F_1 from its beginning to its end.
 
     The sum stands in the ``__dict__`` of a copy of the module, which is called in its place (see `Copies`): W stays
     registered, under its name, and is what everybody else reads meanwhile.
@@ -152,12 +149,11 @@ class WeightPath(_Path):
         """Before the forward pass of the module, or of its copy."""
         if not self.live.acts():
             return
-        self._reached()
+        self.live.reach(self.targets[0].module)
         for target in self.targets:
             path, name = _place(target)
             owner = module.get_submodule(path)
-            A, B = self.live.factors_of(target)
-            owner.__dict__[name] = _sum(getattr(owner, name), A, B, target)
+            owner.__dict__[name] = _sum(getattr(owner, name), self.live.chain_of(target), target)
 
     def close(self, module: nn.Module, _args: Any = None, _output: Any = None) -> None:
         """After it: a graph works on the module itself."""
@@ -166,10 +162,10 @@ class WeightPath(_Path):
             module.get_submodule(path).__dict__.pop(name, None)
 
 
-def _sum(weight: Tensor, A: Tensor, B: Tensor, target: Target) -> Tensor:
-    """W + B·A in float32, rounded once to W's dtype, as a merge does."""
+def _sum(weight: Tensor, chain: Sequence[Tensor], target: Target) -> Tensor:
+    """W + F_k·…·F_1 in float32, rounded once to W's dtype, as a merge does."""
     with torch.autocast(weight.device.type, enabled=False):
-        update = B @ A
+        update = product(chain)
         height = weight.shape[-1 if target.transposed else 1 if target.experts else 0]
         before, after = target.first_row, height - target.first_row - target.out_features
         if before or after:

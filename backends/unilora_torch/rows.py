@@ -1,43 +1,45 @@
 """Rows: how each row of a batch gets the update of its own adapters. The hooks of `unilora_torch.bank`."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from unilora_core import TargetError, ValuesError
+from unilora_core import ValuesError
 from unilora_torch.live import PerThread, Scope
 from unilora_torch.replaced import call_with
 from unilora_torch.targets import Target
 
-__all__ = ["Batch", "CallerHook", "HeadHook", "Hook", "LayerHook", "Part", "Rows", "Share"]
+__all__ = ["Batch", "Block", "HeadHook", "Hook", "LayerHook", "Pairs", "Rows"]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """One target in its layer: where its factors lie in the table of its shelf.
+class Block:
+    """One target in its layer.
 
     Attributes:
-        shelf: the number of the shelf.
-        groups: int32, those of A, then those of B.
+        family: the number of the family of adapters that have it.
+        shapes: of its factors, in the order of its chain.
+        groups: int32, where they lie in a table of the family, one after the other.
     """
 
-    shelf: int
+    family: int
     target: Target
-    rank: int
+    shapes: tuple[tuple[int, ...], ...]
     groups: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
-    """What one shelf does in a batch: m pairs of a row and an adapter, over u different adapters.
+class Pairs:
+    """What one family does in a batch: m pairs of a row and an adapter, u adapters among them.
 
     Attributes:
-        table: (u, d) or (u, 2d) float32, see `bank.Shelf.table`.
+        table: (u, d) or (u, 2d) float32, see `gather.Gather.table`.
         which: (m,) the adapter of each pair; None: the m-th, or the only one.
         rows: (m,) the row of each pair; None: all rows in order.
         weights: (m, 1, 1) float32; None: all are 1.
@@ -48,17 +50,16 @@ class Share:
     rows: Tensor | None
     weights: Tensor | None
 
-    def factors(self, part: Part, like: Tensor) -> tuple[Tensor, Tensor]:
+    def chain(self, block: Block, like: Tensor) -> list[Tensor]:
         """A (m, r, in) and B (m, out, r), projected in float32, in the dtype and on the device of ``like``.
 
         Where one adapter serves all rows, m is 1 here.
         """
-        both = self.table.index_select(1, part.groups.long())
+        numbers = self.table.index_select(1, block.groups.long())
         if self.which is not None:
-            both = both.index_select(0, self.which)
-        r, width, height = part.rank, part.target.in_features, part.target.out_features
-        A, B = both.to(like).split([r * width, height * r], dim=1)
-        return A.view(-1, r, width), B.view(-1, height, r)
+            numbers = numbers.index_select(0, self.which)
+        parts = numbers.to(like).split([math.prod(shape) for shape in block.shapes], dim=1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, block.shapes, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,18 +69,18 @@ class Batch:
     Attributes:
         size: the number of rows that were named.
         copies: how often `generate` repeats each.
-        shares: number of a shelf → what it does.
+        pairs: number of a family → what it does.
         heads: module → the state and the rows of each adapter that saves this module.
         modules: every layer and head that must run.
-        shelves: of the bank, as long as these rows need them.
+        families: of the bank, as long as these rows need them.
     """
 
     size: int
     copies: int
-    shares: Mapping[int, Share]
+    pairs: Mapping[int, Pairs]
     heads: Mapping[str, list[tuple[Mapping[str, Tensor], Tensor]]]
     modules: frozenset[str]
-    shelves: frozenset[Any]
+    families: frozenset[Any]
 
     def check(self, x: Tensor, features: int, module: str) -> None:
         """Refuse inputs of which the rows are not those that were named. ``features``: trailing axes of one vector.
@@ -114,6 +115,7 @@ class Rows:
         reached: the layers and heads that have run since the bank was made.
     """
 
+    remedy: ClassVar[str] = "It cannot be adapted by row."
     scope: Scope = field(default_factory=Scope)
     reached: set[str] = field(default_factory=set)
     here: _Here = field(default_factory=_Here)
@@ -122,6 +124,21 @@ class Rows:
     def batch(self) -> Batch | None:
         """The rows of the batch at hand; None: the model is the base."""
         return None if self.here.inside else self.scope.get()
+
+    def acts(self) -> bool:
+        """Whether rows are named here and now."""
+        return self.batch is not None
+
+    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
+    def reach(self, module: str) -> None:
+        """Note that a module has run."""
+        self.reached.add(module)
+
+    def missed(self, modules: tuple[str, ...]) -> list[str]:
+        """Those of the modules that the rows of this batch need, and that have not run."""
+        batch = self.batch
+        needed = frozenset() if batch is None else batch.modules - self.reached
+        return [module for module in modules if module in needed]
 
     def outside(self, run: Callable[[], Any]) -> Any:
         """The result of a call that no hook of the bank acts on."""
@@ -141,37 +158,34 @@ class Hook:
     def __init__(self, rows: Rows, module: str, knows: tuple):
         self.rows, self.module, self.knows = rows, module, knows
 
-    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def reach(self) -> None:
-        """Note that the module has run."""
-        self.rows.reached.add(self.module)
-
 
 class LayerHook(Hook):
-    """The forward hook of one layer: adds to each row the update of its adapters. It knows the layer's `Part`s."""
+    """The forward hook of one layer: adds to each row the update of its adapters. It knows the layer's `Block`s."""
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """The new output, or None where no row has an adapter here."""
         batch = self.rows.batch
         if batch is None:
             return None
-        self.reach()
-        mine = [(part, batch.shares[part.shelf]) for part in self.knows if part.shelf in batch.shares]
+        self.rows.reach(self.module)
+        mine = [(block, batch.pairs[block.family]) for block in self.knows if block.family in batch.pairs]
         if not mine:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         batch.check(x, 1, self.module)
         x = x.reshape(batch.size, -1, x.shape[-1])  # the copies of a row lie side by side: they become its positions
         total = output.reshape(batch.size, -1, output.shape[-1]).clone()
-        for part, share in mine:
-            A, B = share.factors(part, x)
-            rows = None if share.rows is None else share.rows.to(x.device)
-            hidden = _by_adapter(x if rows is None else x.index_select(0, rows), A)
-            if share.weights is not None:
-                hidden = hidden * share.weights.to(x.device)
-            update = _by_adapter(hidden.to(x.dtype), B).to(total.dtype)
-            block = total.narrow(-1, part.target.first_row, part.target.out_features)
-            block.add_(update) if rows is None else block.index_add_(0, rows, update)
+        for block, pairs in mine:
+            *first, last = pairs.chain(block, x)
+            rows = None if pairs.rows is None else pairs.rows.to(x.device)
+            hidden = x if rows is None else x.index_select(0, rows)
+            for factor in first:
+                hidden = _by_adapter(hidden, factor)
+            if pairs.weights is not None:
+                hidden = hidden * pairs.weights.to(x.device)
+            update = _by_adapter(hidden.to(x.dtype), last).to(total.dtype)
+            outputs = total.narrow(-1, block.target.first_row, block.target.out_features)
+            outputs.add_(update) if rows is None else outputs.index_add_(0, rows, update)
         return total.view(output.shape)
 
 
@@ -188,7 +202,7 @@ class HeadHook(Hook):
         batch = self.rows.batch
         if batch is None:
             return None
-        self.reach()
+        self.rows.reach(self.module)
         for state, rows in batch.heads.get(self.module, ()):
 
             def own(x: Any, rows: Tensor = rows) -> Any:
@@ -202,26 +216,6 @@ class HeadHook(Hook):
             rows = _repeated(rows, output.shape[0] // batch.size).to(output.device)
             output = output.index_copy(0, rows, result)
         return output
-
-
-class CallerHook(Hook):
-    """The forward hook of a module that calls adapted layers or heads: it ran, so they must have run. It knows them."""
-
-    def __call__(self, _module: nn.Module, _args: tuple, _kwargs: dict, _output: Any) -> None:
-        """Check those that the rows of this batch need."""
-        if self.rows.batch is not None:
-            self._check()
-
-    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def _check(self) -> None:
-        batch = self.rows.batch
-        needed = frozenset() if batch is None else batch.modules - self.rows.reached
-        missed = [name for name in self.knows if name in needed]
-        if missed:
-            raise TargetError(
-                f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such), so the adapter "
-                "would do nothing there; some models use a layer's weight directly. It cannot be adapted by row."
-            )
 
 
 def _repeated(rows: Tensor, copies: int) -> Tensor:

@@ -118,9 +118,9 @@ def from_pretrained(
 def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     """What a transformers model and its trainers need once an adapter is on it."""
     gradients = InputGradients(model)
-    adapter._handles += [gradients, model.register_forward_pre_hook(gradients)]
-    adapter._handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter)]
-    adapter._handles += watch_output_embeddings(model, adapter)
+    adapter.handles += [gradients, model.register_forward_pre_hook(gradients)]
+    adapter.handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter)]
+    adapter.handles += watch_output_embeddings(model, adapter)
     return adapter
 
 

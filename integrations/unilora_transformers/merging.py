@@ -36,6 +36,7 @@ from unilora_torch import Adapter
 from unilora_torch.base import check_base as check_identity
 from unilora_torch.base import identity
 from unilora_torch.checks import check_merged
+from unilora_torch.merging import add_update
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.targets import block_of, weight_name
 from unilora_transformers.saving import model_class, refuse_kernels
@@ -297,8 +298,7 @@ class _Merged:
         if name in self.names.plain:
             merged = weight.clone()
             for target in (target for target in self.adapter.targets if weight_name(target) == name):
-                block = block_of(merged, target)
-                block.copy_(block.float() + self.adapter.delta_weight(target))
+                add_update(merged, target, self.adapter.delta_weight(target))
         else:
             if key not in self.pieces:
                 self.pieces.update(self._split_up(name))

@@ -21,7 +21,7 @@ import regex
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import unilora_torch
@@ -138,7 +138,7 @@ def save_peft(adapter: Adapter, folder: str | os.PathLike) -> None:
         SpecError: PEFT would build another P; nothing is written.
         ValuesError: θ_d holds NaN or infinity; nothing is written.
     """
-    model, config = adapter._root[0], _config(adapter)
+    model, config = adapter.model, _config(adapter)
     _check_peft_builds(model, adapter, config)
     if not torch.isfinite(adapter.theta_d).all():
         raise ValuesError("save_peft: theta_d holds NaN or infinity; training diverged. Nothing was written.")
@@ -215,7 +215,7 @@ def _check_indices(folder: Path, spec: ProjectionSpec, saved: Mapping[str, np.nd
 # ---- PEFT's rules ---------------------------------------------------------------------------------------------------
 
 
-def _targets(folder: str | os.PathLike, model: PreTrainedModel, config: _Config) -> tuple[Target, ...]:
+def _targets(folder: str | os.PathLike, model: nn.Module, config: _Config) -> tuple[Target, ...]:
     """The layers that PEFT adapts, in the order in which it deals P to them: its `check_target_module_exists`."""
     chosen = config.target_modules
     names = [name for name, _ in model.named_modules()]
@@ -267,7 +267,7 @@ def _expressions(folder: str | os.PathLike) -> Iterator[Matches]:
         ) from error
 
 
-def _heads(model: PreTrainedModel, config: _Config) -> tuple[str, ...]:
+def _heads(model: nn.Module, config: _Config) -> tuple[str, ...]:
     """PEFT wraps every module whose name ends so; names that the model lacks (it adds some itself) are no fault."""
     ends = config.modules_to_save or ()
     return tuple(name for name, _ in model.named_modules() if name and name.endswith(ends)) if ends else ()
@@ -279,7 +279,7 @@ def _heads(model: PreTrainedModel, config: _Config) -> tuple[str, ...]:
 def _config(adapter: Adapter) -> dict[str, Any]:
     spec = adapter.spec
     return {
-        "base_model_name_or_path": getattr(adapter._root[0], "name_or_path", None),
+        "base_model_name_or_path": getattr(adapter.model, "name_or_path", None),
         "bias": "none",
         "fan_in_fan_out": any(target.transposed for target in adapter.targets),
         "inference_mode": True,
@@ -299,7 +299,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _check_peft_builds(model: PreTrainedModel, adapter: Adapter, config: Mapping[str, Any]) -> None:
+def _check_peft_builds(model: nn.Module, adapter: Adapter, config: Mapping[str, Any]) -> None:
     """Refuse an adapter whose P is not the one that PEFT would build from ``config``."""
     spec, remedy = adapter.spec, "export_lora writes the adapter as a plain LoRA instead."
     for field, needed in (("grouping", GROUPING), ("start", "paper")):

@@ -260,7 +260,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors under their names in the model's `state_dict`."""
     found: dict[str, Tensor] = {}
     for name, adapter in adapters(model).items():
-        found |= {f"{name}.theta_d": adapter.theta_d} | (adapter.heads() if adapter._kept_heads is None else {})
+        found |= {f"{name}.theta_d": adapter.theta_d} | (adapter.heads() if adapter.kept_heads is None else {})
     return found
 
 

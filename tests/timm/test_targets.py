@@ -143,7 +143,7 @@ def test_classifier(tiny, name, expected):
 def test_a_feature_extractor_has_no_module_to_save(tiny):
     adapter = unilora_timm.attach(tiny(num_classes=0))
     assert adapter.modules_to_save == ()
-    assert [name for name, p in adapter._root[0].named_parameters() if p.requires_grad] == ["unilora.theta_d"]
+    assert [name for name, p in adapter.model.named_parameters() if p.requires_grad] == ["unilora.theta_d"]
 
 
 def test_a_dead_layer_is_refused_and_what_is_zero_is_named(tiny):

@@ -70,7 +70,7 @@ def saved(tmp_path):
         other, adapter = adapted(model=copy.deepcopy(model), **{"bound": 0.3} | options)
         noise = torch.Generator().manual_seed(sum(map(ord, name)))
         with torch.no_grad():
-            for parameter in (adapter.theta_d, *adapter._saved_parameters().values()):
+            for parameter in (adapter.theta_d, *adapter.saved_parameters().values()):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
         path = tmp_path / f"{name}.safetensors"
         adapter.save(path)
@@ -243,7 +243,7 @@ def test_a_thousand_adapters_cost_a_thousand_thetas():
     table = 4 * spec.D + 2 * 4 * spec.d  # groups; scale and origin
     assert bank.nbytes == 1000 * 4 * 32 + table
     assert repr(bank) == f"Bank(adapters: 1,000, specs: 1, bytes: {bank.nbytes:,})"
-    assert len(bank._handles) == 2  # one layer, and what calls it
+    assert len(bank.handles) == 2  # one layer, and what calls it
     other = AdapterFile(type(spec)(spec.layout, 16, seed=1), np.ones(16, np.float32))
     bank.add("other", other)
     assert bank.nbytes == 1000 * 4 * 32 + table + 4 * 16 + 4 * spec.D + 4 * 16
@@ -290,7 +290,7 @@ def test_remove_rename_replace(saved):
     paths = {name: saved(name, base) for name in "abc"} | {"d": saved("d", base, rank=2)}
     bank, x = bank_of(base, {name: paths[name] for name in "ab"}), inputs(2, 3)
     models = singles(base, paths)
-    handles = list(bank._handles)
+    handles = list(bank.handles)
     bank.rename("a", "z")
     assert bank.names == ("b", "z")
     assert_close(run(bank, ["z", "b"], x), one_by_one(models, "ab", x))
@@ -298,12 +298,12 @@ def test_remove_rename_replace(saved):
     assert_close(run(bank, ["z", "b"], x), one_by_one(models, "cb", x))
     bank.remove("b")
     bank.add("b", paths["a"])
-    assert bank._handles == handles  # nothing that a compiled model would notice
+    assert bank.handles == handles  # nothing that a compiled model would notice
     assert_close(run(bank, ["z", "b"], x), one_by_one(models, "ca", x))
     bank.add("z", paths["d"], replace=True)  # another spec
     assert_close(run(bank, ["z", "b"], x), one_by_one(models, "da", x))
     bank.remove("z")
-    assert len(bank._shelves) == 1
+    assert len(bank.families) == 1
 
 
 def test_what_changes_inside_rows_counts_for_the_next_batch(saved):
@@ -343,11 +343,11 @@ def test_the_model_stays_the_base(saved):
 
 
 def refused(bank, error, match, call):
-    names, handles, held = bank.names, list(bank._handles), bank.nbytes
+    names, handles, held = bank.names, list(bank.handles), bank.nbytes
     before = snapshot(bank.model)
     with pytest.raises(error, match=match):
         call()
-    assert (bank.names, bank._handles, bank.nbytes) == (names, handles, held)
+    assert (bank.names, bank.handles, bank.nbytes) == (names, handles, held)
     assert_unchanged(bank.model, before)
 
 
@@ -374,7 +374,7 @@ def bank(saved):
 )
 def test_rows_that_mean_nothing(bank, names, match):
     refused(bank, ValuesError, match, lambda: bank.rows(names).__enter__())
-    assert bank._rows.batch is None
+    assert bank.live.batch is None
 
 
 def test_copies_that_mean_nothing(bank):
@@ -412,8 +412,8 @@ def test_an_adapter_is_attached(bank):
 
 
 def read_adapter_of(bank):
-    stored = next(iter(bank._stored.values()))
-    return AdapterFile(stored.shelf.spec, stored.theta_d.numpy())
+    stored = next(iter(bank.entries.values()))
+    return AdapterFile(stored.family.spec, stored.theta_d.numpy())
 
 
 def test_names(bank):

@@ -5,7 +5,7 @@ import torch
 
 import unilora_torch
 from unilora_core.testing import Backend, cases
-from unilora_torch.tables import Tables
+from unilora_torch.gather import Gather
 
 pytestmark = [  # raised inside torch while it traces; none is seen where warnings are not errors
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
@@ -15,7 +15,7 @@ pytestmark = [  # raised inside torch while it traces; none is seen where warnin
 
 def backend(device):
     def project(spec):
-        groups, scale = Tables.of(spec).groups.to(device), spec.scale(xp=torch, device=device)
+        groups, scale = Gather.of(spec).groups.to(device), spec.scale(xp=torch, device=device)
         origin = spec.init(xp=torch, device=device) if spec.start == "identity" else None
         return lambda theta_d: unilora_torch.project(theta_d, groups, scale, origin)
 

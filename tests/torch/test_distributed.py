@@ -42,7 +42,7 @@ def test_a_pickled_model_goes_to_another_process(tmp_path):
     code = (
         "import pickle, sys, torch; sys.path.insert(0, sys.argv[2]); torch.set_num_threads(1);"
         "model, x = pickle.load(open(sys.argv[1], 'rb'));"
-        "print(model(x).tolist(), model.unilora._root[0] is model, sep='|')"
+        "print(model(x).tolist(), model.unilora.model is model, sep='|')"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "model.pickle"), str(WORKER.parent)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout

@@ -125,8 +125,8 @@ def assert_true(model, adapter, x, wanted, where):
     assert len(tensors) == len(wanted[0]), where
     for found, expected in zip(tensors, wanted[0], strict=True):
         assert torch.equal(found, expected), where
-    assert adapter._live.here.factors is None
-    assert not adapter._live.off.open
+    assert adapter.live.here.factors is None
+    assert not adapter.live.off.open
 
 
 @WAYS
@@ -219,7 +219,7 @@ def test_disabled_of_a_merged_adapter(how):
         for where in places(run, how):
             assert adapter.merged, where
             assert torch.equal(model(x), wanted), where
-            assert adapter._live.change is None, where
+            assert adapter.live.change is None, where
 
 
 @WAYS
@@ -254,7 +254,7 @@ def test_verify(how):
     wanted = truth(model, adapter, x)
     for where in places(lambda: adapter.verify(x), how):
         assert_true(model, adapter, x, wanted, where)
-        assert adapter._live.here.watched is None
+        assert adapter.live.here.watched is None
 
 
 @WAYS
@@ -357,5 +357,5 @@ def test_rows(how, tmp_path):
         for where in places(run, how):
             assert torch.equal(base(X), plain), where
             assert torch.equal(run(), wanted), where
-            assert bank._rows.batch is None
-            assert not bank._rows.scope.open
+            assert bank.live.batch is None
+            assert not bank.live.scope.open

@@ -225,7 +225,7 @@ def test_a_sum_that_the_dtype_cannot_hold(take_off):
     with torch.no_grad():
         adapter.theta_d.fill_(2000)
     before = snapshot(model)
-    with pytest.raises(ValuesError, match=r"merge: 0: 256 of 256 weights would be infinite or NaN in torch.float16"):
+    with pytest.raises(ValuesError, match=r"merge: 0: 256 of its 256 values would be infinite or NaN in torch.float16"):
         adapter.detach(merge=True) if take_off else adapter.merge()
     assert_unchanged(model, before)
     assert not adapter.merged

@@ -147,7 +147,7 @@ def test_a_head_of_nan_is_neither_written_nor_read(path):
     adapter.save(path)
     before = path.read_bytes()
     with torch.no_grad():
-        adapter._root[0].head.weight[1, 2] = float("nan")
+        adapter.model.head.weight[1, 2] = float("nan")
     with pytest.raises(ValuesError, match=r"1 of the 18 values of head\.weight are NaN or infinite"):
         adapter.save(path)
     assert path.read_bytes() == before

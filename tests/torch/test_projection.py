@@ -10,7 +10,7 @@ from small_models import dense_P, naive_factors
 import unilora_core
 from unilora_core import Layout, ProjectionSpec
 from unilora_torch import project, project_transpose
-from unilora_torch.tables import Tables
+from unilora_torch.gather import Gather
 
 SIZES = [(1, 1), (7, 1), (7, 7), (97, 13), (101, 100), (101, 101), (64, 16)]
 GROUPINGS = ["balanced", "iid", "numpy-shuffle"]
@@ -59,7 +59,7 @@ def test_identity_start_has_the_bits_of_the_core(grouping):
     spec = ProjectionSpec(pair("identity").layout, 11, seed=3, grouping=grouping, start="identity", bound=0.5)
     theta_d, _, scale = tensors(spec)
     origin = torch.from_numpy(spec.init())
-    found = project(theta_d, Tables.of(spec).groups, scale, origin)
+    found = project(theta_d, Gather.of(spec).groups, scale, origin)
     assert np.array_equal(found.numpy(), unilora_core.project(spec, theta_d.numpy()))
 
 
@@ -67,7 +67,7 @@ def test_factors_match_the_naive_ones(start):
     spec = pair(start)
     theta_d, _, scale = tensors(spec)
     origin = torch.from_numpy(spec.init()) if start == "identity" else None
-    found = spec.layout.split(project(theta_d, Tables.of(spec).groups, scale, origin))
+    found = spec.layout.split(project(theta_d, Gather.of(spec).groups, scale, origin))
     for name, wanted in naive_factors(spec, theta_d.double()).items():
         torch.testing.assert_close(found[name].double(), wanted, rtol=1e-6, atol=1e-6)
 
@@ -75,7 +75,7 @@ def test_factors_match_the_naive_ones(start):
 def test_identity_start_begins_at_B_equal_to_zero():
     spec = pair("identity")
     origin = torch.from_numpy(spec.init())
-    found = spec.layout.split(project(origin.clone(), Tables.of(spec).groups, spec.scale(xp=torch), origin))
+    found = spec.layout.split(project(origin.clone(), Gather.of(spec).groups, spec.scale(xp=torch), origin))
     assert not found["m.B"].any()
     assert found["m.A"].all()
 
@@ -112,7 +112,7 @@ def test_P_is_an_isometry_and_its_transpose_the_adjoint(D, data):
 def test_gradcheck_first_and_second_order(shifted):
     spec = pair("identity" if shifted else "paper")
     theta_d, _, scale = tensors(spec, torch.float64)
-    groups = Tables.of(spec).groups
+    groups = Gather.of(spec).groups
     origin = torch.from_numpy(spec.init()).double() if shifted else None
 
     def both(theta):

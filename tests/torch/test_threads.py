@@ -212,7 +212,7 @@ def test_disabled_in_one_thread_and_entered_in_another():
     alone(block.__enter__)
     assert same(model(X), wanted)
     block.__exit__(None, None, None)
-    assert not adapter._live.off.open
+    assert not adapter.live.off.open
 
 
 def test_disabled_in_tasks():
@@ -293,7 +293,7 @@ CHANGES = {
     "merge": lambda adapter, _: adapter.merge(),
     "swap": lambda adapter, path: adapter.swap(path),
     "detach": lambda adapter, _: adapter.detach(),
-    "switch": lambda adapter, _: unilora_torch.switch(adapter._root[0], ()),
+    "switch": lambda adapter, _: unilora_torch.switch(adapter.model, ()),
     "verify": lambda adapter, _: adapter.verify(X),
 }
 
@@ -333,14 +333,14 @@ def test_a_change_while_another_thread_is_in_a_pass(change, alone_in, tmp_path):
 def test_a_pass_while_another_thread_changes_the_weights():
     model, adapter = adapted()
     wanted, refused = model(X), []
-    original = adapter._add
+    original = adapter.delta_weight
 
-    def slowly(target, weight):
+    def slowly(target):
         refused.append(alone(lambda: model(X)))
         refused.append(alone(adapter.merge))
-        original(target, weight)
+        return original(target)
 
-    adapter._add = slowly
+    adapter.delta_weight = slowly
     adapter.merge()
     assert len(refused) == 2 * len(adapter.targets)
     assert all("in the midst of merge" in str(error) for error in refused)
@@ -435,7 +435,7 @@ def test_rows_of_threads(stored):
                     assert same(bank.model(X), wanted[k] if k < len(ROWS) else base)
 
     in_threads(run)
-    assert bank._rows.batch is None
+    assert bank.live.batch is None
 
 
 def test_adapters_come_and_go_while_others_run(stored):
@@ -458,7 +458,7 @@ def test_adapters_come_and_go_while_others_run(stored):
     assert all(map(same, outputs(bank), wanted))
     for name in bank.names:
         bank.remove(name)
-    assert bank._handles == []
+    assert bank.handles == []
 
 
 def test_an_adapter_is_removed_while_rows_name_it(stored):
@@ -469,7 +469,7 @@ def test_an_adapter_is_removed_while_rows_name_it(stored):
         assert bank.names == ()
         assert same(bank.model(X), wanted[1])
     bank.close()
-    assert bank._handles == []
+    assert bank.handles == []
 
 
 def test_rows_that_overlap(stored):
@@ -483,4 +483,4 @@ def test_rows_that_overlap(stored):
         assert same(bank.model(X), wanted[1])
         assert not same(alone(lambda: bank.model(X)), wanted[1])
         second.__exit__(None, None, None)
-    assert bank._rows.batch is None
+    assert bank.live.batch is None

@@ -131,7 +131,7 @@ def test_an_exception_in_forward_leaves_nothing_behind():
         with pytest.raises(ZeroDivisionError):
             model(X)
         handle.remove()
-        assert adapter._live.here.factors is None
+        assert adapter.live.here.factors is None
     assert_same_run(run(model, adapter, X), wanted())
 
 

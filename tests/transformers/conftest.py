@@ -95,7 +95,7 @@ def train():
     def move(adapter):
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            for parameter in (adapter.theta_d, *adapter._saved_parameters().values()):
+            for parameter in (adapter.theta_d, *adapter.saved_parameters().values()):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std(correction=0))
 
     return move

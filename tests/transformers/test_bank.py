@@ -28,7 +28,7 @@ def trained(tmp_path):
             adapter = unilora_transformers.attach(copy.deepcopy(model), **options)
             generator = torch.Generator().manual_seed(i)
             with torch.no_grad():
-                for parameter in (adapter.theta_d, *adapter._saved_parameters().values()):
+                for parameter in (adapter.theta_d, *adapter.saved_parameters().values()):
                     size = 2 * parameter.std(correction=0)
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
             paths[name] = tmp_path / f"{name}.safetensors"
@@ -119,8 +119,8 @@ def test_heads(tiny, trained):
     model = tiny("RobertaForSequenceClassification", num_labels=3)
     paths = trained(model, a={}, b={"rank": 2}, c={"targets": "all-linear", "modules_to_save": ()})
     bank = assert_each_row(model, paths, ["a", None, "b", "c", "a"])
-    assert list(bank._stored["a"].heads) == ["classifier"]
-    assert not bank._stored["c"].heads
+    assert list(bank.entries["a"].heads) == ["classifier"]
+    assert not bank.entries["c"].heads
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def test_saved_and_loaded(tiny, ids, train, tmp_path, name, start):
     adapter.save(tmp_path / "a.safetensors")
     model = tiny(name)
     loaded = unilora_transformers.load(model, tmp_path / "a.safetensors")
-    assert torch.equal(model(ids).logits, adapter._root[0](ids).logits)
+    assert torch.equal(model(ids).logits, adapter.model(ids).logits)
     assert (loaded.spec, loaded.targets, loaded.modules_to_save) == (
         adapter.spec,
         adapter.targets,

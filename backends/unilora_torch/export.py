@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,21 +14,22 @@ from unilora_core import AdapterFileError, TargetError
 from unilora_core.engines import Lora, refuse, served_rank
 from unilora_core.files import new_files
 from unilora_core.lora import Block, lora_config, lora_names, lora_state
-from unilora_torch.adapter import Adapter
-from unilora_torch.lora_parameters import parameter_state, parameters_of, rank_of
-from unilora_torch.targets import features, is_conv
+from unilora_torch.chains import chain_of
+from unilora_torch.export_parameters import parameter_state, parameters_of, rank_of
+from unilora_torch.targets import Target, features, is_conv
+from unilora_torch.vector import Vector
 
 __all__ = ["export_lora"]
 
 
 def export_lora(
-    adapter: Adapter,
+    vector: Vector,
     folder: str | os.PathLike,
     base_model: str | None = None,
     rank: int | None = None,
     engine: str | None = None,
 ) -> None:
-    """Write ``adapter`` as a PEFT LoRA folder.
+    """Write an adapter as a PEFT LoRA folder.
 
     Targets that adapt blocks of one layer (q and v of a fused qkv) become one LoRA of the summed rank, whose B has a
     block for each. Every layer gets the same rank, filled up by zeros, and alpha equals it, so the scaling is 1.
@@ -42,49 +45,26 @@ def export_lora(
     Raises:
         AdapterFileError: ``engine`` would not serve the export; the message has every reason.
         SpecError: a layer needs more than ``rank``, or an unknown engine.
-        TargetError: a parameter or a convolution that PEFT does not adapt alike. In each case nothing is written.
+        TargetError: a parameter or a convolution that PEFT does not adapt alike.
+        ValuesError: θ_d holds NaN or infinity. In each case nothing is written.
     """
-    model = adapter._root[0]
-    factors = {name: factor.detach().cpu().numpy() for name, factor in adapter.factors().items()}
-    blocks: dict[str, list[Block]] = {}
-    layers = [target for target in adapter.targets if target.parameter is None]
-    parameters = parameters_of(adapter.targets)
+    vector.check_finite("export_lora")
+    parameters = parameters_of(vector.targets)
     if engine is not None and parameters:
         raise AdapterFileError(
             f"{engine}: {next(iter(parameters))} is adapted as a parameter, and no engine is known to read PEFT's "
             "target_parameters; merge the adapter into the base model and serve that."
         )
-    for target in layers:
-        block = factors[f"{target.name}.A"], factors[f"{target.name}.B"], target.first_row
-        blocks.setdefault(target.module, []).append(block)
-    heights = {target.module: features(model.get_submodule(target.module), target.transposed)[1] for target in layers}
-    if engine is not None and rank is None:
-        rank = served_rank(engine, max(sum(len(A) for A, _, _ in parts) for parts in blocks.values()))
-    if parameters and rank is None:
-        widths = [sum(len(A) for A, _, _ in parts) for parts in blocks.values()]
-        rank = max(widths + [rank_of(parts, factors) for parts in parameters.values()])
-    arrays, rank = lora_state(blocks, heights, rank) if blocks else ({}, rank or 0)
-    arrays |= parameter_state(model, parameters, factors, rank)
-    for module in blocks:
-        layer, (A, B) = model.get_submodule(module), lora_names(module)
-        if isinstance(layer, nn.Embedding):
-            for name, letter in ((A, "A"), (B, "B")):
-                arrays[f"base_model.model.{module}.lora_embedding_{letter}"] = arrays.pop(name)
-        elif is_conv(layer):
-            _check_conv(module, layer)
-            arrays[A] = arrays[A].reshape(rank, layer.in_channels, *layer.kernel_size)
-            arrays[B] = arrays[B].reshape(-1, rank, *(1 for _ in layer.kernel_size))
+    arrays, modules, rank = _arrays(vector, parameters, rank, engine)
     state: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    for name, tensor in adapter.heads().items():
+    for name, tensor in vector.heads().items():
         state[f"base_model.model.{name}"] = tensor.detach().cpu().clone().contiguous()
     config = lora_config(
-        blocks,
+        modules,
         rank,
-        base_model=base_model or getattr(model, "name_or_path", None),
-        fan_in_fan_out=any(
-            t.transposed and not isinstance(model.get_submodule(t.module), nn.Embedding) for t in layers
-        ),
-        modules_to_save=adapter.modules_to_save,
+        base_model=base_model or getattr(vector.model, "name_or_path", None),
+        fan_in_fan_out=any(t.transposed and not _looks_up(vector.model, t) for t in vector.targets if not t.parameter),
+        modules_to_save=vector.modules_to_save,
     )
     if parameters:
         config["target_parameters"] = list(parameters)
@@ -94,6 +74,47 @@ def export_lora(
     with new_files(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json") as (weights, says):
         save_file(state, weights, metadata={"format": "pt"})
         says.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _arrays(
+    vector: Vector, parameters: Mapping[str, list[Target]], rank: int | None, engine: str | None
+) -> tuple[dict[str, np.ndarray], list[str], int]:
+    """All A and B under their names in the file, the layers among what they adapt, and the rank that all have."""
+    model = vector.model
+    factors = {name: factor.detach().cpu().numpy() for name, factor in vector().items()}
+    blocks: dict[str, list[Block]] = {}
+    heights: dict[str, int] = {}
+    for target in (target for target in vector.targets if target.parameter is None):
+        A, B = chain_of(factors, target)
+        blocks.setdefault(target.module, []).append((A, B, target.first_row))
+        heights[target.module] = features(model.get_submodule(target.module), target.transposed)[1]
+    widths = [sum(len(A) for A, _, _ in parts) for parts in blocks.values()]
+    if engine is not None and rank is None:
+        rank = served_rank(engine, max(widths))
+    if parameters and rank is None:
+        rank = max(widths + [rank_of(parts, factors) for parts in parameters.values()])
+    arrays, rank = lora_state(blocks, heights, rank) if blocks else ({}, rank or 0)
+    arrays |= parameter_state(model, parameters, factors, rank)
+    for module in blocks:
+        _as_layer(module, model.get_submodule(module), arrays)
+    return arrays, list(blocks), rank
+
+
+def _as_layer(module: str, layer: nn.Module, arrays: dict[str, np.ndarray]) -> None:
+    """Give the arrays of an embedding the names, and those of a convolution the shapes, that PEFT has for them."""
+    A, B = lora_names(module)
+    if isinstance(layer, nn.Embedding):
+        for name, letter in ((A, "A"), (B, "B")):
+            arrays[f"base_model.model.{module}.lora_embedding_{letter}"] = arrays.pop(name)
+    elif is_conv(layer):
+        _check_conv(module, layer)
+        rank = len(arrays[A])
+        arrays[A] = arrays[A].reshape(rank, layer.in_channels, *layer.kernel_size)
+        arrays[B] = arrays[B].reshape(-1, rank, *(1 for _ in layer.kernel_size))
+
+
+def _looks_up(model: nn.Module, target: Target) -> bool:
+    return isinstance(model.get_submodule(target.module), nn.Embedding)
 
 
 def _check_conv(name: str, layer: nn.Module) -> None:

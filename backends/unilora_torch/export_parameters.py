@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from unilora_core import SpecError, TargetError
-from unilora_torch.targets import Target
+from unilora_torch.chains import chain_of
+from unilora_torch.targets import Target, weight_name
 
 __all__ = ["parameter_state", "parameters_of", "rank_of"]
 
@@ -21,13 +22,13 @@ def parameters_of(targets: Iterable[Target]) -> dict[str, list[Target]]:
     found: dict[str, list[Target]] = {}
     for target in targets:
         if target.parameter is not None:
-            found.setdefault(f"{target.module}.{target.parameter}".lstrip("."), []).append(target)
+            found.setdefault(weight_name(target), []).append(target)
     return found
 
 
 def rank_of(parts: Iterable[Target], factors: Mapping[str, np.ndarray]) -> int:
     """The rank that the blocks of one parameter add up to."""
-    return sum(factors[f"{part.name}.A"].shape[-2] for part in parts)
+    return sum(chain_of(factors, part)[0].shape[-2] for part in parts)
 
 
 def parameter_state(
@@ -69,7 +70,7 @@ def _joined(
     A = np.zeros((experts, rank, parts[0].in_features), np.float32)
     B, row = np.zeros((experts, height, rank), np.float32), 0
     for part in parts:
-        a, b = factors[f"{part.name}.A"], factors[f"{part.name}.B"]
+        a, b = chain_of(factors, part)
         ranks, rows = slice(row, row + a.shape[-2]), slice(part.first_row, part.first_row + part.out_features)
         A[:, ranks], B[:, rows, ranks] = a, b
         row += a.shape[-2]

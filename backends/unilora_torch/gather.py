@@ -1,0 +1,157 @@
+"""Where the numbers come from if P is a gather: θ_D = P θ_d with its gradient Pᵀ.
+
+The scale is applied to θ_d, then one gather spreads it; the backward pass is one `index_add_` (in order on the CPU;
+atomic on CUDA, deterministic there under `torch.use_deterministic_algorithms(True)`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unilora_core import ProjectionSpec, ValuesError
+
+__all__ = ["Gather", "project", "project_transpose"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """P of one spec, as tensors on a device. They follow from the spec, so they are no buffers: nothing copies or
+    broadcasts D numbers.
+
+    Attributes:
+        groups: (D,) int32; those of the factors that are made of θ_d - θ_d⁰ lie between d and 2d-1.
+        scale: (d,) float32, 1/√n_j.
+        origin: (d,) float32, θ_d⁰, from which the shifted factors are measured, or None where there are none.
+    """
+
+    groups: Tensor
+    scale: Tensor
+    origin: Tensor | None
+
+    @classmethod
+    def of(cls, spec: ProjectionSpec) -> "Gather":
+        """That of a spec, on the CPU."""
+        groups = torch.from_numpy(spec.groups())
+        for name, at in spec.layout.slices.items():
+            if spec.shifted(name):
+                groups[at] += spec.d
+        origin = torch.from_numpy(spec.init()) if spec.start != "paper" else None
+        return cls(groups, torch.from_numpy(spec.scale()), origin)
+
+    def __call__(self, theta_d: Tensor, spans: Iterable[slice]) -> Tensor:
+        """The numbers of these slices of θ_D one after the other: (n,) float32, differentiable in ``theta_d``."""
+        return project(theta_d, self.groups_at(spans), self.scale, self.origin)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.groups.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that it keeps."""
+        return (self.groups, self.scale) if self.origin is None else (self.groups, self.scale, self.origin)
+
+    def to(self, device: torch.device) -> "Gather":
+        """The same on another device."""
+        if self.device == device:
+            return self
+        origin = None if self.origin is None else self.origin.to(device)
+        return Gather(self.groups.to(device), self.scale.to(device), origin)
+
+    def copy_(self, other: "Gather") -> None:
+        """Take the values of another one of the same D, d and start, in place."""
+        for table, new in zip(self.tensors, other.tensors, strict=True):
+            table.copy_(new)
+
+    def groups_at(self, spans: Iterable[slice]) -> Tensor:
+        """The groups of these slices of θ_D, a view where they lie side by side."""
+        joined: list[slice] = []
+        for span in spans:
+            if joined and joined[-1].stop == span.start:
+                joined[-1] = slice(joined[-1].start, span.stop)
+            else:  # a file may hold another order
+                joined.append(span)
+        parts = [self.groups[span] for span in joined]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def table(self, theta_d: Tensor) -> Tensor:
+        """What the groups point into, for θ_d (…, d): see `scaled`."""
+        return scaled(theta_d, self.scale, self.origin)
+
+
+def project(theta_d: Tensor, groups: Tensor, scale: Tensor, origin: Tensor | None = None) -> Tensor:
+    """(θ_d·s)[g], differentiable in ``theta_d``.
+
+    Args:
+        theta_d: (d,) float32.
+        groups: (n,) int32, values below d; with ``origin``, below 2d.
+        scale: (d,) float32, 1/√n_j.
+        origin: (d,) float32, θ_d⁰. Groups from d to 2d-1 then mean ((θ_d - θ_d⁰)·s)[g - d], for the factors that
+            ``start="identity"`` lets begin at zero.
+
+    Returns:
+        (n,) float32.
+
+    Raises:
+        ValuesError: ``theta_d`` has another shape than ``scale``, or is not floating point.
+    """
+    _check(theta_d, scale.shape, "project: theta_d")
+    return _Project.apply(theta_d, groups, scale, origin)
+
+
+def project_transpose(y: Tensor, groups: Tensor, scale: Tensor) -> Tensor:
+    """Pᵀ y: the sum of y over each group, times 1/√n_j.
+
+    Args:
+        y: (n,) float32.
+        groups: (n,) int32, values below d.
+        scale: (d,) float32.
+
+    Returns:
+        (d,) float32.
+
+    Raises:
+        ValuesError: ``y`` has another shape than ``groups``, or is not floating point.
+    """
+    _check(y, groups.shape, "project_transpose: y")
+    return y.new_zeros(scale.shape).index_add_(0, groups, y) * scale
+
+
+class _Project(torch.autograd.Function):
+    """Keeps nothing among autograd's saved tensors, which are counted: see `live.Live.chain_of`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, _output):
+        _, ctx.groups, ctx.scale, origin = inputs
+        ctx.shifted = origin is not None
+
+    @staticmethod
+    def forward(theta_d, groups, scale, origin):
+        return scaled(theta_d, scale, origin).index_select(0, groups)
+
+    @staticmethod
+    def backward(ctx, y):
+        if not ctx.shifted:
+            return project_transpose(y, ctx.groups, ctx.scale), None, None, None
+        summed = project_transpose(y, ctx.groups, ctx.scale.repeat(2))
+        plain, shifted = summed.chunk(2)
+        return plain + shifted, None, None, None
+
+
+def scaled(theta_d: Tensor, scale: Tensor, origin: Tensor | None) -> Tensor:
+    """θ_d·s; with an origin (θ_d - θ_d⁰)·s after it, along the last axis."""
+    table = theta_d * scale
+    return table if origin is None else torch.cat([table, (theta_d - origin) * scale], dim=-1)
+
+
+def _check(x: Tensor, shape: torch.Size, what: str) -> None:
+    """The text is that of the core."""
+    if x.shape != shape or not x.is_floating_point():
+        raise ValuesError(
+            f"{what}: expected shape {tuple(shape)} and a floating-point dtype, got {tuple(x.shape)} {x.dtype}."
+        )

@@ -1,0 +1,80 @@
+"""Another file in the place of an attached adapter."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from unilora_core import MismatchError, ProjectionSpec, TargetError
+from unilora_torch.base import check_base
+from unilora_torch.opened import Opened, open_file
+from unilora_torch.vector import Vector
+
+__all__ = ["fill", "swap"]
+
+
+def swap(vector: Vector, path: str | os.PathLike) -> None:
+    """Put the adapter of a file in the place of an attached one.
+
+    θ_d, P and the saved modules are overwritten where they are, so that a compiled model is not compiled again and an
+    optimiser keeps its parameters (but not its state's meaning).
+
+    Raises:
+        AdapterFileError: as `load`.
+        MismatchError: the file has other targets, ranks, modules to save, another d or another start: `detach` this one
+            and `load` that one. In each case nothing has changed.
+        TargetError: the adapter is merged, or another thread is calling the model.
+    """
+    before, theta_d = vector.spec, vector.theta_d.detach().clone()
+    heads = {name: tensor.detach().clone() for name, tensor in vector.heads().items()}
+    with vector.alone("swap"):
+        try:
+            _swap(vector, path)
+        except BaseException:
+            _undo(vector, before, theta_d, heads)
+            raise
+
+
+def fill(vector: Vector, found: Opened) -> None:
+    """Give it the values of a file: θ_d, and the state of the modules to save."""
+    with torch.no_grad():
+        vector.theta_d.copy_(found.theta_d)
+    for module, state in found.heads.items():
+        vector.model.get_submodule(module).load_state_dict(state)
+
+
+def _swap(vector: Vector, path: str | os.PathLike) -> None:
+    if vector.live.merged:
+        raise TargetError("swap: the adapter is merged; unmerge it first.")
+    found = open_file(path, vector.model, any_rank=True)  # of the same layout, or refused
+    _check_alike(path, vector, found)
+    check_base(str(path), found.header.base, vector.base)
+    vector.reseed(found.spec)
+    fill(vector, found)
+
+
+def _check_alike(path: str | os.PathLike, vector: Vector, found: Opened) -> None:
+    mine, heads = vector.spec, found.header.modules_to_save
+    kept = {
+        "targets": (found.targets == vector.targets, len(found.targets), len(vector.targets)),
+        "layout": (found.spec.layout == mine.layout, found.spec.D, mine.D),
+        "modules_to_save": (heads == vector.modules_to_save, heads, vector.modules_to_save),
+        "d": (found.spec.d == mine.d, found.spec.d, mine.d),
+        "start": (found.spec.start == mine.start, found.spec.start, mine.start),
+    }
+    for what, (same, theirs, ours) in kept.items():
+        if not same:
+            raise MismatchError(
+                f"{path}: swap expects the same {what} as the attached adapter's ({ours}), the file has {theirs}; "
+                "detach the adapter and load the file instead."
+            )
+
+
+def _undo(vector: Vector, spec: ProjectionSpec, theta_d: Tensor, heads: Mapping[str, Tensor]) -> None:
+    if vector.spec is not spec:
+        vector.reseed(spec)
+    with torch.no_grad():
+        vector.theta_d.copy_(theta_d)
+        for name, tensor in vector.heads().items():
+            tensor.copy_(heads[name])

@@ -1,0 +1,201 @@
+"""Vector: θ_d beside a model, and everything that is its state. What is done with it are functions of other modules.
+
+The model is not rebuilt: each target keeps its class, its name and its place in `state_dict`, and a forward hook adds
+its update to the output. θ_d is the parameter ``unilora.theta_d`` of the model.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unilora_core import ProjectionSpec, TargetError, ValuesError
+from unilora_torch.base import identity
+from unilora_torch.calls import Handle
+from unilora_torch.chains import factor_names, product
+from unilora_torch.checks import weight_of
+from unilora_torch.gather import Gather
+from unilora_torch.live import Live, alone
+from unilora_torch.targets import Target, shaped
+
+__all__ = ["Vector", "attached", "check_name", "device_of"]
+
+
+class Vector(nn.Module):
+    """θ_d, what fixes P, and the model that it stands beside.
+
+    Attributes:
+        theta_d, spec, targets, modules_to_save, base: see `Adapter`.
+        projection: P on θ_d's device; ``projection(theta_d, spans)`` gives numbers of θ_D.
+        live: what its hooks look at.
+        handles: what `detach` removes, in this order.
+        kept_heads: the state of the modules to save, while it is switched off.
+        originals: the weights as they were before `merge`, by name; empty while not merged.
+        taken_out: the claim on the model of a merged adapter that is disabled.
+        trained_before: the names of the parameters that trained before the first adapter came.
+    """
+
+    theta_d: nn.Parameter
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ProjectionSpec,
+        targets: tuple[Target, ...],
+        modules_to_save: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
+        self.projection = Gather.of(spec)
+        origin = self.projection.origin  # drawing it takes a while, so it is not done twice
+        self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
+        self.to(device_of(model, targets))
+        self.live = Live(self, (target.module for target in targets))
+        self.kept_heads: dict[str, Tensor] | None = None
+        self.originals: dict[str, Tensor] = {}
+        # read here once: torch.compile cannot trace the cached properties' lock
+        self._slices, self._shapes, self._whole = spec.layout.slices, spec.layout.shapes, [slice(0, spec.D)]
+        self.base = identity(model, (*modules_to_save, *attached(model)))
+        self._model = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
+        self.trained_before = _trainable(model)
+        self.taken_out: contextlib.AbstractContextManager[None] | None = None
+        self.handles: list[Handle] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it stands beside."""
+        return self._model[0]
+
+    @property
+    def name(self) -> str:
+        """Its name among the model's submodules."""
+        return next(name for name, child in self.model.named_children() if child is self)
+
+    def forward(self, of: Any = None) -> Any:
+        """All factors (no argument), or those of one `Target`.
+
+        They are computed by calling the module, so that a wrapper of it, such as FSDP's, sees each use of θ_d. Whatever
+        else comes is given back: an `nn.Sequential` calls the adapter as its last submodule.
+        """
+        if of is None or isinstance(of, Target):
+            return self._factors(None if of is None else factor_names(of))
+        return of
+
+    def _factors(self, names: tuple[str, ...] | None) -> dict[str, Tensor]:
+        if self.theta_d.dtype != torch.float32:
+            raise ValuesError(
+                f"theta_d is used as {self.theta_d.dtype}, expected float32; something casts parameters for the "
+                "forward pass. With FSDP's mixed precision make the adapter a unit of its own, before the layers: "
+                "fully_shard(model.unilora). With DeepSpeed load the base in the lower precision, without bf16 or fp16."
+            )
+        device = self.theta_d.device
+        if self.projection.device != device and device.type != "meta":  # where its values would be lost
+            self.projection = self.projection.to(device)
+        projection = self.projection.to(device)
+        if names is None:
+            return _split(projection(self.theta_d, self._whole), self._shapes)
+        numbers = projection(self.theta_d, [self._slices[name] for name in names])
+        return _split(numbers, {name: self._shapes[name] for name in names})
+
+    def delta_weight(self, target: Target) -> Tensor:
+        """The update of one target, B·A, in the orientation of its weight, float32, no gradient."""
+        weight = weight_of(self.model.get_submodule(target.module), target)
+        with torch.no_grad():
+            return shaped(product(self.live.chain_of(target)), target, weight)
+
+    def heads(self) -> dict[str, Tensor]:
+        """The state of the modules to save, under its names in the model's `state_dict`, also while switched off."""
+        if self.kept_heads is not None:
+            return self.kept_heads
+        return {
+            f"{module}.{name}": tensor
+            for module in self.modules_to_save
+            for name, tensor in self.model.get_submodule(module).state_dict().items()
+        }
+
+    def saved_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the modules to save, under their names in the model."""
+        return {
+            f"{module}.{name}": parameter
+            for module in self.modules_to_save
+            for name, parameter in self.model.get_submodule(module).named_parameters()
+        }
+
+    def reseed(self, spec: ProjectionSpec) -> None:
+        """Take the P of another spec of the same layout, d and start, in place."""
+        before, self.spec = self.spec, spec
+        try:
+            self.projection.copy_(Gather.of(spec))
+        except BaseException:
+            self.projection.copy_(Gather.of(before))
+            self.spec = before
+            raise
+
+    def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """See `live.alone`."""
+        lives = {self.live: None} | {other.live: None for other in attached(self.model).values()}
+        return alone(self.model, lives, what)
+
+    def check_finite(self, what: str) -> None:
+        """Refuse a θ_d that holds NaN or infinity.
+
+        Raises:
+            ValuesError: with ``what`` was to be done.
+        """
+        if not torch.isfinite(self.theta_d).all():
+            raise ValuesError(
+                f"{what}: theta_d holds NaN or infinity; training diverged (a lower learning rate, or gradient "
+                "clipping). Nothing was changed."
+            )
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow the model to another device, but never to another dtype: θ_d and the scale stay float32."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+def attached(model: nn.Module) -> dict[str, Vector]:
+    """Those of a model by name, in the order in which they were attached."""
+    return {name: child for name, child in model.named_children() if isinstance(child, Vector)}
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that an adapter cannot have.
+
+    Raises:
+        TargetError: with the remedy.
+    """
+    if isinstance(getattr(model, name, None), Vector):
+        raise TargetError(
+            f"the model already has an adapter {name!r}; call model.{name}.detach() first, or give another name=."
+        )
+    if hasattr(model, name) or not name.isidentifier():
+        raise TargetError(f"{name!r} cannot be an adapter's name: it is no identifier, or the model has it already.")
+
+
+def device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
+    """Where the first layer that has values has them."""
+    layers = (model.get_submodule(target.module) for target in targets)
+    tensors = (tensor for layer in layers for tensor in itertools.chain(layer.parameters(), layer.buffers()))
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    """Names of the parameters that trained before there was an adapter."""
+    first = next(iter(attached(model).values()), None)
+    if first is not None:
+        return first.trained_before
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _split(numbers: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """As `Layout.split`, by one `torch.split`, whose gradient is one concatenation (that of a slice fills D zeros)."""
+    parts = numbers.split([torch.Size(shape).numel() for shape in shapes.values()])
+    return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
