@@ -97,8 +97,8 @@ def plan_spec(
     usual = width if chosen.d is None or each.fixed else min(chosen.d, layout.size)
     if each.fixed and d not in ("auto", width):
         raise SpecError(
-            f"the method {method!r} trains d = {width} numbers here, got d = {shown(d)}; leave d out, or take a grouping "
-            "that has a d, such as 'balanced'."
+            f"the method {method!r} trains d = {width} numbers here, got d = {shown(d)}; leave d out, or take a "
+            "grouping that has a d, such as 'balanced'."
         )
     held = values if chosen.frame == "pair" else values | ranked
     usual_start = "paper" if each.transpose is None else chosen.start
