@@ -53,20 +53,22 @@ def lora_layout(layers: Iterable[tuple[str, int, int] | tuple[str, int, int, int
     )
 
 
-def largest_rank(in_features: int, out_features: int) -> int:
-    """The rank up to which a file is taken at its word: min(in, out), beyond which B·A gains nothing, or 64, a usual
-    rank, where that is larger. So what a file makes of a model is bounded by the model.
+def largest_rank(in_features: int, out_features: int, usual: int = USUAL) -> int:
+    """The rank up to which a file is taken at its word: min(in, out), beyond which B·A gains nothing, or a usual rank
+    (a frame's ``usual``) where that is larger. So what a file makes of a model is bounded by the model.
     """
-    return max(min(in_features, out_features), USUAL)
+    return max(min(in_features, out_features), usual)
 
 
-def check_rank(where: str | os.PathLike, name: str, rank: int, in_features: int, out_features: int) -> None:
+def check_rank(
+    where: str | os.PathLike, name: str, rank: int, in_features: int, out_features: int, usual: int = USUAL
+) -> None:
     """Refuse factors of a file that are larger than their layer gives reason for.
 
     Raises:
         MismatchError: the rank is beyond `largest_rank`.
     """
-    if rank > (most := largest_rank(in_features, out_features)):
+    if rank > (most := largest_rank(in_features, out_features, usual)):
         raise MismatchError(
             f"{where}: {name}: expected a rank of at most {most} for {in_features} inputs and {out_features} outputs, "
             f"the file has {rank}; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the"

@@ -32,19 +32,19 @@ def _check(of: Instance) -> None:
 # ---- Gaussian: P_ij ~ N(0, 1/D), generated in blocks of rows, never stored -------------------------------------------
 
 
-def _rows(of: Instance, start: int, stop: int, xp: ModuleType, where: object) -> Array:
-    """The rows start … stop-1 of P, (stop-start, d) float32: the counter of an entry is (row, column // 2)."""
+def _rows(of: Instance, start: Array | int, n: int, xp: ModuleType, where: object) -> Array:
+    """n rows of P from ``start`` on, (n, d) float32: the counter of an entry is (row, column // 2)."""
     key = draws.keys(f"unilora/gaussian/1 seed={of.seed} D={of.D} d={of.d}")[:2]
-    row = xp.reshape(xp.arange(start, stop, dtype=xp.int32, device=where), (-1, 1))
+    row = xp.reshape(xp.arange(n, dtype=xp.int32, device=where) + start, (-1, 1))
     column = xp.reshape(xp.arange(-(-of.d // 2), dtype=xp.int32, device=where), (1, -1))
     pairs = draws.normals(*draws.threefry(key, row + 0 * column, column + 0 * row), xp)
-    return xp.reshape(xp.stack(pairs, axis=2), (stop - start, -1))[:, : of.d] * of.D**-0.5
+    return xp.reshape(xp.stack(pairs, axis=2), (n, -1))[:, : of.d] * of.D**-0.5
 
 
 def _gaussian_project(of: Instance, theta: Array, _: Frozen, start: int, stop: int) -> Array:
     xp, block = array_namespace(theta), max(1, ENTRIES // of.d)
     parts = [
-        xp.astype(_rows(of, at, min(at + block, stop), xp, device(theta)), theta.dtype) @ theta
+        xp.astype(_rows(of, at, min(block, stop - at), xp, device(theta)), theta.dtype) @ theta
         for at in range(start, stop, block)
     ]
     return xp.concat(parts) if parts else theta[:0]
@@ -55,7 +55,7 @@ def _gaussian_transpose(of: Instance, y: Array, _: Frozen, start: int) -> Array:
     total = xp.zeros(of.d, dtype=y.dtype, device=device(y))
     for at in range(0, y.shape[0], block):
         part = y[at : at + block]
-        rows = _rows(of, start + at, start + at + part.shape[0], xp, device(y))
+        rows = _rows(of, start + at, part.shape[0], xp, device(y))
         total = total + part @ xp.astype(rows, y.dtype)
     return total
 
@@ -136,6 +136,7 @@ GAUSSIAN = Map(
     frozen=_nothing,
     project=_gaussian_project,
     transpose=_gaussian_transpose,
+    rows=_rows,
     rate=theta_rate,
     source="the dense projection of intrinsic dimension, Li et al. 2018 (arXiv 1804.08838)",
 )

@@ -66,6 +66,8 @@ class Map:
             where the namespace is.
         transpose: (instance, y, frozen, start) → Pᵀ of a θ_D that is y from ``start`` on and 0 elsewhere; None where
             the map is not linear.
+        rows: (instance, start, n, xp, device) → n rows of P, (n, d), where they are generated; a backend that compiles
+            may take ``start`` from an array, and loop.
         groups: (instance, start, stop, xp, device) → the column of each row, int32, where every row has one entry.
         counts: instance → how many rows each column has, (d,) int64, NumPy; where there are groups.
         weighs: instance → what takes the place of n_j in the scale 1/√n_j; where there are groups.
@@ -85,6 +87,7 @@ class Map:
     rate: Callable[[Instance], float]
     source: str
     fixed: bool = False
+    rows: Callable[[Instance, Array | int, int, ModuleType, object], Array] | None = None
     groups: Callable[[Instance, int, int, ModuleType, object], Array] | None = None
     counts: Callable[[Instance], np.ndarray] | None = None
     weighs: Callable[[Instance], np.ndarray] | None = None
