@@ -22,7 +22,7 @@ from unilora_core.spec import ProjectionSpec
 __all__ = ["Analysis", "Part", "Projection", "analyze"]
 
 EXACT = 2**24
-"""Up to so many entries P is looked at whole, beyond by `COLUMNS` columns and `PROBES` vectors."""
+"""Up to so many entries P is looked at whole, beyond that in `COLUMNS` columns and by `PROBES` vectors."""
 
 COLUMNS, PROBES, TIMES = 128, 32, 5
 
@@ -45,6 +45,7 @@ class Analysis:
         across_targets: the share of columns that reach more than one target (the paper's "global").
         across_factors: the share of columns that reach both A and B; None where ΔW is one factor.
         rows: the least and the largest number of rows that a column reaches (the paper's "uniform": they are equal).
+            Of a large P: of the columns that were looked at, among them one that each kind of piece reads.
         columns: factor → the same of the columns that one of its rows reads; empty unless ``exact``.
         gains: the least and the largest ‖P x‖²/‖x‖²: of all x, the eigenvalues of PᵀP, where ``exact``, else of random
             ones (the paper's "isometric": both are 1).
@@ -89,17 +90,17 @@ def analyze(
     P = Projection(spec, None if targets is None else tuple(targets), frozen or {})
     exact = P.numbers * spec.d <= EXACT
     some = range(spec.d) if exact else np.random.default_rng(0).choice(spec.d, min(COLUMNS, spec.d), replace=False)
-    seen = _Seen.of(P, some, exact)
-    factors = _by(P.parts, lambda part: part.factor)
+    seen = _Seen.of(P, [*some, *([] if exact else _one_of_each(P))], exact)
+    reached, factors = seen.reached[:, : len(some)], _by(P.parts, lambda part: part.factor)
     return Analysis(
         d=spec.d,
         D=spec.D,
         numbers=P.numbers,
-        across_targets=_share(seen.reached, _by(P.parts, lambda part: part.target)),
-        across_factors=_share(seen.reached, factors) if len(factors) > 1 else None,
+        across_targets=_share(reached, _by(P.parts, lambda part: part.target)),
+        across_factors=_share(reached, factors) if len(factors) > 1 else None,
         rows=_range(seen.rows),
         columns={name: seen.columns([P.parts[i].at for i in mine]) for name, mine in factors.items()} if exact else {},
-        gains=_eigenvalues(seen.matrix, seen.reached) if exact else _probed(P),
+        gains=_eigenvalues(seen.matrix, reached) if exact else _probed(P),
         exact=exact,
         linear=P.linear,
         **_costs(P),
@@ -266,6 +267,15 @@ def _share(reached: np.ndarray, kinds: Mapping[str, list[int]]) -> float:
     """The share of columns that reach parts of more than one kind; ``reached``: (parts, columns)."""
     times = sum(reached[mine].any(axis=0).astype(int) for mine in kinds.values())
     return float(np.mean(times > 1))
+
+
+def _one_of_each(P: Projection) -> list[int]:
+    """For each kind of piece (its name and shape) a column that it reads: a few small ones would hardly be drawn."""
+    spec, transpose, one = P.spec, P.spec.map.transpose, np.ones(1, np.float32)
+    if transpose is None:
+        return []
+    kinds = {(name.rpartition(".")[2], shape): spec.layout.slices[name].start for name, shape in spec.layout.factors}
+    return [int(np.abs(transpose(spec, one, P.kept, at)).argmax()) for at in kinds.values()]
 
 
 def _range(counts: np.ndarray) -> tuple[int, int]:

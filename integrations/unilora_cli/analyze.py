@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from unilora_cli.analyze_cases import Case, made_up, of_file, planned
-from unilora_cli.console import number, path_of, say, table
+from unilora_cli.analyze_cases import Case, made_up, of_file, of_model, planned
+from unilora_cli.console import CommandError, number, path_of, say, table
 from unilora_cli.outputs import blank_figure, write_csv, write_png
 from unilora_core import analyze
 from unilora_core.analysis import Analysis, Projection
@@ -44,11 +44,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
-    """The file's own P first, where there is a file; then the methods that were asked for, for the same targets."""
-    own, targets = [], made_up(arguments.layers, arguments.width)
+    """The file's own P first, where there is a file; then the methods that were asked for, for the same targets.
+
+    Raises:
+        CommandError: a model without its kind, or beside a file.
+    """
+    if bool(arguments.model) != bool(arguments.kind) or (arguments.model and arguments.file):
+        raise CommandError("expected FILE, or --model NAME with --kind vit, text or lm, or neither.")
+    own: list[Case] = []
     if arguments.file:
         case, targets = of_file(arguments.file)
         own = [case]
+    else:
+        targets = of_model(arguments) if arguments.model else made_up(arguments.layers, arguments.width)
     names = arguments.method or (() if own else ("all",))
     fields = {"rank": arguments.rank, "d": arguments.d, "seed": arguments.seed}
     return own + planned(names, targets, fields, dict(arguments.option))
@@ -70,15 +78,19 @@ def _row(name: str, of: Analysis) -> tuple[str, ...]:
         ("" if of.exact else "about ") + _gains(*of.gains),
         number(of.file_bytes),
         number(of.memory_bytes),
-        " / ".join("–" if n is None else f"{n:.2g}" if n >= 1e5 else number(n) for n in of.operations),
+        " / ".join(map(_count, of.operations)),
         " / ".join("–" if s is None else f"{1000 * s:.2g}" for s in of.seconds),
     )
 
 
 def _gains(least: float, most: float) -> str:
-    middle = (least + most) / 2
-    apart = max(abs(most - round(middle, 3)), abs(least - round(middle, 3)))
-    return f"{round(middle, 3):g} ± {apart:.0e}" if apart < 1e-6 else f"{least:.3g}–{most:.3g}"
+    if (apart := max(abs(1 - least), abs(1 - most))) <= 1e-6:
+        return f"1 ± {apart:.0e}"
+    return f"{least:.4g} ± {(most - least) / 2:.0e}" if most - least <= 1e-6 * most else f"{least:.3g}–{most:.3g}"
+
+
+def _count(n: int | None) -> str:
+    return "–" if n is None else number(n) if n < 10**6 else f"{n / 10**6:.3g} M"
 
 
 def write_figures(path: Path, found: Sequence[tuple[Case, Analysis]]) -> None:

@@ -1,8 +1,10 @@
 """What `unilora analyze` looks at: methods for the targets of a file, or of a small transformer."""
 
+import argparse
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from unilora_core.maps import MAPS
 from unilora_core.methods import METHODS, method_of, plan_spec
 from unilora_core.spec import known
 
-__all__ = ["ALL", "Case", "Targets", "made_up", "of_file", "planned"]
+__all__ = ["ALL", "Case", "Targets", "made_up", "of_file", "of_model", "planned"]
 
 ABLATIONS = tuple(f"uni-lora/{name}" for name, each in MAPS.items() if each.groups and name != "balanced")
 ALL = (*METHODS, *ABLATIONS)
@@ -36,12 +38,12 @@ class Targets:
     Attributes:
         sizes: name and sizes of each.
         options: for methods that take them, where their defaults do not fit.
-        weights: name → (…, out, in), for frames that are made of them; others are random, N(0, 1/in).
+        frozen: spec → what its frame makes of each target's weight; without it the weights are random, N(0, 1/in).
     """
 
     sizes: Sized
     options: Mapping[str, Any] = field(default_factory=dict)
-    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    frozen: Callable[[ProjectionSpec], Arrays] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,32 @@ def of_file(path: str) -> tuple[Case, Targets]:
             frozen.setdefault(target, {})[piece] = array
     name = f"{Path(path).name} ({method_of(file.spec) or f'{file.spec.frame} × {file.spec.grouping}'})"
     return _case(name, file.spec, sizes, frozen), Targets(sizes)
+
+
+def of_model(arguments: argparse.Namespace) -> Targets:
+    """The targets of a base model, by default or as ``--targets`` says, and its own weights.
+
+    Raises:
+        CommandError: there is no such model.
+        TargetError: nothing to adapt.
+    """
+    from unilora_cli.models import Base, build
+    from unilora_torch.chains import sizes_of
+    from unilora_torch.frozen import frozen_of
+
+    attach = import_module("unilora_timm" if arguments.kind == "vit" else "unilora_transformers").attach
+    settings = dict(arguments.model_arg)
+    base = Base(arguments.kind, arguments.model, arguments=settings, pretrained=not arguments.no_pretrained)
+    model, _ = build(base)
+    adapter = attach(model, arguments.targets)
+    found = adapter.targets
+    adapter.detach()
+
+    def frozen(spec: ProjectionSpec) -> Arrays:
+        made = frozen_of(model, spec, found)
+        return {name: {piece: array.numpy() for piece, array in arrays.items()} for name, arrays in made.items()}
+
+    return Targets(tuple((target.name, sizes_of(target)) for target in found), frozen=frozen)
 
 
 def planned(
@@ -143,11 +171,13 @@ def _case(name: str, spec: ProjectionSpec, sizes: Sized, frozen: Arrays) -> Case
 def _of_weights(spec: ProjectionSpec, targets: Targets) -> Arrays:
     """What the frame makes of the weights, where it makes something of them."""
     of_weight, rng, found = spec.form.of_weight, np.random.default_rng(spec.seed), {}
-    if of_weight is not None:
-        for name, each in targets.sizes:
-            shape = (*each.stack, each.out_features, each.in_features)
-            weight = targets.weights.get(name, rng.normal(0, each.in_features**-0.5, shape).astype(np.float32))
-            found[name] = of_weight(weight, int(spec.chosen["rank"]))
+    if of_weight is None:
+        return {}
+    if targets.frozen is not None:
+        return targets.frozen(spec)
+    for name, each in targets.sizes:
+        weight = rng.normal(0, each.in_features**-0.5, (*each.stack, each.out_features, each.in_features))
+        found[name] = of_weight(weight.astype(np.float32), int(spec.chosen["rank"]))
     return found
 
 

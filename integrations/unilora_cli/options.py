@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from unilora_cli.values import assignment, auto_or_positive, names, natural, positive
+from unilora_cli.values import assignment, auto_or_positive, names, natural, positive, selection
 
 __all__ = ["add_analyze", "add_check", "add_convert", "add_inspect", "add_merge", "command", "model_arguments"]
 
@@ -144,13 +144,14 @@ that). For each method, from P itself:
                isometric where they are 1
   file, memory bytes of numbers in the file, and kept while it is used
   operations   numbers that the map and its transpose compute or move; ms: their time in NumPy
-Loads no framework. Writes analysis.csv, with every figure, and support.png, a picture of each P.
+Without --model no framework is loaded. Writes analysis.csv, with every figure, and support.png, a picture of each P.
 """
     examples = """
   unilora analyze --out properties/
   unilora analyze --method uni-lora,vera,fastfood --layers 2 --width 32
   unilora analyze --method uni-lora/local,vera/balanced    # with another grouping
   unilora analyze runs/sst2/adapter.safetensors --method gaussian
+  unilora analyze --model roberta-base --kind text --method uni-lora,lora-xs
 """
     purpose = "measure what the projection of each method is: global, uniform, isometric, cheap"
     parser = command(commands, "analyze", purpose, details, examples, "unilora_cli.analyze:run")
@@ -176,7 +177,13 @@ Loads no framework. Writes analysis.csv, with every figure, and support.png, a p
         metavar="KEY=VALUE",
         help="of the methods that take it, such as frequencies=100; may be repeated",
     )
-    group = parser.add_argument_group("without FILE: q and v of a transformer with random weights")
+    group = parser.add_argument_group("instead of FILE: the targets of a model, and its weights")
+    group.add_argument("--model", metavar="NAME", help="name or folder of the model")
+    group.add_argument("--kind", choices=KINDS, help="what it is")
+    group.add_argument("--no-pretrained", action="store_true", help="of timm: random weights")
+    group.add_argument("--targets", type=selection, metavar="NAMES", help="layers, as for finetune")
+    model_arguments(group)
+    group = parser.add_argument_group("without either: q and v of a transformer with random weights")
     group.add_argument("--layers", type=positive, default=4, metavar="N", help="how many")
     group.add_argument("--width", type=positive, default=64, metavar="N", help="of each")
 

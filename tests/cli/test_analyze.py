@@ -1,6 +1,7 @@
 """`unilora analyze`."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,27 @@ def test_a_file_of_no_method(unilora, tmp_path):
     assert "a (pair × local)" in unilora("analyze", tmp_path / "a").out
 
 
+def test_the_targets_of_a_model(unilora, vit_model):
+    found = rows(unilora("analyze", *vit_model, "--kind", "vit", "--method", "lora,lora-xs,vera").out)
+    assert {row["rows of P"] for row in found.values()} == {"6,144"}  # q and v of 2 blocks: 4 · 4 · (192 + 192)
+
+
+def test_the_weights_of_a_model(unilora, vit_model, tmp_path):
+    """LoRA-XS's gains are the squares of the singular values, which random weights of another spread have not."""
+    import timm
+    import torch
+
+    words = (*vit_model, "--kind", "vit", "--method", "lora-xs", "--rank", 2)
+    unilora("analyze", *words, "--targets", "attn.proj", "--out", "out")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    squares = [torch.linalg.svdvals(block.attn.proj.weight.detach())[:2].square() for block in model.blocks]
+    with (tmp_path / "out" / "analysis.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["gains_least"]) == pytest.approx(min(map(float, torch.stack(squares).flatten())), rel=1e-4)
+    assert float(row["gains_most"]) == pytest.approx(max(map(float, torch.stack(squares).flatten())), rel=1e-4)
+
+
 def test_an_option_is_for_the_methods_that_take_it(unilora):
     found = rows(unilora("analyze", *SMALL, "--method", "fourierft,lora", "--option", "frequencies=5").out)
     assert (found["fourierft"]["d"], found["lora"]["d"]) == ("20", "256")
@@ -108,6 +130,8 @@ def test_an_option_is_for_the_methods_that_take_it(unilora):
         (("--method", "fourierft", "--option", "frequencies=500"), "layers.0.q: expected frequencies ≤ 256"),
         (("--method", "uni-lora", "--d", "100000"), "expected 1 ≤ d ≤ min(D, 2^31), got d = 100000"),
         (("--method", "vb-lora", "--option", "length=5"), "length = 5 does not divide the 16 columns"),
+        (("--model", "m"), "expected FILE, or --model NAME with --kind vit, text or lm, or neither."),
+        (("--model", "m", "--kind", "lm", "file"), "expected FILE, or --model NAME"),
         (("none.safetensors",), "none.safetensors: no such adapter file."),
     ],
 )
@@ -127,3 +151,18 @@ def test_all_says_which_methods_it_leaves_out(unilora, monkeypatch):
     assert "left out: vb-lora: ProjectionSpec: the codebook's length = 5 does not divide the 16 columns" in result.out
     assert "left out: gaussian: one product with P takes about 0 s here; name the method to wait for it." in result.out
     assert "gaussian" not in rows(result.out)
+
+
+def test_the_page_shows_what_is_measured():
+    """What is not noisy, for the methods that are quick to look at."""
+    from unilora_cli.analyze import table_of
+    from unilora_cli.analyze_cases import ALL, made_up, planned
+
+    page = Path(__file__).parents[2].joinpath("docs", "properties.md").read_text("utf-8")
+    lines = page.partition("<!-- small")[2].partition("<!-- end -->")[0].splitlines()
+    shown = {line.split(" ")[1]: line.strip("| ").split(" | ")[:6] for line in lines if line.startswith("| ")}
+    quick = ["uni-lora", "vera", "lora-xs", "tinylora", "fastfood", "uni-lora/iid", "uni-lora/by-factor"]
+    cases = planned(quick, made_up(4, 64), {"rank": 4, "d": "auto", "seed": 0}, {})
+    rows = table_of([(case, analyze(case.spec, case.targets, case.frozen)) for case in cases])
+    assert set(shown) == {"method", "---", *ALL}
+    assert [shown[row[0].split(" ")[0]] for row in rows] == [list(row[:6]) for row in rows]

@@ -252,6 +252,22 @@ def test_a_part_of_a_large_p_says_what_the_whole_says(monkeypatch, method):
     assert whole.gains[0] - 1e-9 <= part.gains[0] <= part.gains[1] <= whole.gains[1] + 1e-9
 
 
+def test_a_part_of_a_large_p_has_a_column_of_every_kind(monkeypatch):
+    """Of VeRA's 1,036 columns 4 scale a row of A."""
+    targets = [(name, Sizes(32, 512)) for name in "ab"]
+    spec = plan_spec(targets, method="vera", rank=2)
+    monkeypatch.setattr(analysis, "EXACT", 0)
+    monkeypatch.setattr(analysis, "COLUMNS", 3)
+    found = analyze(spec, targets)
+    assert (found.rows, found.across_targets) == ((2, 32), 0)
+
+
+def test_a_part_of_a_large_p_that_is_not_linear(monkeypatch):
+    monkeypatch.setattr(analysis, "EXACT", 0)
+    found = analyze(planned("vb-lora", options={"vectors": 3, "length": 4, "topk": 2}), TARGETS)
+    assert (found.exact, found.linear) == (False, False)
+
+
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
