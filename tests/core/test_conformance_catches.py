@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_backend import Toy
+from toy_backend import Toy, balanced
 
 from unilora_core import UniLoraError, project, project_transpose
-from unilora_core.testing import Backend, cases
+from unilora_core.testing import Backend, cases, definitions
 
 
 def bfloat16(x):
@@ -135,12 +135,12 @@ class SlicesNotChecked(Toy):
 
 
 class GradientWithoutScale(Toy):
-    def gradient(self, spec, y):
+    def gradient(self, spec, x, y):
         return self.scatter_add(spec, y)
 
 
 class GradientOfTheFactorsAOnly(Toy):
-    def gradient(self, spec, y):
+    def gradient(self, spec, x, y):
         kept = np.zeros_like(y)
         for name, at in spec.layout.slices.items():
             kept[at] = y[at] if spec.start == "paper" or name.endswith(".A") else 0
@@ -247,6 +247,62 @@ class AnotherError(Toy):
             raise TypeError(str(error)) from None
 
 
+class ClassesLikeBalanced(Toy):
+    """One grouping for all: neither local nor by factor."""
+
+    def in_classes(self, spec, i):
+        return balanced(i, spec.D, spec.d, self.seed(spec))
+
+
+class ClassesCutEvenly(Toy):
+    """As many columns for each class."""
+
+    def classes(self, spec):
+        slices = [slices for slices, *_ in super().classes(spec)]
+        ends = [spec.d * k // len(slices) for k in range(len(slices) + 1)]
+        return list(zip(slices, ends, ends[1:], strict=False))
+
+
+class UnnormalisedIsNormalised(Toy):
+    def scale(self, spec, dtype):
+        return (1 / np.sqrt(np.maximum(self.counts(spec), 1))).astype(dtype)
+
+
+class DenseInFloat16(Toy):
+    def dense(self, spec, theta_d):
+        return super().dense(spec, theta_d.astype(np.float16)).astype(theta_d.dtype)
+
+
+class DenseWithoutTheStart(Toy):
+    def dense(self, spec, theta_d):
+        return super().dense(replace(spec, start="paper"), theta_d)
+
+
+class DenseOfAnotherSeed(Toy):
+    def dense(self, spec, theta_d):
+        return super().dense(replace(spec, seed=(spec.seed + 1) % 2**64), theta_d)
+
+
+class DenseTransposeIsTheInverse(Toy):
+    def dense_transpose(self, spec, y):
+        return np.linalg.pinv(definitions.matrix(spec)) @ y
+
+
+class LogitsWithoutGradient(Toy):
+    """The choice of vectors is taken for a constant."""
+
+    def gradient(self, spec, x, y):
+        found = super().gradient(spec, x, y)
+        if spec.grouping == "codebook":
+            found[spec.chosen["vectors"] * spec.chosen["length"] :] = 0
+        return found
+
+
+class TransposeOfWhatIsNotLinear(Toy):
+    def transpose(self, spec, y):
+        return np.zeros(spec.d, y.dtype) if spec.grouping == "codebook" else super().transpose(spec, y)
+
+
 class CompiledInFloat16(Toy):
     class Rounding:
         def __init__(self, function):
@@ -255,8 +311,8 @@ class CompiledInFloat16(Toy):
         def __call__(self, x):
             return self.function(x.astype(np.float16).astype(x.dtype))
 
-        def gradient(self, y):
-            return self.function.gradient(y.astype(np.float16).astype(y.dtype))
+        def gradient(self, x, y):
+            return self.function.gradient(x, y.astype(np.float16).astype(y.dtype))
 
     def compile(self, function):
         return self.Rounding(function)
@@ -300,7 +356,16 @@ CAUGHT = {
     NothingIsChecked: ["project_refuses", "project_transpose_refuses"],
     AnotherText: ["project_refuses", "project_transpose_refuses"],
     AnotherError: ["project_refuses", "project_transpose_refuses"],
-    CompiledInFloat16: ["compiled_project", "compiled_project_transpose", "compiled_gradient"],
+    ClassesLikeBalanced: ["map_groups", "map_project", "map_transpose", "map_gradient", "frozen_groups"],
+    ClassesCutEvenly: ["map_groups", "map_project", "frozen_theta_D"],
+    UnnormalisedIsNormalised: ["map_project", "map_transpose", "map_gradient", "map_computed_in_float32"],
+    DenseInFloat16: ["map_project", "frozen_theta_D"],
+    DenseWithoutTheStart: ["map_project", "frozen_theta_D"],
+    DenseOfAnotherSeed: ["map_project", "frozen_theta_D"],
+    DenseTransposeIsTheInverse: ["map_transpose", "map_gradient"],
+    LogitsWithoutGradient: ["map_gradient"],
+    TransposeOfWhatIsNotLinear: ["map_transpose"],
+    CompiledInFloat16: ["compiled_map", "compiled_project", "compiled_project_transpose", "compiled_gradient"],
 }
 """Broken backend → checks that catch it, the most telling first."""
 
@@ -386,12 +451,17 @@ def test_what_a_backend_cannot_do_is_not_among_its_cases():
     without = {check_of(case) for case in cases(replace(full, pullback=None, compile=None, dtypes=("float32",)))}
     assert names - without == {
         "compiled_gradient",
+        "compiled_map",
         "compiled_project",
         "compiled_project_transpose",
         "computed_in_float32",
         "computed_in_float64",
         "gradient",
+        "map_computed_in_float32",
+        "map_gradient",
     }
+    few = {case.name.split("-")[1] for case in cases(replace(full, maps=("local",))) if case.name.startswith("map_")}
+    assert few == {"local"}
 
 
 def test_the_core_is_what_a_bare_namespace_gets():

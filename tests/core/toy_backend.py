@@ -1,6 +1,7 @@
 """A backend in NumPy, written from docs/format.md with 64-bit integers, np.take and np.add.at: nothing of the core.
 
-Each step is a method, so that a broken backend is one method that differs.
+Each step is a method, so that a broken backend is one method that differs. Maps whose rows have many entries, and the
+codebook, are the suite's own definitions.
 """
 
 import functools
@@ -11,9 +12,10 @@ import math
 import numpy as np
 
 from unilora_core import SpecError, ValuesError
-from unilora_core.testing import Backend
+from unilora_core.testing import Backend, definitions
 
 WORD = np.uint64(2**32 - 1)
+DENSE = ("fastfood", "gaussian", "codebook")
 
 
 class Toy:
@@ -29,7 +31,7 @@ class Toy:
             init=self.init,
             project=functools.partial(Projection, self),
             project_transpose=lambda spec: functools.partial(self.transpose, spec),
-            pullback=lambda function, x, y: function.gradient(y),
+            pullback=lambda function, x, y: function.gradient(x, y),
             compile=self.compile,
             dtypes=self.dtypes,
         )
@@ -47,8 +49,35 @@ class Toy:
             raise SpecError(f"groups: expected 0 ≤ start ≤ stop ≤ D = {spec.D}, got start = {start}, stop = {stop}.")
         if spec.grouping == "numpy-shuffle":
             return shuffled(spec.D, spec.d, spec.seed)[start:stop]
-        algorithm = {"balanced": balanced, "iid": iid}[spec.grouping]
+        if spec.grouping == "identity":
+            return np.arange(start, stop, dtype=np.int32)
+        if spec.grouping in ("local", "by-factor"):
+            return self.in_classes(spec, self.positions(start, stop)).astype(np.int32)
+        algorithm = iid if spec.grouping == "iid" else balanced
         return algorithm(self.positions(start, stop), spec.D, spec.d, self.seed(spec)).astype(np.int32)
+
+    def in_classes(self, spec, i):
+        found = np.zeros_like(i)
+        for k, (slices, first, end) in enumerate(self.classes(spec)):
+            digest = hashlib.sha256(f"unilora/class/1 seed={self.seed(spec)} class={k}".encode()).digest()
+            done, size = 0, sum(at.stop - at.start for at in slices)
+            for at in slices:
+                here = (i >= at.start) & (i < at.stop)
+                p = i[here] - np.uint64(at.start) + np.uint64(done)
+                columns = balanced(p, size, end - first, int.from_bytes(digest[:8], "little"))
+                found[here] = columns + np.uint64(first)
+                done += at.stop - at.start
+        return found
+
+    def classes(self, spec):
+        """(slices, first column, end) of each target, or of each kind of factor: these get 1, 2, … parts of d."""
+        by_target, classes = spec.grouping == "local", {}
+        for name, at in spec.layout.slices.items():
+            classes.setdefault(name.rpartition(".")[0 if by_target else 2], []).append(at)
+        sizes = [sum(at.stop - at.start for at in slices) for slices in classes.values()]
+        ends = np.cumsum(sizes if by_target else range(1, len(sizes) + 1)).tolist()
+        ends = [0] + [round(spec.d * end / ends[-1]) for end in ends]
+        return list(zip(classes.values(), ends, ends[1:], strict=False))
 
     def of_whole(self, spec):
         return self.groups(spec, 0, spec.D)
@@ -59,6 +88,12 @@ class Toy:
     # ---- floats ----
 
     def init(self, spec):
+        if spec.grouping == "codebook":
+            text = f"unilora/codebook/1 seed={self.seed(spec)} d={spec.d}"
+            size = spec.chosen["vectors"] * spec.chosen["length"]
+            vectors = definitions.uniform(f"{text} codebook", size, 0.02)
+            logits = np.array(definitions.normals(f"{text} logits", spec.d - size)).astype(np.float32)
+            return np.concatenate([vectors, logits * np.float32(0.1)])
         k0, k1 = words("init", spec.D, spec.d, self.seed(spec))[:2]
         x0, _ = threefry(k0, k1, np.zeros(spec.d, np.uint64), np.arange(spec.d, dtype=np.uint64))
         return ((((x0 >> np.uint64(8)).astype(np.float64) + 0.5) / 2**23 - 1) * spec.bound).astype(np.float32)
@@ -67,10 +102,14 @@ class Toy:
         return np.promote_types(x.dtype, np.float32)
 
     def scale(self, spec, dtype):
+        if spec.grouping == "unnormalised":
+            return np.ones(spec.d, dtype)
         return (1 / np.sqrt(np.maximum(self.counts(spec), 1))).astype(dtype)
 
     def project(self, spec, theta_d):
         self.check(theta_d, (spec.d,), "project: theta_d")
+        if spec.grouping in DENSE:
+            return self.dense(spec, theta_d)
         theta, scale = theta_d.astype(self.wide(theta_d)), self.scale(spec, self.wide(theta_d))
         groups = self.of_whole(spec)
         parts = {name: self.factor(spec, name, theta, scale, groups[at]) for name, at in spec.layout.slices.items()}
@@ -86,8 +125,15 @@ class Toy:
     def join(self, spec, parts):
         return np.concatenate(list(parts.values()))
 
+    def dense(self, spec, theta_d):
+        return definitions.theta_D(spec, theta_d).astype(theta_d.dtype)
+
     def transpose(self, spec, y):
         self.check(y, (spec.D,), "project_transpose: y")
+        if spec.grouping == "codebook":
+            raise SpecError("project_transpose: the grouping 'codebook' is not linear; differentiate project.")
+        if spec.grouping in DENSE:
+            return self.dense_transpose(spec, y)
         summed = self.scatter_add(spec, y.astype(self.wide(y)))
         return (summed * self.scale(spec, self.wide(y))).astype(y.dtype)
 
@@ -96,7 +142,12 @@ class Toy:
         np.add.at(summed, self.of_whole(spec), y)
         return summed.astype(y.dtype)
 
-    def gradient(self, spec, y):
+    def dense_transpose(self, spec, y):
+        return (definitions.matrix(spec).T @ y).astype(y.dtype)
+
+    def gradient(self, spec, x, y):
+        if spec.grouping == "codebook":
+            return definitions.codebook_pullback(spec, x, y).astype(x.dtype)
         return self.transpose(spec, y)
 
     def compile(self, function):
@@ -116,8 +167,8 @@ class Projection:
     def __call__(self, theta_d):
         return self.toy.project(self.spec, theta_d)
 
-    def gradient(self, y):
-        return self.toy.gradient(self.spec, y)
+    def gradient(self, x, y):
+        return self.toy.gradient(self.spec, x, y)
 
 
 # ---- the groupings, in unsigned 64-bit integers ----

@@ -1,11 +1,15 @@
 """The conformance suite on unilora_torch's own projection: on the CPU, and on CUDA where there is one."""
 
+import functools
+
 import pytest
 import torch
 
+import unilora_core
 import unilora_torch
 from unilora_core.testing import Backend, cases
 from unilora_torch.gather import Gather
+from unilora_torch.generic import Mapped
 
 pytestmark = [  # raised inside torch while it traces; none is seen where warnings are not errors
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
@@ -15,11 +19,16 @@ pytestmark = [  # raised inside torch while it traces; none is seen where warnin
 
 def backend(device):
     def project(spec):
+        if spec.map.groups is None:
+            numbers = Mapped.of(spec).to(torch.device(device))
+            return lambda theta_d: numbers(theta_d, [slice(0, spec.D)])
         groups, scale = Gather.of(spec).groups.to(device), spec.scale(xp=torch, device=device)
         origin = spec.init(xp=torch, device=device) if spec.start == "identity" else None
         return lambda theta_d: unilora_torch.project(theta_d, groups, scale, origin)
 
     def project_transpose(spec):
+        if spec.map.groups is None:
+            return functools.partial(unilora_core.project_transpose, spec)
         groups, scale = torch.from_numpy(spec.groups()).to(device), spec.scale(xp=torch, device=device)
         return lambda y: unilora_torch.project_transpose(y, groups, scale)
 
@@ -33,6 +42,7 @@ def backend(device):
         asnumpy=lambda tensor: tensor.cpu().numpy(),
         pullback=pullback,
         compile=compiled,
+        compiled=("project",),  # torch.compile cannot trace array_api_compat, in which the other maps are written
     )
 
 

@@ -1,18 +1,26 @@
 """Wrote the frozen vectors in ``unilora_core/testing``, once, with NumPy: a change of one changes the file format.
 
-It refuses to overwrite. A new grouping gets a file of its own; a new case of an old grouping, another file.
+It refuses to overwrite: ``make.py NAME …`` writes new files. A new map gets a file of its own; a new case of an old
+one, another file.
 """
 
 import base64
+import functools
 import hashlib
 import json
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from unilora_core import Layout, ProjectionSpec, save_adapter
-from unilora_core.grouping import ALGORITHMS
+from unilora_core import Layout, ProjectionSpec, project, save_adapter
+from unilora_core.frames import Sizes, piece_names
+from unilora_core.grouping import ALGORITHMS, Problem
+from unilora_core.header import FROZEN, write_targets
+from unilora_core.maps import MAPS
+from unilora_core.methods import METHODS, plan_spec
 
 FOLDER = Path(__file__).parents[2] / "unilora_core" / "testing" / "vectors"
 
@@ -46,6 +54,20 @@ SPECS = [
 ]
 
 
+CLASSES = [SPECS[i] for i in (1, 4, 7, 8, 18)]
+IDENTITY = [{"D": 1, "d": 1}, {"D": 97, "d": 97, "seed": 1, "start": "identity"}, {"D": 10007, "d": 10007, "seed": 2}]
+DENSE = [
+    *(SPECS[i] for i in (0, 3, 4, 5)),
+    {"D": 100, "d": 100, "seed": 6},
+    {"D": 1009, "d": 33, "seed": 2**63 + 1, "start": "identity", "bound": 0.3},
+]
+MIXED = [
+    {"shapes": [("0.A", (4, 64)), ("0.Bt", (4, 32)), ("1.A", (4, 48))], "d": 416, "seed": 7, "options": (16, 2, 8)},
+    {"shapes": [("0.A", (3, 5)), ("1.Bt", (2, 7))], "d": 5 + 29 * 5, "seed": 2**64 - 1, "options": (1, 5, 5)},
+]
+"""Specs of further maps; the options are length, topk and vectors."""
+
+
 def layout_of(D: int) -> Layout:
     """Up to three factors that fill D positions."""
     sizes = [size for size in (D // 3, D // 3, D - 2 * (D // 3)) if size]
@@ -74,6 +96,47 @@ def case(D: int, grouping: str, **fields) -> dict:
     return known
 
 
+def mixed(shapes: list, options: tuple[int, ...], **fields) -> dict:
+    """The same for the codebook."""
+    named = tuple(zip(("length", "topk", "vectors"), options, strict=True))
+    return rounded(ProjectionSpec(Layout(shapes), grouping="codebook", options=named, **fields))
+
+
+def dense(D: int, grouping: str, **fields) -> dict:
+    """The same for a map that is not exact."""
+    return rounded(ProjectionSpec(layout_of(D), grouping=grouping, **fields))
+
+
+def rounded(spec: ProjectionSpec) -> dict:
+    """What is known to nine digits: θ_D at the start, in the middle and at the end, computed in float64."""
+    theta_d = spec.init()
+    theta_D = project(spec, theta_d[::-1].astype(np.float64))
+    starts = sorted({0, spec.D // 2, max(0, spec.D - 8)})
+    return {
+        "spec": spec.to_json(),
+        "theta_d": {"first": theta_d[:3].astype("<f4").tobytes().hex(), "sha256": sha256(theta_d.astype("<f4"))},
+        "theta_D_of_reversed_theta_d": {at: [float(f"{x:.9g}") for x in theta_D[at : at + 8]] for at in starts},
+    }
+
+
+def identity(**fields) -> dict:
+    """A map without groups, bit by bit."""
+    spec = ProjectionSpec(layout_of(fields.pop("D")), grouping="identity", **fields)
+    theta_d = spec.init()
+    theta_D = theta_d[::-1].copy()
+    for name, at in spec.layout.slices.items():
+        if spec.start == "identity" and name.endswith(".B"):
+            theta_D[at] = (theta_d[::-1] - theta_d)[at]
+    return {
+        "spec": spec.to_json(),
+        "theta_d": {"first": theta_d[:3].astype("<f4").tobytes().hex(), "sha256": sha256(theta_d.astype("<f4"))},
+        "theta_D_of_reversed_theta_d": {
+            "last": theta_D[-3:].astype("<f4").tobytes().hex(),
+            "sha256": sha256(theta_D.astype("<f4")),
+        },
+    }
+
+
 def adapter() -> dict:
     """A whole file of format version 1, and what is in it."""
     fields = {"d": 5, "seed": 2**64 - 1, "grouping": "iid", "start": "identity", "bound": 0.5}
@@ -95,9 +158,52 @@ def adapter() -> dict:
     }
 
 
+TARGETS = [("q", Sizes(8, 6)), ("v", Sizes(8, 6)), ("up", Sizes(4, 8, 2))]
+ROWS = [("q", "attn.qkv", 0, False, None), ("v", "attn.qkv", 12, False, None), ("up", "experts", 0, True, "up")]
+"""The targets of the files of each method, and where they are in their model."""
+
+SMALL = {"vb-lora": {"length": 2, "topk": 2, "vectors": 3}, "fourierft": {"frequencies": 5}}
+
+
+def method(name: str) -> dict:
+    """A file of a method, θ_D to nine digits, and each ΔW to six, multiplied out from its chain."""
+    options = {"options": SMALL.get(name, {})} | ({"rank": 2} if METHODS[name].rank else {})
+    spec = plan_spec(TARGETS, method=name, seed=2**64 - 1, **options)
+    theta_d = ((np.arange(spec.d) % 7 - 3) / 8).astype(np.float32)
+    theta_D = project(spec, theta_d.astype(np.float64))
+    factors, tensors, deltas = spec.layout.split(theta_D), {}, {}
+    for target, sizes in TARGETS:
+        frozen = spec.form.frozen(sizes, spec.seed, spec.chosen)
+        if spec.form.of_weight:
+            shape = (*sizes.stack, sizes.out_features, sizes.in_features)
+            frozen = spec.form.of_weight(np.cos(np.arange(np.prod(shape))).astype(np.float32).reshape(shape), 2)
+            tensors |= {f"{FROZEN}{target}.{array}": value for array, value in frozen.items()}
+        pieces = {piece: factors[name] for piece, name in piece_names(spec.form, target, sizes).items()}
+        first, *rest = spec.form.chain(pieces, frozen, spec.chosen)
+        deltas[target] = functools.reduce(lambda product, factor: factor @ product, rest, first)
+    sized = [
+        (*row, sizes.in_features, sizes.out_features, sizes.experts)
+        for row, (_, sizes) in zip(ROWS, TARGETS, strict=True)
+    ]
+    pairs = [row if row[-1] else row[:-1] for row in ROWS]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        rows = write_targets(pairs if spec.frame == "pair" else sized)
+        save_adapter(path, spec, theta_d, tensors=tensors, metadata=rows)
+        data = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "method": name,
+        "spec": spec.to_json(),
+        "theta_D": [float(f"{x:.9g}") for x in theta_D],
+        "deltas": {target: [float(f"{x:.6g}") for x in delta.reshape(-1)] for target, delta in deltas.items()},
+        "file": data,
+    }
+
+
 def slices(spec: ProjectionSpec) -> list[tuple[int, int]]:
     """(start, stop): the first, the last, the middle, and both sides of each border of a segment or a word."""
-    segment = ALGORITHMS[spec.grouping].segment(spec._problem)
+    algorithm = ALGORITHMS.get(spec.grouping, ALGORITHMS["balanced"])  # of which classes are made
+    segment = algorithm.segment(Problem(spec.D, spec.d, spec.seed))
     borders = {segment, spec.D // segment * segment, 2**31, 2**32, 2**40, spec.D // 2}
     starts = {0, max(0, spec.D - 8), *(border - 4 for border in borders if 4 <= border < spec.D)}
     return [(start, min(start + 8, spec.D)) for start in sorted(starts)]
@@ -111,6 +217,7 @@ def sha256(array: np.ndarray) -> str:
 def _project(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
     """By the definition, without `unilora_core.project`."""
     scale = (1 / np.sqrt(np.maximum(spec.counts(), 1))).astype(np.float32)
+    scale = np.ones_like(scale) if spec.grouping == "unnormalised" else scale
     groups = spec.groups()
     theta_D = (theta_d * scale)[groups]
     if spec.start == "identity":
@@ -120,12 +227,29 @@ def _project(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
     return theta_D
 
 
+def lines(cases: Iterable[dict]) -> str:
+    """A JSON list, a case a line."""
+    return "[\n" + ",\n".join(json.dumps(each, separators=(",", ":")) for each in cases) + "\n]\n"
+
+
+def text(name: str) -> str:
+    """What the file of this name holds."""
+    if name == "methods":
+        return lines(map(method, METHODS))
+    if name == "adapter":
+        return json.dumps(adapter(), indent=1) + "\n"
+    if name == "identity":
+        return lines(identity(**fields) for fields in IDENTITY)
+    if name == "codebook":
+        return lines(mixed(**fields) for fields in MIXED)
+    if name in ("fastfood", "gaussian"):
+        return lines(dense(grouping=name, **fields) for fields in DENSE)
+    specs = SPECS if name in ALGORITHMS else CLASSES
+    small = [fields for fields in specs if name != "numpy-shuffle" or fields["D"] <= WHOLE]
+    return lines(case(grouping=name, **fields) for fields in small)
+
+
 if __name__ == "__main__":
-    for grouping in ALGORITHMS:
-        specs = [fields for fields in SPECS if grouping != "numpy-shuffle" or fields["D"] <= WHOLE]
-        with (FOLDER / f"{grouping}.json").open("x") as file:  # "x": never over an old one
-            lines = [json.dumps(case(grouping=grouping, **fields), separators=(",", ":")) for fields in specs]
-            file.write("[\n" + ",\n".join(lines) + "\n]\n")
-    with (FOLDER / "adapter.json").open("x") as file:
-        json.dump(adapter(), file, indent=1)
-        file.write("\n")
+    for name in sys.argv[1:] or [*MAPS, "adapter", "methods"]:
+        with (FOLDER / f"{name}.json").open("x") as file:  # "x": never over an old one
+            file.write(text(name))

@@ -51,10 +51,10 @@ def _gaussian_project(of: Instance, theta: Array, _: Frozen, start: int, stop: i
 
 
 def _gaussian_transpose(of: Instance, y: Array, _: Frozen, start: int) -> Array:
-    xp, block = array_namespace(y), max(1, ENTRIES // of.d)
+    xp, block, size = array_namespace(y), max(1, ENTRIES // of.d), y.shape[0]
     total = xp.zeros(of.d, dtype=y.dtype, device=device(y))
-    for at in range(0, y.shape[0], block):
-        part = y[at : at + block]
+    for at in range(0, size, block):
+        part = y[at : min(at + block, size)]
         rows = _rows(of, start + at, part.shape[0], xp, device(y))
         total = total + part @ xp.astype(rows, y.dtype)
     return total
@@ -109,19 +109,19 @@ def _of_blocks(frozen: Frozen, first: int, last: int, n: int, dtype: object) -> 
     """B, G, Π and its inverse of the blocks first … last-1, numbered from the first of them."""
     B, G, *tables = frozen
     xp = array_namespace(B)
-    signs, scales = (xp.astype(array[first:last], dtype) for array in (B, G))
+    signs, scales = (xp.astype(array[first:last, :], dtype) for array in (B, G))
     return (signs, scales, *(table[first * n : last * n] - first * n for table in tables))
 
 
 def hadamard(x: Array, xp: ModuleType) -> Array:
-    """x·H/√n for each row of x (k, n), n a power of 2: log2 n passes of sums and differences."""
+    """x·H/√n for each row of x (k, n), n a power of 2: log2 n passes, each puts the sums of neighbours before their
+    differences, so that all passes have one shape and a compiler sees one.
+    """
     k, n = x.shape
-    h = 1
-    while h < n:
-        halves = xp.reshape(x, (k, n // (2 * h), 2, h))
-        a, b = halves[:, :, 0, :], halves[:, :, 1, :]
-        x = xp.reshape(xp.stack([a + b, a - b], axis=2), (k, n))
-        h *= 2
+    for _ in range(n.bit_length() - 1):
+        pairs = xp.reshape(x, (k, n // 2, 2))
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        x = xp.concat([a + b, a - b], axis=1)
     return x / n**0.5
 
 

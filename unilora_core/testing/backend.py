@@ -10,6 +10,8 @@ import numpy as np
 
 import unilora_core
 from unilora_core._namespace import Array, standard
+from unilora_core.grouping import ALGORITHMS
+from unilora_core.maps import MAPS
 from unilora_core.spec import ProjectionSpec
 from unilora_core.testing.compare import expect
 
@@ -37,8 +39,10 @@ class Backend:
             namespace has no differentiation.
         compile: function → the compiled function; None where there is no compiler.
         compiled: what ``compile`` can take: ``"groups"`` (the core's kernels, functions of the positions; not asked of
-            a backend with ``groups`` of its own) and ``"project"`` (with its transpose and its gradient).
+            a backend with ``groups`` of its own), ``"project"`` (with its transpose and its gradient), and ``"maps"``
+            (``project`` of the maps whose rows have many entries).
         dtypes: the floating-point dtypes that ``project`` and ``project_transpose`` take and give back, by name.
+        maps: the maps that it has, by name; the three groupings of `unilora_core.grouping` are always asked for.
     """
 
     name: str
@@ -52,8 +56,9 @@ class Backend:
     asnumpy: Callable[[Array], np.ndarray] = np.asarray
     pullback: Callable[[Function, Array, Array], Array] | None = None
     compile: Callable[[Function], Function] | None = None
-    compiled: tuple[str, ...] = ("groups", "project")
+    compiled: tuple[str, ...] = ("groups", "project", "maps")
     dtypes: tuple[str, ...] = ("float32",)
+    maps: tuple[str, ...] = tuple(MAPS)
 
 
 class Subject:
@@ -61,9 +66,11 @@ class Subject:
 
     def __init__(self, backend: Backend):
         self.name, self.xp, self.dtypes = backend.name, backend.xp, backend.dtypes
+        self.maps = {*ALGORITHMS, *backend.maps}
         self.pullback, self.compile = backend.pullback, backend.compile
         self.compiles_groups = bool(backend.compile and not backend.groups and "groups" in backend.compiled)
         self.compiles_project = bool(backend.compile and "project" in backend.compiled)
+        self.compiles_maps = bool(self.compiles_project and "maps" in backend.compiled)
         xp, device = backend.xp, backend.device
         self.groups = backend.groups or (lambda spec, start, stop: spec.groups(start, stop, xp=xp, device=device))
         self.init = backend.init or (lambda spec: spec.init(xp=xp, device=device))

@@ -20,6 +20,7 @@ __all__ = [
     "SEEDS",
     "dense",
     "flat",
+    "gathered",
     "init",
     "lowbias32",
     "normal",
@@ -157,8 +158,13 @@ def dense(spec: ProjectionSpec) -> np.ndarray:
 
 def vector(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
     """θ_D, factor by factor, each operation rounded to the dtype of θ_d: (D,), the bits that float32 must have."""
-    groups = spec.groups()
-    scale = _scale(spec, groups).astype(theta_d.dtype)
+    groups = np.arange(spec.D) if spec.grouping == "identity" else spec.groups()
+    return gathered(spec, theta_d, groups, _scale(spec, groups))
+
+
+def gathered(spec: ProjectionSpec, theta_d: np.ndarray, groups: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The same from the column of each row, and the scale of each column in float64."""
+    scale = scale.astype(theta_d.dtype)
     theta_D = (theta_d * scale)[groups]
     if spec.start == "identity":
         moved = (theta_d - spec.init()) * scale
@@ -175,4 +181,6 @@ def transposed(spec: ProjectionSpec, y: np.ndarray) -> np.ndarray:
 
 
 def _scale(spec: ProjectionSpec, groups: np.ndarray) -> np.ndarray:
+    if spec.grouping == "unnormalised":
+        return np.ones(spec.d)
     return 1 / np.sqrt(np.maximum(np.bincount(groups, minlength=spec.d), 1))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unilora_core.testing import compiled, frozen, groups, projection
+from unilora_core.testing import compiled, frozen, groups, maps, projection
 from unilora_core.testing.backend import Backend, Subject
 
 __all__ = ["Case", "cases"]
@@ -41,6 +41,6 @@ def cases(backend: Backend) -> tuple[Case, ...]:
     subject = Subject(backend)
     return tuple(
         Case(backend.name, name, check)
-        for module in (frozen, groups, projection, compiled)
+        for module in (frozen, groups, projection, maps, compiled)
         for name, check in module.checks(subject)
     )
