@@ -39,7 +39,7 @@ class Sizes:
         return (self.experts,) if self.experts else ()
 
 
-def _nothing(*_: object) -> dict[str, Array]:
+def _nothing(*_: object) -> dict[str, Any]:
     return {}
 
 
@@ -56,6 +56,7 @@ class Frame:
         shared: the pieces that all targets of one size have in common.
         frozen: (sizes, seed, options) → name → array, NumPy, where it follows from the seed.
         of_weight: (weight (…, out, in), rank) → name → array, where it is made of the layer's weight; a file keeps it.
+        kept: (sizes, options) → name → shape, of what ``of_weight`` gives.
         ranked: whether it has a rank, which is among the options then.
         dense: whether the chain is ΔW itself, which no plain LoRA holds.
         rate: what LoRA's learning rate is multiplied by, whatever the map.
@@ -73,6 +74,7 @@ class Frame:
     shared: frozenset[str] = frozenset()
     frozen: Callable[[Sizes, int, Options], dict[str, np.ndarray]] = _nothing
     of_weight: Callable[[Array, int], dict[str, Array]] | None = None
+    kept: Callable[[Sizes, Options], dict[str, Shape]] = _nothing
     ranked: bool = True
     dense: bool = False
     rate: float = 1.0
@@ -194,6 +196,11 @@ def _core_of_weight(weight: Array, rank: int) -> dict[str, Array]:
     return {"V": V[..., :rank, :], "U": U[..., :rank] * S[..., None, :rank]}
 
 
+def _core_kept(sizes: Sizes, options: Options) -> dict[str, Shape]:
+    rank = int(options["rank"])
+    return {"V": (*sizes.stack, rank, sizes.in_features), "U": (*sizes.stack, sizes.out_features, rank)}
+
+
 CORE = Frame(
     version=1,
     names=("R",),
@@ -201,6 +208,7 @@ CORE = Frame(
     pieces=_core_pieces,
     chain=lambda pieces, frozen, _options: (frozen["V"], pieces["R"], frozen["U"]),
     of_weight=_core_of_weight,
+    kept=_core_kept,
     rate=10.0,  # 4e-3 on MetaMathQA, 2e-3 on Commonsense-170K, in the authors' scripts; VeRA's table has LoRA at 4e-4
     source="LoRA-XS (arXiv 2405.17604)",
 )

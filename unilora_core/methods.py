@@ -88,7 +88,8 @@ def plan_spec(
     form, each = FRAMES[chosen.frame], MAPS[grouping]
     if rank is not None and not form.ranked:
         raise SpecError(f"the method {method!r} has no rank, got rank = {shown(rank)}; leave it out.")
-    ranked = {"rank": chosen.rank if rank is None else rank} if form.ranked else {}
+    rank = chosen.rank if rank is None else rank
+    ranked: dict[str, Option] = {} if rank is None else {"rank": rank}
     values = _values(method, dict(form.options) | dict(each.options), options or {})
     targets = list(targets)
     layout = frame_layout(form, targets, values | ranked)

@@ -109,9 +109,9 @@ class Adapter(Vector):
         """One line: what trains, and how little of the model it is."""
         head = sum(parameter.numel() for parameter in self.saved_parameters().values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        trained = self.spec.d + head
+        trained, what = self.spec.d + head, "LoRA parameters" if self.spec.frame == "pair" else "numbers"
         return (
-            f"θ_d: {self.spec.d:,} numbers for D = {self.spec.D:,} LoRA parameters of {len(self.targets)} targets"
+            f"θ_d: {self.spec.d:,} numbers for D = {self.spec.D:,} {what} of {len(self.targets)} targets"
             + (f"; {', '.join(self.modules_to_save)}: {head:,}" if head else "")
             + f"; trained: {trained:,} of {total:,} ({trained / total:.3%})"
         )

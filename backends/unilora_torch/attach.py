@@ -9,9 +9,10 @@ from torch import nn
 
 from unilora_core import Layout, ProjectionSpec, TargetError
 from unilora_core.lora import lora_layout
-from unilora_core.rates import planned_spec
+from unilora_core.methods import plan_spec
 from unilora_torch import base
 from unilora_torch.adapter import NAME, Adapter, adapters
+from unilora_torch.chains import Frozen, sizes_of
 from unilora_torch.checks import check_targets
 from unilora_torch.heads import check_apart, check_heads, submodule
 from unilora_torch.opened import open_file
@@ -27,14 +28,16 @@ def attach(
     targets: str | Iterable[str | Target] = "all-linear",
     *,
     exclude: str | Iterable[str] = (),
-    rank: int = 4,
+    method: str = "uni-lora",
+    rank: int | None = None,
     d: int | Literal["auto"] = "auto",
     seed: int = 0,
-    grouping: str = "balanced",
-    start: str = "identity",
+    grouping: str | None = None,
+    start: str | None = None,
     bound: float | None = None,
     modules_to_save: Iterable[str] = (),
     name: str = NAME,
+    **options: float,
 ) -> Adapter:
     """Freeze a model and put one trainable vector beside its linear layers.
 
@@ -47,14 +50,17 @@ def attach(
         targets: ``"all-linear"``, a regular expression for whole names, a list of names or endings (see
             `find_targets`), or a list of `Target`.
         exclude: taken away from ``targets``, by regular expression or list.
-        rank: r of every target.
-        d: the number of trained values, or ``"auto"``: D/16.
-        seed: fixes P and θ_d⁰.
-        grouping: ``"balanced"``, ``"iid"`` or ``"numpy-shuffle"``; see `unilora_core.ProjectionSpec`.
-        start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)).
-        bound: of θ_d⁰; by default 0.02 for the paper's start, and as large as LoRA's A for the identity.
+        method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
+        rank: r of every target; by default the method's, 4 for Uni-LoRA.
+        d: the number of trained values, or ``"auto"``: D/16, or what follows from the method.
+        seed: fixes P, θ_d⁰, and what is random and frozen.
+        grouping: the map P; by default the method's: ``"balanced"`` for Uni-LoRA. See `unilora_core.ProjectionSpec`.
+        start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)), or
+            ``"zero"``; by default the method's.
+        bound: of θ_d⁰; by default as large as LoRA's A for the identity, else 0.02.
         modules_to_save: names of modules that train in full, such as ``("classifier",)``.
         name: the adapter's name among the model's submodules.
+        **options: of the method, such as ``vectors=64`` of VB-LoRA; docs/framework.md has them.
 
     Returns:
         The adapter, also found at ``model.unilora``.
@@ -62,12 +68,22 @@ def attach(
     Raises:
         TargetError: nothing to adapt, something that cannot be adapted rightly, or a name that is taken; the model is
             unchanged.
-        SpecError: rank or d out of range; the model is unchanged.
+        SpecError: an unknown method or option, or rank or d out of range; the model is unchanged.
     """
     check_name(model, name)
     modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(dict.fromkeys(modules_to_save))
     found = _resolve(model, targets, exclude, modules_to_save)
-    spec = planned_spec(layout_of(found, rank), d, seed, grouping, start, bound)
+    spec = plan_spec(
+        [(target.name, sizes_of(target)) for target in found],
+        method=method,
+        rank=rank,
+        d=d,
+        seed=seed,
+        grouping=grouping,
+        start=start,
+        bound=bound,
+        options=options,
+    )
     return _install(model, spec, found, modules_to_save, name)
 
 
@@ -96,7 +112,7 @@ def load(
     if check_base:
         base.check_base(str(path), found.header.base, base.identity(model, (*heads, *adapters(model))))
     before = {module: _values(model, module) for module in heads}
-    adapter = _install(model, found.spec, found.targets, heads, name)
+    adapter = _install(model, found.spec, found.targets, heads, name, found.frozen)
     try:
         fill(adapter, found)
     except BaseException:  # nothing is left half done
@@ -140,10 +156,15 @@ def _values(model: nn.Module, module: str) -> dict[str, torch.Tensor]:
 
 
 def _install(
-    model: nn.Module, spec: ProjectionSpec, targets: tuple[Target, ...], modules_to_save: tuple[str, ...], name: str
+    model: nn.Module,
+    spec: ProjectionSpec,
+    targets: tuple[Target, ...],
+    modules_to_save: tuple[str, ...],
+    name: str,
+    frozen: Frozen | None = None,
 ) -> Adapter:
     acting = {other: adapter.modules_to_save for other, adapter in adapters(model).items() if adapter.enabled}
     check_apart(acting | {name: modules_to_save})
-    adapter = Adapter(model, spec, targets, modules_to_save)
+    adapter = Adapter(model, spec, targets, modules_to_save, frozen)
     adapter.put_on(name)
     return adapter

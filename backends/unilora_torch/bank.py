@@ -23,7 +23,7 @@ from unilora_core import AdapterFile, ProjectionSpec, TargetError, ValuesError
 from unilora_core.header import BaseIdentity
 from unilora_torch import base
 from unilora_torch.calls import Handle
-from unilora_torch.chains import factor_names
+from unilora_torch.chains import Chains
 from unilora_torch.gather import Gather
 from unilora_torch.live import Entered
 from unilora_torch.opened import Opened, open_file
@@ -347,12 +347,17 @@ def _wanted(
 
 def _block(family: Family, target: Target) -> Block:
     """A target in its layer; its groups are a view of the family's, unless a file holds another order."""
-    layout, names = family.spec.layout, factor_names(target)
+    layout, names = family.spec.layout, Chains(family.spec, [target], {}).names[target.name]
     groups = family.projection.groups_at(layout.slices[name] for name in names)
     return Block(family.number, target, tuple(layout.shapes[name] for name in names), groups)
 
 
 def _family(where: str, model: nn.Module, found: Opened, number: int) -> Family:
+    if found.spec.frame != "pair" or found.spec.map.groups is None:
+        raise TargetError(
+            f"{where}: a bank serves pairs of A and B that are a gather of θ_d, and this adapter has the frame "
+            f"{found.spec.frame!r} and the grouping {found.spec.grouping!r}; attach such an adapter alone."
+        )
     for target in found.targets:
         _check_by_row(where, model, target)
     projection = Gather.of(found.spec).to(device_of(model, found.targets))

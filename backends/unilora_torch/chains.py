@@ -1,30 +1,66 @@
-"""What is built of a target's numbers: its factors, by name, and the chain that they make.
+"""What is built of a target's numbers: its pieces, by name, and the chain that its frame makes of them.
 
 A chain is (F_1, …, F_k) in the order in which x meets them: the update of a layer is F_k·…·F_1, and beside it runs
-``for F in chain: x = linear(x, F)``. Every target has the chain (A, B); nothing else in this package knows their names.
+``for F in chain: x = linear(x, F)``. The frames are the core's (`unilora_core.frames`).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from unilora_core import ProjectionSpec
+from unilora_core.frames import Sizes, piece_names
 from unilora_torch.targets import Target
 
-__all__ = ["chain_of", "factor_names", "joined", "product"]
+__all__ = ["Chains", "Frozen", "joined", "product", "sizes_of"]
 
-T = TypeVar("T")
-
-
-def factor_names(target: Target) -> tuple[str, ...]:
-    """The names of a target's factors in the layout, in the order of its chain."""
-    return f"{target.name}.A", f"{target.name}.B"
+Frozen = Mapping[str, Mapping[str, Tensor]]
+"""Name of a target → name → array that stands in its chain and is not trained."""
 
 
-def chain_of(factors: Mapping[str, T], target: Target) -> tuple[T, ...]:
-    """The chain of one target, of the factors by name."""
-    return tuple([factors[name] for name in factor_names(target)])
+class Chains:
+    """From the pieces of all targets to the chain of each.
+
+    Attributes:
+        names: name of a target → the names of its pieces in the layout, in the order of its frame.
+        frozen: what else the chains need; targets of one size may share it.
+    """
+
+    def __init__(self, spec: ProjectionSpec, targets: Iterable[Target], frozen: Frozen):
+        self.form, self.options, self.frozen = spec.form, spec.chosen, frozen
+        self.names = {
+            target.name: tuple(piece_names(spec.form, target.name, sizes_of(target)).values()) for target in targets
+        }
+
+    def __call__(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
+        """The chain of one target, of the pieces by their names in the layout."""
+        names = self.names[target.name]
+        pieces = {piece: factors[name] for piece, name in zip(self.form.names, names, strict=True)}
+        return self.form.chain(pieces, self.frozen.get(target.name, {}), self.options)
+
+    def to(self, device: torch.device) -> None:
+        """Move what is frozen to where θ_d is; what is shared stays shared."""
+        moved: dict[int, Tensor] = {}
+        self.frozen = {
+            name: {key: moved.setdefault(id(array), array.to(device)) for key, array in arrays.items()}
+            for name, arrays in self.frozen.items()
+        }
+
+    def clones(self) -> Frozen:
+        """A copy of what is frozen."""
+        return {name: {key: array.clone() for key, array in arrays.items()} for name, arrays in self.frozen.items()}
+
+    def copy_(self, frozen: Frozen) -> None:
+        """Take other values of the same shapes, in place."""
+        for name, arrays in self.frozen.items():
+            for key, array in arrays.items():
+                array.copy_(frozen[name][key])
+
+
+def sizes_of(target: Target) -> Sizes:
+    """The sizes of a target, as the core's frames take them."""
+    return Sizes(target.in_features, target.out_features, target.experts)
 
 
 def product(chain: Sequence[Tensor]) -> Tensor:

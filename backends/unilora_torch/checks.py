@@ -16,6 +16,7 @@ __all__ = [
     "check_parameter",
     "check_targets",
     "is_plain",
+    "kind_of",
     "plain_weight",
     "weight_of",
     "without_idle_experts",
@@ -91,7 +92,7 @@ def check_parameter(module: nn.Module, target: Target) -> None:
         raise TargetError(f"{target.module}: no parameter {target.parameter!r}; the nearest are {near}.")
     if not is_plain(weight):
         raise TargetError(
-            f"{target.name}: a weight of {_kind(weight)} cannot take the update, and its module has no output that "
+            f"{target.name}: a weight of {kind_of(weight)} cannot take the update, and its module has no output that "
             "could; exclude it, or load the model unquantised."
         )
     experts, width, height = matrices_in(weight_name(target), weight, target.experts > 0, target.transposed)
@@ -114,7 +115,7 @@ def plain_weight(model: nn.Module, target: Target) -> Tensor:
     weight = weight_of(model.get_submodule(target.module), target)
     if weight is None or not is_plain(weight):
         raise TargetError(
-            f"{target.module}: a weight of {_kind(weight)} cannot take the update; merge into an unquantised copy of "
+            f"{target.module}: a weight of {kind_of(weight)} cannot take the update; merge into an unquantised copy of "
             "the base model: save the adapter, load the base in float32 or bfloat16, whole, and load the adapter there."
         )
     return weight
@@ -158,7 +159,8 @@ def weight_of(module: nn.Module, target: Target) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def _kind(weight: Tensor | None) -> str:
+def kind_of(weight: Tensor | None) -> str:
+    """What a weight is that holds no plain values, for a message."""
     if weight is None:
         return "a quantised layer"
     return f"{weight.dtype}" if type(weight) in (Tensor, nn.Parameter) else f"type {type(weight).__name__}"
@@ -193,7 +195,7 @@ def _check_embedding(module: nn.Embedding, target: Target) -> None:
             "a merge gives; exclude it."
         )
     if not is_plain(module.weight):
-        raise TargetError(f"{target.module}: an embedding of {_kind(module.weight)} cannot be adapted; exclude it.")
+        raise TargetError(f"{target.module}: an embedding of {kind_of(module.weight)} cannot be adapted; exclude it.")
     if type(module).forward is not nn.Embedding.forward and not looks_up(module):
         raise TargetError(
             f"{target.module}: {type(module).__name__} does more than look rows up and scale them, so B·A beside it "

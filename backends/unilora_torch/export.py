@@ -14,7 +14,7 @@ from unilora_core import AdapterFileError, TargetError
 from unilora_core.engines import Lora, refuse, served_rank
 from unilora_core.files import new_files
 from unilora_core.lora import Block, lora_config, lora_names, lora_state
-from unilora_torch.chains import chain_of
+from unilora_torch.chains import product
 from unilora_torch.export_parameters import parameter_state, parameters_of, rank_of
 from unilora_torch.targets import Target, features, is_conv
 from unilora_torch.vector import Vector
@@ -45,9 +45,14 @@ def export_lora(
     Raises:
         AdapterFileError: ``engine`` would not serve the export; the message has every reason.
         SpecError: a layer needs more than ``rank``, or an unknown engine.
-        TargetError: a parameter or a convolution that PEFT does not adapt alike.
+        TargetError: a parameter or a convolution that PEFT does not adapt alike, or a method that makes whole weights.
         ValuesError: θ_d holds NaN or infinity. In each case nothing is written.
     """
+    if vector.spec.form.dense:
+        raise TargetError(
+            f"export_lora: the frame {vector.spec.frame!r} makes whole weights, which no plain LoRA holds; merge the "
+            "adapter into the base model instead."
+        )
     vector.check_finite("export_lora")
     parameters = parameters_of(vector.targets)
     if engine is not None and parameters:
@@ -81,23 +86,31 @@ def _arrays(
 ) -> tuple[dict[str, np.ndarray], list[str], int]:
     """All A and B under their names in the file, the layers among what they adapt, and the rank that all have."""
     model = vector.model
-    factors = {name: factor.detach().cpu().numpy() for name, factor in vector().items()}
+    pairs = _pairs(vector)
     blocks: dict[str, list[Block]] = {}
     heights: dict[str, int] = {}
     for target in (target for target in vector.targets if target.parameter is None):
-        A, B = chain_of(factors, target)
+        A, B = pairs[target.name]
         blocks.setdefault(target.module, []).append((A, B, target.first_row))
         heights[target.module] = features(model.get_submodule(target.module), target.transposed)[1]
     widths = [sum(len(A) for A, _, _ in parts) for parts in blocks.values()]
     if engine is not None and rank is None:
         rank = served_rank(engine, max(widths))
     if parameters and rank is None:
-        rank = max(widths + [rank_of(parts, factors) for parts in parameters.values()])
+        rank = max(widths + [rank_of(parts, pairs) for parts in parameters.values()])
     arrays, rank = lora_state(blocks, heights, rank) if blocks else ({}, rank or 0)
-    arrays |= parameter_state(model, parameters, factors, rank)
+    arrays |= parameter_state(model, parameters, pairs, rank)
     for module in blocks:
         _as_layer(module, model.get_submodule(module), arrays)
     return arrays, list(blocks), rank
+
+
+def _pairs(vector: Vector) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A = F_1 and B = F_k·…·F_2 of each target."""
+    with torch.no_grad():
+        factors = vector()
+        chains = {target.name: vector.chain(factors, target) for target in vector.targets}
+        return {name: (chain[0].cpu().numpy(), product(chain[1:]).cpu().numpy()) for name, chain in chains.items()}
 
 
 def _as_layer(module: str, layer: nn.Module, arrays: dict[str, np.ndarray]) -> None:

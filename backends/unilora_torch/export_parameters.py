@@ -11,7 +11,6 @@ import numpy as np
 from torch import nn
 
 from unilora_core import SpecError, TargetError
-from unilora_torch.chains import chain_of
 from unilora_torch.targets import Target, weight_name
 
 __all__ = ["parameter_state", "parameters_of", "rank_of"]
@@ -26,13 +25,17 @@ def parameters_of(targets: Iterable[Target]) -> dict[str, list[Target]]:
     return found
 
 
-def rank_of(parts: Iterable[Target], factors: Mapping[str, np.ndarray]) -> int:
+Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Name of a target → its A and B."""
+
+
+def rank_of(parts: Iterable[Target], pairs: Pairs) -> int:
     """The rank that the blocks of one parameter add up to."""
-    return sum(chain_of(factors, part)[0].shape[-2] for part in parts)
+    return sum(pairs[part.name][0].shape[-2] for part in parts)
 
 
 def parameter_state(
-    model: nn.Module, parameters: Mapping[str, list[Target]], factors: Mapping[str, np.ndarray], rank: int
+    model: nn.Module, parameters: Mapping[str, list[Target]], pairs: Pairs, rank: int
 ) -> dict[str, np.ndarray]:
     """The tensors of ``adapter_model.safetensors`` for parameters, all of one rank.
 
@@ -52,9 +55,9 @@ def parameter_state(
                 "(in, out) by a module that does not say so in is_transposed, nor for the kernels of a convolution "
                 "that has groups or is not linear in them; merge the adapter instead."
             )
-        if rank < (needed := rank_of(parts, factors)):
+        if rank < (needed := rank_of(parts, pairs)):
             raise SpecError(f"{name}: expected rank ≥ {needed}, which its blocks add up to, got {rank}.")
-        A, B = _joined(parts, factors, rank, weight.shape[-1 if stored else -2])
+        A, B = _joined(parts, pairs, rank, weight.shape[-1 if stored else -2])
         inner = sum(f"{parts[0].module}.{other}" in parameters for other in _after(owner, parts[0].parameter))
         prefix = f"base_model.model.{parts[0].module}" + ".base_layer" * inner
         state[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(A.reshape(-1, A.shape[-1]))
@@ -62,15 +65,13 @@ def parameter_state(
     return state
 
 
-def _joined(
-    parts: list[Target], factors: Mapping[str, np.ndarray], rank: int, height: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _joined(parts: list[Target], pairs: Pairs, rank: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """A (experts, rank, in) and B (experts, height, rank): the blocks side by side, filled up by zeros."""
     experts = parts[0].experts or 1
     A = np.zeros((experts, rank, parts[0].in_features), np.float32)
     B, row = np.zeros((experts, height, rank), np.float32), 0
     for part in parts:
-        a, b = chain_of(factors, part)
+        a, b = pairs[part.name]
         ranks, rows = slice(row, row + a.shape[-2]), slice(part.first_row, part.first_row + part.out_features)
         A[:, ranks], B[:, rows, ranks] = a, b
         row += a.shape[-2]

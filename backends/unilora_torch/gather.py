@@ -35,9 +35,9 @@ class Gather:
         """That of a spec, on the CPU."""
         groups = torch.from_numpy(spec.groups())
         for name, at in spec.layout.slices.items():
-            if spec.shifted(name):
+            if spec.start == "identity" and spec.shifted(name):
                 groups[at] += spec.d
-        origin = torch.from_numpy(spec.init()) if spec.start != "paper" else None
+        origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
         return cls(groups, torch.from_numpy(spec.scale()), origin)
 
     def __call__(self, theta_d: Tensor, spans: Iterable[slice]) -> Tensor:

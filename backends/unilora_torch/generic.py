@@ -23,11 +23,8 @@ class Mapped:
         shift: (D,) float32, what is added to P θ_d: -P θ_d⁰ in the factors that start at zero; None for nothing.
     """
 
-    whole = True
-    """Whether θ_D is projected at once, when a pass begins."""
-
     def __init__(self, spec: ProjectionSpec, frozen: tuple[Tensor, ...], shift: Tensor | None):
-        self.spec, self.frozen, self.shift = spec, frozen, shift
+        self.spec, self.frozen, self.shift, self.origin = spec, frozen, shift, None
 
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Mapped":
@@ -43,10 +40,21 @@ class Mapped:
 
     def to(self, device: torch.device) -> "Mapped":
         """The same on another device."""
-        if all(tensor.device == device for tensor in self.tensors):
+        if self.device == device:
             return self
         shift = None if self.shift is None else self.shift.to(device)
         return Mapped(self.spec, tuple(tensor.to(device) for tensor in self.frozen), shift)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its tensors are; None where it has none."""
+        return next((tensor.device for tensor in self.tensors), None)
+
+    def copy_(self, other: "Mapped") -> None:
+        """Take the values of another one of the same map, D, d and start, in place."""
+        self.spec = other.spec
+        for tensor, new in zip(self.tensors, other.tensors, strict=True):
+            tensor.copy_(new)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -9,17 +9,17 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_torch.calls import runs_elsewhere
-from unilora_torch.chains import chain_of
 from unilora_torch.targets import Target
 
-__all__ = ["Entered", "Live", "PerThread", "Scope", "alone"]
+__all__ = ["Entered", "Live", "Numbers", "PerThread", "Scope", "Streamed", "alone"]
 
 
 class PerThread(threading.local):
@@ -111,21 +111,43 @@ class _Here(PerThread):
 
     Attributes:
         factors: those of the pass under way.
-        watched: takes the factors of each pass; None: nobody watches.
+        watched: takes what each pass makes of the numbers, by target; None: nobody watches.
         changing: whether the change under way is this thread's.
     """
 
     def __init__(self) -> None:  # each thread's, when it first looks
         self.factors: Mapping[str, Tensor] | None = None
-        self.watched: dict[str, Tensor] | None = None
+        self.watched: dict[str, list[Tensor]] | None = None
         self.changing = False
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Asks an adapter for the product of an update with x, of a weight that is never made."""
+
+    x: Tensor
+    target: Target
+
+
+class Numbers(Protocol):
+    """Where numbers come from: `unilora_torch.vector.Vector`."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all factors are computed at once, when a pass begins."""
+
+    def __call__(self, of: Any = None) -> Any:
+        """All factors; with a target those of one; with `Streamed` a product."""
+
+    def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
+        """The chain of one target, made of its factors."""
 
 
 class Live:
     """What the hooks of one adapter look at.
 
     Attributes:
-        adapter: gives all factors, or with a target those of one.
+        adapter: where the numbers come from.
         unreached: the modules of targets that no pass has reached yet.
         on: whether it is switched on.
         off: holds where it is disabled.
@@ -136,7 +158,7 @@ class Live:
 
     remedy: ClassVar[str] = "Exclude it, or choose other targets."
 
-    def __init__(self, adapter: Callable[..., Mapping[str, Tensor]], modules: Iterable[str]):
+    def __init__(self, adapter: Numbers, modules: Iterable[str]):
         self.adapter, self.unreached = adapter, set(modules)
         self.on, self.merged, self.strength = True, False, 1.0
         self.off, self.here = Scope(), _Here()
@@ -183,23 +205,37 @@ class Live:
         factors = self.here.factors
         if factors is None:
             factors = self.adapter(target)
-        chain = chain_of(factors, target)
-        return chain if self.strength == 1 else (*chain[:-1], chain[-1] * self.strength)
+        chain = self.adapter.chain(factors, target)
+        if self.strength != 1:
+            chain = (*chain[:-1], chain[-1] * self.strength)
+        self.watch(target, chain)
+        return chain
+
+    def update(self, x: Tensor, target: Target) -> Tensor:
+        """The update's own product with x, times `strength`, where its weight is never made."""
+        update = self.adapter(Streamed(x, target))
+        update = update if self.strength == 1 else update * self.strength
+        self.watch(target, [update])
+        return update
+
+    def watch(self, target: Target, tensors: Iterable[Tensor]) -> None:
+        """Note tensors on which the outputs depend through this target alone, if anybody watches."""
+        if self.here.watched is not None:
+            mine = self.here.watched.setdefault(target.name, [])
+            mine += [tensor for tensor in tensors if tensor.requires_grad]
 
     def open(self, _module: nn.Module, _args: Any) -> None:
         """The pre-hook of the model."""
-        self.here.factors = self.adapter() if self.acts() else None
-        if self.here.watched is not None and self.here.factors is not None:
-            self.here.watched.update(self.here.factors)
+        self.here.factors = self.adapter() if self.acts() and self.adapter.whole else None
 
     def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """The forward hook of the model; a compiled one has nothing else that closes a pass."""
         self.here.factors = None
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[dict[str, Tensor]]:
-        """Inside the ``with``, the factors of this thread's passes come to lie in the mapping."""
-        seen: dict[str, Tensor] = {}
+    def watching(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Inside the ``with``, what this thread's passes make of each target's numbers comes to lie in the mapping."""
+        seen: dict[str, list[Tensor]] = {}
         try:
             self.here.watched = seen
             yield seen

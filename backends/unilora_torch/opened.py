@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from unilora_core import AdapterFile, MismatchError, ProjectionSpec, TargetError, ValuesError, read_adapter
 from unilora_core.header import Header, TargetRow, read_header
 from unilora_core.lora import BLOCKS, check_rank, largest_rank
+from unilora_torch.chains import Frozen
 from unilora_torch.checks import check_parameter, check_targets
+from unilora_torch.frozen import frozen_in_file
 from unilora_torch.heads import check_heads, head_states, submodule
 from unilora_torch.targets import Target, features, target_of
 
@@ -26,6 +28,7 @@ class Opened:
         header: what else it says.
         targets: what it adapts, as this model stores its weights.
         heads: module → its saved state, in the file's dtypes.
+        frozen: what it keeps of the chains; None where that follows from the seed.
     """
 
     spec: ProjectionSpec
@@ -33,6 +36,7 @@ class Opened:
     header: Header
     targets: tuple[Target, ...]
     heads: dict[str, dict[str, Tensor]]
+    frozen: Frozen | None
 
 
 def open_file(
@@ -64,28 +68,30 @@ def open_file(
     file = read_adapter(where) if file is None else file
     header = read_header(where, file)
     targets = tuple(target_of(row, submodule(model, row.module, str(where))) for row in header.targets)
+    usual = file.spec.form.usual
     if (file.spec, targets) not in known:
         for row, target in zip(header.targets, targets, strict=True):
             _check_fits(where, model, target)
             if not any_rank:
-                check_rank(where, row.name, row.rank, row.in_features, row.out_features)
+                check_rank(where, row.name, row.rank, row.in_features, row.out_features, usual)
         check_targets(model, targets, loaded=loaded)
         if not any_rank:
-            _check_blocks(where, header.targets)
+            _check_blocks(where, header.targets, usual)
     heads = head_states(where, model, header.modules_to_save, file.tensors)
     if loaded:
         check_heads(model, header.modules_to_save)
-    return Opened(file.spec, _theta(where, file), header, targets, heads)
+    frozen = frozen_in_file(where, file.spec, targets, file.tensors)
+    return Opened(file.spec, _theta(where, file), header, targets, heads, frozen)
 
 
-def _check_blocks(where: str | os.PathLike, rows: Iterable[TargetRow]) -> None:
+def _check_blocks(where: str | os.PathLike, rows: Iterable[TargetRow], usual: int) -> None:
     """Refuse blocks of one weight that together are larger than a few of the whole would be."""
     weights: dict[tuple[str, str | None], list[TargetRow]] = {}
     for row in rows:
         weights.setdefault((row.module, row.parameter), []).append(row)
     for (module, _), blocks in weights.items():
         total, height = sum(row.rank for row in blocks), max(row.first_row + row.out_features for row in blocks)
-        if total > (most := BLOCKS * largest_rank(blocks[0].in_features, height)):
+        if total > (most := BLOCKS * largest_rank(blocks[0].in_features, height, usual)):
             raise MismatchError(
                 f"{where}: {module}: expected blocks whose ranks add up to at most {most}, those in the file add up to "
                 f"{total}; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the command)."

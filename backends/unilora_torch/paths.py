@@ -14,7 +14,7 @@ from unilora_torch.live import Live
 from unilora_torch.replaced import IN_PLACE, Copies, forward_with, is_bound
 from unilora_torch.targets import Target, is_conv, shaped
 
-__all__ = ["ConvPath", "EmbeddingPath", "LowRankPath", "WeightPath", "add_paths"]
+__all__ = ["ConvPath", "EmbeddingPath", "LowRankPath", "StreamedPath", "WeightPath", "add_paths"]
 
 
 def add_paths(live: Live, model: nn.Module, targets: Iterable[Target], handles: list[Handle]) -> None:
@@ -30,8 +30,15 @@ def add_paths(live: Live, model: nn.Module, targets: Iterable[Target], handles: 
             handles.append(module.register_forward_pre_hook(inside.open))
             handles.append(module.register_forward_hook(inside.close, always_call=True))
         else:
-            kind = EmbeddingPath if isinstance(module, nn.Embedding) else ConvPath if is_conv(module) else LowRankPath
-            handles.append(module.register_forward_hook(kind(live, tuple(parts)), with_kwargs=True))
+            handles.append(module.register_forward_hook(_kind(live, module)(live, tuple(parts)), with_kwargs=True))
+
+
+def _kind(live: Live, module: nn.Module) -> type["_Beside"]:
+    if isinstance(module, nn.Embedding):
+        return EmbeddingPath
+    if is_conv(module):
+        return ConvPath
+    return LowRankPath if live.adapter.whole else StreamedPath
 
 
 class _Path:
@@ -50,17 +57,23 @@ class _Beside(_Path):
 
     def chain(self, module: nn.Module, height: int) -> tuple[Tensor, ...]:
         """The chain of all targets, (height, in) as a product; see `chains.joined`."""
+        self.reach(module, height)
+        chains = [self.live.chain_of(target) for target in self.targets]
+        return chains[0] if self.targets[0].out_features == height else joined(chains, self.rows, height)
+
+    def reach(self, module: nn.Module, height: int) -> None:
+        """Note that the layer has run.
+
+        Raises:
+            TargetError: it gave fewer outputs than are adapted.
+        """
         last = self.targets[-1]
         self.live.reach(last.module)
-        chains = [self.live.chain_of(target) for target in self.targets]
-        if self.targets[0].out_features == height:
-            return chains[0]
         if (needed := last.first_row + last.out_features) > height:
             raise TargetError(
                 f"{last.module}: expected {needed} outputs or more, this {type(module).__name__} gave {height}; "
                 "exclude it."
             )
-        return joined(chains, self.rows, height)
 
 
 class LowRankPath(_Beside):
@@ -78,6 +91,22 @@ class LowRankPath(_Beside):
         for factor in self.chain(module, output.size(-1)):
             hidden = F.linear(hidden, factor.to(x.dtype))
         return output + hidden.to(output.dtype)
+
+
+class StreamedPath(_Beside):
+    """The forward hook of a linear layer whose ΔW is never made: adds x·ΔWᵀ, which is computed in blocks."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """The new output, or None where the adapter is off."""
+        if not self.live.acts():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.reach(module, output.size(-1))
+        for target in self.targets:
+            update = self.live.update(x, target).to(output.dtype)
+            after = output.size(-1) - target.first_row - target.out_features
+            output = output + (F.pad(update, (target.first_row, after)) if target.first_row or after else update)
+        return output
 
 
 class EmbeddingPath(_Beside):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unilora_core import save_adapter
 from unilora_core.header import write_identity, write_targets
+from unilora_torch.frozen import tensors_of
 from unilora_torch.targets import row_of
 from unilora_torch.vector import Vector
 
@@ -24,7 +25,9 @@ def save(
     """Write θ_d, the spec, the targets and the modules to save as one file, atomically; see `Adapter.save`."""
     gathered = dict(state or {}) | (vector.kept_heads or {})  # what is switched off is not in the model's state
     tensors = {name: _storable(gathered.get(name, tensor)) for name, tensor in vector.heads().items()}
-    written = write_targets(map(row_of, vector.targets), vector.modules_to_save)
+    tensors |= {name: _storable(array) for name, array in tensors_of(vector.spec, vector.chains.frozen).items()}
+    rows = [row_of(target, vector.spec.frame != "pair") for target in vector.targets]
+    written = write_targets(rows, vector.modules_to_save)
     theta_d = _storable(vector.theta_d if state is None else state[f"{vector.name}.theta_d"])
     written |= write_identity(vector.base) | dict(metadata or {})
     save_adapter(path, vector.spec, theta_d, tensors=tensors, metadata=written)

@@ -3,7 +3,7 @@
 The groups of a block follow from its positions, so they are computed where they are used, forwards and backwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from unilora_core import ProjectionSpec
+from unilora_torch.gather import project
 
-__all__ = ["Place", "streamed"]
+__all__ = ["Computed", "Place", "streamed"]
 
 BLOCK = 2**20
 """So many numbers of ΔW at a time: a few temporaries of 4 MB."""
@@ -33,6 +34,63 @@ class Place:
             rows = slice(first, min(first + step, self.height))
             at = [self.start + row * self.width for row in (rows.start, rows.stop)]
             yield rows, spec.groups(*at, xp=torch, device=device).view(-1, self.width)
+
+
+class Computed:
+    """P of a spec whose D is too large for a table: the groups are computed with each use.
+
+    Attributes:
+        spec: what fixes P.
+        scale: (d,) float32, 1/√n_j.
+        origin: (d,) float32, θ_d⁰ of ``start="identity"``, of which all numbers are shifted; None without one.
+    """
+
+    def __init__(self, spec: ProjectionSpec, scale: Tensor, origin: Tensor | None):
+        self.spec, self.scale, self.origin = spec, scale, origin
+
+    @classmethod
+    def of(cls, spec: ProjectionSpec) -> "Computed":
+        """That of a spec, on the CPU."""
+        return cls(spec, torch.from_numpy(spec.scale()), _origin(spec))
+
+    def __call__(self, theta_d: Tensor, spans: Iterable[slice]) -> Tensor:
+        """The numbers of these slices of θ_D one after the other: (n,) float32, differentiable in ``theta_d``."""
+        groups = [self.spec.groups(at.start, at.stop, xp=torch, device=theta_d.device) for at in spans]
+        return project(self.moved(theta_d), torch.cat(groups), self.scale)
+
+    def product(self, x: Tensor, theta_d: Tensor, place: Place) -> Tensor:
+        """x·ΔWᵀ, see `streamed`."""
+        return streamed(x, self.moved(theta_d) * self.scale, self.spec, place)
+
+    def moved(self, theta_d: Tensor) -> Tensor:
+        """θ_d, or how far it is from where it started."""
+        return theta_d if self.origin is None else theta_d - self.origin
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.scale.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that it keeps."""
+        return (self.scale,) if self.origin is None else (self.scale, self.origin)
+
+    def to(self, device: torch.device) -> "Computed":
+        """The same on another device."""
+        if self.device == device:
+            return self
+        return Computed(self.spec, self.scale.to(device), None if self.origin is None else self.origin.to(device))
+
+    def copy_(self, other: "Computed") -> None:
+        """Take the values of another one of the same D, d and start, in place."""
+        self.spec = other.spec
+        for tensor, new in zip(self.tensors, other.tensors, strict=True):
+            tensor.copy_(new)
+
+
+def _origin(spec: ProjectionSpec) -> Tensor | None:
+    return torch.from_numpy(spec.init()) if spec.start == "identity" else None
 
 
 def streamed(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:

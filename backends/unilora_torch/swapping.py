@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unilora_core import MismatchError, ProjectionSpec, TargetError
 from unilora_torch.base import check_base
+from unilora_torch.chains import Frozen
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.vector import Vector
 
@@ -27,12 +28,13 @@ def swap(vector: Vector, path: str | os.PathLike) -> None:
         TargetError: the adapter is merged, or another thread is calling the model.
     """
     before, theta_d = vector.spec, vector.theta_d.detach().clone()
+    frozen = vector.chains.clones()
     heads = {name: tensor.detach().clone() for name, tensor in vector.heads().items()}
     with vector.alone("swap"):
         try:
             _swap(vector, path)
         except BaseException:
-            _undo(vector, before, theta_d, heads)
+            _undo(vector, before, frozen, theta_d, heads)
             raise
 
 
@@ -50,7 +52,7 @@ def _swap(vector: Vector, path: str | os.PathLike) -> None:
     found = open_file(path, vector.model, any_rank=True)  # of the same layout, or refused
     _check_alike(path, vector, found)
     check_base(str(path), found.header.base, vector.base)
-    vector.reseed(found.spec)
+    vector.reseed(found.spec, found.frozen)
     fill(vector, found)
 
 
@@ -59,6 +61,8 @@ def _check_alike(path: str | os.PathLike, vector: Vector, found: Opened) -> None
     kept = {
         "targets": (found.targets == vector.targets, len(found.targets), len(vector.targets)),
         "layout": (found.spec.layout == mine.layout, found.spec.D, mine.D),
+        "frame": (_frame(found.spec) == _frame(mine), _frame(found.spec), _frame(mine)),
+        "kind of map": (_kind(found.spec) == _kind(mine), found.spec.grouping, mine.grouping),
         "modules_to_save": (heads == vector.modules_to_save, heads, vector.modules_to_save),
         "d": (found.spec.d == mine.d, found.spec.d, mine.d),
         "start": (found.spec.start == mine.start, found.spec.start, mine.start),
@@ -71,9 +75,18 @@ def _check_alike(path: str | os.PathLike, vector: Vector, found: Opened) -> None
             )
 
 
-def _undo(vector: Vector, spec: ProjectionSpec, theta_d: Tensor, heads: Mapping[str, Tensor]) -> None:
+def _frame(spec: ProjectionSpec) -> tuple[str, dict[str, float]]:
+    return spec.frame, dict(spec.chosen)
+
+
+def _kind(spec: ProjectionSpec) -> str:
+    """Gathers of one size have tables of one size; another map has arrays of its own."""
+    return "gather" if spec.map.groups is not None else spec.grouping
+
+
+def _undo(vector: Vector, spec: ProjectionSpec, frozen: Frozen, theta_d: Tensor, heads: Mapping[str, Tensor]) -> None:
     if vector.spec is not spec:
-        vector.reseed(spec)
+        vector.reseed(spec, frozen)
     with torch.no_grad():
         vector.theta_d.copy_(theta_d)
         for name, tensor in vector.heads().items():

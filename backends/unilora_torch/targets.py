@@ -25,6 +25,7 @@ __all__ = [
     "layer_target",
     "linear_target",
     "matrices_in",
+    "matrix_of",
     "nearest",
     "parameter_target",
     "row_of",
@@ -234,9 +235,15 @@ def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
     return (height, width) if transposed else (width, height)
 
 
-def row_of(target: Target) -> tuple:
-    """What a file's header says of a target (`unilora_core.header.write_targets`)."""
+def row_of(target: Target, sized: bool) -> tuple:
+    """What a file's header says of a target (`unilora_core.header.write_targets`).
+
+    Args:
+        sized: with its sizes, which the factors of a pair tell by themselves.
+    """
     row = (target.name, target.module, target.first_row, target.transposed)
+    if sized:
+        return (*row, target.parameter, target.in_features, target.out_features, target.experts)
     return row if target.parameter is None else (*row, target.parameter)
 
 
@@ -269,6 +276,14 @@ def shaped(update: Tensor, target: Target, weight: Tensor | None) -> Tensor:
     if weight is not None and weight.dim() > 2 and not target.experts:
         return update.unflatten(1, weight.shape[1:])
     return update
+
+
+def matrix_of(weight: Tensor, target: Target) -> Tensor:
+    """The inverse of `shaped`: the part of a weight that a target adapts as (out, in), or (experts, out, in)."""
+    block = block_of(weight, target)
+    if target.transposed:
+        return block.mT
+    return block if target.experts else block.flatten(1)
 
 
 def block_of(weight: Tensor, target: Target) -> Tensor:

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from unilora_core import ProjectionSpec, TargetError, ValuesError
 from unilora_torch.base import identity
 from unilora_torch.calls import Handle
-from unilora_torch.chains import factor_names, product
+from unilora_torch.chains import Chains, Frozen, product
 from unilora_torch.checks import weight_of
+from unilora_torch.frozen import frozen_of
 from unilora_torch.gather import Gather
-from unilora_torch.live import Live, alone
+from unilora_torch.generic import Mapped
+from unilora_torch.live import Live, Streamed, alone
+from unilora_torch.streamed import Computed, Place
 from unilora_torch.targets import Target, shaped
 
 __all__ = ["Vector", "attached", "check_name", "device_of"]
@@ -30,6 +33,7 @@ class Vector(nn.Module):
     Attributes:
         theta_d, spec, targets, modules_to_save, base: see `Adapter`.
         projection: P on θ_d's device; ``projection(theta_d, spans)`` gives numbers of θ_D.
+        chains: from the factors of a target to its chain.
         live: what its hooks look at.
         handles: what `detach` removes, in this order.
         kept_heads: the state of the modules to save, while it is switched off.
@@ -46,10 +50,13 @@ class Vector(nn.Module):
         spec: ProjectionSpec,
         targets: tuple[Target, ...],
         modules_to_save: tuple[str, ...] = (),
+        frozen: Frozen | None = None,
     ):
+        """``frozen``: what a file keeps of what stands in the chains; None: it is made of the seed, or the weights."""
         super().__init__()
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
-        self.projection = Gather.of(spec)
+        self.chains = Chains(spec, targets, frozen_of(model, spec, targets) if frozen is None else frozen)
+        self.projection: Gather | Computed | Mapped = _projection(spec)
         origin = self.projection.origin  # drawing it takes a while, so it is not done twice
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
         self.to(device_of(model, targets))
@@ -75,16 +82,32 @@ class Vector(nn.Module):
         return next(name for name, child in self.model.named_children() if child is self)
 
     def forward(self, of: Any = None) -> Any:
-        """All factors (no argument), or those of one `Target`.
+        """All factors (no argument), or those of one `Target`; for `Streamed` the product of its update with x.
 
         They are computed by calling the module, so that a wrapper of it, such as FSDP's, sees each use of θ_d. Whatever
         else comes is given back: an `nn.Sequential` calls the adapter as its last submodule.
         """
         if of is None or isinstance(of, Target):
-            return self._factors(None if of is None else factor_names(of))
+            return self._factors(None if of is None else self.chains.names[of.name])
+        if isinstance(of, Streamed):
+            assert isinstance(self.projection, Computed)
+            (name,), target = self.chains.names[of.target.name], of.target
+            place = Place(self._slices[name].start, target.out_features, target.in_features)
+            self._settle()
+            return self.projection.product(of.x, self.theta_d, place)
         return of
 
-    def _factors(self, names: tuple[str, ...] | None) -> dict[str, Tensor]:
+    @property
+    def whole(self) -> bool:
+        """Whether θ_D is projected at once, when a pass begins: it is small enough to be kept until its end."""
+        return not isinstance(self.projection, Computed)
+
+    def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
+        """The chain of one target, made of the factors."""
+        return self.chains(factors, target)
+
+    def _settle(self) -> None:
+        """Refuse another dtype, and have what P and the chains are made of where θ_d is."""
         if self.theta_d.dtype != torch.float32:
             raise ValuesError(
                 f"theta_d is used as {self.theta_d.dtype}, expected float32; something casts parameters for the "
@@ -94,7 +117,11 @@ class Vector(nn.Module):
         device = self.theta_d.device
         if self.projection.device != device and device.type != "meta":  # where its values would be lost
             self.projection = self.projection.to(device)
-        projection = self.projection.to(device)
+            self.chains.to(device)
+
+    def _factors(self, names: tuple[str, ...] | None) -> dict[str, Tensor]:
+        self._settle()
+        projection = self.projection.to(self.theta_d.device)
         if names is None:
             return _split(projection(self.theta_d, self._whole), self._shapes)
         numbers = projection(self.theta_d, [self._slices[name] for name in names])
@@ -124,15 +151,21 @@ class Vector(nn.Module):
             for name, parameter in self.model.get_submodule(module).named_parameters()
         }
 
-    def reseed(self, spec: ProjectionSpec) -> None:
-        """Take the P of another spec of the same layout, d and start, in place."""
+    def reseed(self, spec: ProjectionSpec, frozen: Frozen | None = None) -> None:
+        """Take the P and the frozen arrays of another spec of the same layout, map, d and start, in place."""
+        frozen = frozen_of(self.model, spec, self.targets) if frozen is None else frozen
+        held = self.chains.clones()
         before, self.spec = self.spec, spec
         try:
-            self.projection.copy_(Gather.of(spec))
+            self._take(spec, frozen)
         except BaseException:
-            self.projection.copy_(Gather.of(before))
+            self._take(before, held)
             self.spec = before
             raise
+
+    def _take(self, spec: ProjectionSpec, frozen: Frozen) -> None:
+        self.projection.copy_(_projection(spec))  # type: ignore[arg-type]
+        self.chains.copy_(frozen)
 
     def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
         """See `live.alone`."""
@@ -185,6 +218,13 @@ def device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
     layers = (model.get_submodule(target.module) for target in targets)
     tensors = (tensor for layer in layers for tensor in itertools.chain(layer.parameters(), layer.buffers()))
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+
+
+def _projection(spec: ProjectionSpec) -> Gather | Computed | Mapped:
+    """Where the numbers of θ_D come from: tables, or groups that are computed where D is too large, or another map."""
+    if spec.map.groups is None:
+        return Mapped.of(spec)
+    return Computed.of(spec) if spec.frame == "dense" else Gather.of(spec)
 
 
 def _trainable(model: nn.Module) -> set[str]:

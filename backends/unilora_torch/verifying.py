@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from unilora_core import TargetError
-from unilora_torch.chains import factor_names
 from unilora_torch.checks import without_idle_experts
 from unilora_torch.vector import Vector
 
@@ -20,21 +19,25 @@ def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> None:
     if not vector.live.acts():
         raise TargetError("verify: the adapter is merged or disabled, so no gradient reaches θ_d; unmerge it first.")
     alive = _alive(vector, args, kwargs)
-    dead = without_idle_experts({target.name: bool(alive & {*factor_names(target)}) for target in vector.targets})
+    dead = without_idle_experts({target.name: target.name in alive for target in vector.targets})
     if dead:
         raise TargetError(f"{dead[0]}: no gradient reaches θ_d through this target ({len(dead)} such); exclude it.")
 
 
 def _alive(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> set[str]:
-    """The names of the factors that get a gradient from some function of the outputs."""
+    """The names of the targets through whose chains some function of the outputs gets a gradient."""
     model, loss = vector.model, vector.theta_d.new_zeros((), requires_grad=True)
     with vector.alone("verify"), torch.enable_grad(), _evaluating(model), vector.live.watching() as seen:
         output = model(*args, **kwargs)
         for tensor in _floats(output):
             noise = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).cos()
             loss = loss + (tensor.float() * noise).sum()
-        grads = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
-    return {name for name, grad in zip(seen, grads, strict=True) if grad is not None and grad.any()}
+        names, tensors = [], []
+        for name, mine in seen.items():
+            names += [name] * len(mine)
+            tensors += mine
+        grads = torch.autograd.grad(loss, tensors, allow_unused=True) if tensors else ()
+    return {name for name, grad in zip(names, grads, strict=True) if grad is not None and grad.any()}
 
 
 @contextlib.contextmanager

@@ -17,12 +17,19 @@ from unilora_cli.console import CommandError
 
 __all__ = ["Shares", "adapter_options", "checkpoint_activations", "fit_length", "loader"]
 
-OPTIONS = ("targets", "exclude", "modules_to_save", "rank", "d", "seed", "grouping", "start", "bound")
+OPTIONS = ("targets", "exclude", "modules_to_save", "method", "rank", "d", "seed", "grouping", "start", "bound")
 
 
 def adapter_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `attach`: those that the user gave; the library knows the other defaults."""
-    return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    """Keyword arguments for `attach`: those that the user gave; the library knows the other defaults.
+
+    Raises:
+        CommandError: a --method-arg that has an option of its own.
+    """
+    own = dict(arguments.method_arg)
+    if taken := sorted(own.keys() & {*OPTIONS, "name", "example"}):
+        raise CommandError(f"--method-arg {taken[0]}: no option of a method; say --{taken[0].replace('_', '-')}.")
+    return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None} | own
 
 
 def loader(

@@ -5,9 +5,7 @@ The start of θ_d and the factor between LoRA's learning rate and θ_d's are the
 
 from dataclasses import dataclass
 
-__all__ = ["DEFAULTS", "RANK", "Defaults"]
-
-RANK = 4
+__all__ = ["DEFAULTS", "Defaults"]
 
 
 @dataclass(frozen=True)

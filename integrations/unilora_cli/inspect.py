@@ -11,7 +11,8 @@ import numpy as np
 
 from unilora_cli.console import say, table
 from unilora_core import AdapterFile, read_adapter
-from unilora_core.header import Header, read_header
+from unilora_core.header import FROZEN, Header, read_header
+from unilora_core.methods import method_of
 from unilora_core.serialisation import FORMAT_VERSION
 
 __all__ = ["describe", "run"]
@@ -28,14 +29,17 @@ def run(arguments: argparse.Namespace) -> None:
 def describe(path: str, file: AdapterFile) -> dict[str, Any]:
     """Everything that `unilora inspect --json` prints."""
     spec = file.spec.to_json()
-    head = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(file.tensors.items())}
+    tensors = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(file.tensors.items())}
     size, head_bytes = Path(path).stat().st_size, sum(tensor.nbytes for tensor in file.tensors.values())
     return {
         "file": str(path),
         "bytes": size,
-        "bytes_as_lora": 4 * file.spec.D + head_bytes,
+        "bytes_as_lora": 4 * file.spec.D + head_bytes if file.spec.frame == "pair" else None,
         "format_version": FORMAT_VERSION,
+        "method": method_of(file.spec),
         "algorithm": {"grouping": spec["grouping"], "version": spec["grouping_version"]},
+        "frame": file.spec.frame,
+        "options": file.spec.chosen,
         "seed": spec["seed"],
         "D": file.spec.D,
         "d": file.spec.d,
@@ -44,7 +48,8 @@ def describe(path: str, file: AdapterFile) -> dict[str, Any]:
         "bound": spec["bound"],
         "fingerprint": file.spec.layout.fingerprint,
         "targets": _targets(file),
-        "head": head,
+        "head": {name: says for name, says in tensors.items() if not name.startswith(FROZEN)},
+        "frozen": {name: says for name, says in tensors.items() if name.startswith(FROZEN)},
         "theta_d": _statistics(file.theta_d),
         "metadata": {key: value for key, value in sorted(file.metadata.items()) if key != "targets"},
     }
@@ -72,9 +77,9 @@ def _statistics(theta_d: np.ndarray) -> dict[str, float]:
 
 
 def _text(facts: dict[str, Any], header: Header) -> str:
-    rows = [
-        ("file", f"{facts['file']} ({facts['bytes']:,} bytes; as LoRA this would be {facts['bytes_as_lora']:,} bytes)")
-    ]
+    lora = facts["bytes_as_lora"]
+    size = f"{facts['bytes']:,} bytes" + ("" if lora is None else f"; as LoRA this would be {lora:,} bytes")
+    rows = [("file", f"{facts['file']} ({size})")]
     if header.base_model is not None:
         rows.append(("base model", f"{header.base_model} ({header.task or 'unknown task'})"))
     if labels := header.labels:
@@ -82,6 +87,7 @@ def _text(facts: dict[str, Any], header: Header) -> str:
     algorithm, theta, writer = facts["algorithm"], facts["theta_d"], facts["metadata"].get("written_by")
     rows += [
         ("format", f"version {facts['format_version']}, written by {writer or 'an unnamed program'}"),
+        ("method", _method(facts)),
         ("projection", f"{algorithm['grouping']} version {algorithm['version']}, seed {facts['seed']}"),
         ("numbers", f"d = {facts['d']:,} trained for D = {facts['D']:,} LoRA parameters: D/d = {facts['D/d']:.4g}"),
         ("start", f"{facts['start']}, U(-{facts['bound']:.4g}, {facts['bound']:.4g})"),
@@ -92,7 +98,14 @@ def _text(facts: dict[str, Any], header: Header) -> str:
     if facts["head"]:
         head = [(name, " × ".join(map(str, shape)), kind) for name, (shape, kind) in facts["head"].items()]
         blocks += [f"saved in full: {len(head)} tensors", table(head)]
+    if facts["frozen"]:
+        blocks.append(f"frozen, made of the base's weights: {len(facts['frozen'])} tensors")
     return "\n".join(blocks)
+
+
+def _method(facts: dict[str, Any]) -> str:
+    options = "".join(f", {name} {value:g}" for name, value in facts["options"].items())
+    return f"{facts['method'] or 'no published one'}: frame {facts['frame']}{options}"
 
 
 def _summarised(targets: dict[str, dict[str, list[int]]]) -> list[tuple[str, ...]]:

@@ -2,15 +2,40 @@
 
 from typing import Any
 
-from unilora_cli.defaults import RANK, Defaults
-from unilora_cli.values import auto_or_positive, flag, names, natural, not_negative, part, positive, rate, selection
+from unilora_cli.defaults import Defaults
+from unilora_cli.values import (
+    assignment,
+    auto_or_positive,
+    flag,
+    names,
+    natural,
+    not_negative,
+    part,
+    positive,
+    rate,
+    selection,
+)
 
 __all__ = ["adapter_arguments", "memory_arguments", "output_arguments", "training_arguments"]
 
 
 def adapter_arguments(group: Any) -> None:
     """What is adapted, and how."""
-    group.add_argument("--rank", type=positive, metavar="R", default=RANK, help="of the LoRA factors")
+    group.add_argument(
+        "--method",
+        metavar="NAME",
+        default="uni-lora",
+        help="uni-lora, lora, vera, lora-xs, vb-lora, fourierft, gpart, … (`unilora analyze` compares them)",
+    )
+    group.add_argument(
+        "--method-arg",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method, such as vectors=64 of vb-lora (repeat)",
+    )
+    group.add_argument("--rank", type=positive, metavar="R", help="of the factors (default: the method's; uni-lora: 4)")
     group.add_argument("--d", type=auto_or_positive, metavar="N", default="auto", help="trained numbers, or auto")
     group.add_argument(
         "--targets",
@@ -27,9 +52,11 @@ def adapter_arguments(group: Any) -> None:
         help="comma list of modules trained in full (default: the head)",
     )
     group.add_argument("--seed", type=natural, metavar="N", default=0, help="of the projection, the head and the data")
-    group.add_argument("--start", metavar="NAME", help="identity or paper (default: the library's)")
+    group.add_argument("--start", metavar="NAME", help="identity, paper or zero (default: the method's)")
     group.add_argument("--bound", type=rate, metavar="X", help="theta_d starts as U(-X, X) (default: from the start)")
-    group.add_argument("--grouping", metavar="NAME", help="balanced, iid or numpy-shuffle (default: the library's)")
+    group.add_argument(
+        "--grouping", metavar="NAME", help="the map P: balanced, iid, local, fastfood, … (default: the method's)"
+    )
 
 
 def training_arguments(group: Any, default: Defaults) -> None:

@@ -7,7 +7,8 @@ from unilora_cli import distributed
 from unilora_cli.console import number
 from unilora_cli.loop import Settings, parameter_groups, steps_of
 from unilora_cli.task import Task
-from unilora_core import rates
+from unilora_core import ProjectionSpec, rates
+from unilora_core.methods import method_of
 
 __all__ = ["plan_of", "rows_of"]
 
@@ -17,6 +18,7 @@ def plan_of(task: Task, settings: Settings) -> dict[str, Any]:
     adapter, spec = task.adapter, task.adapter.spec
     groups = parameter_groups(task, settings)
     return {
+        "method": method_of(spec),
         "targets": len(adapter.targets),
         "D": spec.D,
         "d": spec.d,
@@ -48,7 +50,7 @@ def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[
         *((name, number(value)) for name, value in task.notes),
         ("adapter", task.adapter.summary()),
         ("D/d", f"{plan['D']:,} / {plan['d']:,} = {plan['D/d']:.4g}"),
-        ("projection", f"seed {plan['seed']}, grouping {plan['grouping']}, start {plan['start']}"),
+        ("projection", f"{_method(task.adapter.spec)}, seed {plan['seed']}, start {plan['start']}"),
         *_rate_rows(plan["theta_rate"], settings),
         ("batch", _batch(plan, settings)),
         ("steps", _steps(plan, settings)),
@@ -56,6 +58,12 @@ def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[
     if heads:
         rows.insert(-2, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
     return rows
+
+
+def _method(spec: ProjectionSpec) -> str:
+    """The method, and the map and the frame that it is made of."""
+    options = "".join(f", {name} {value:g}" for name, value in spec.options)
+    return f"{method_of(spec) or 'no published method'} (grouping {spec.grouping}, frame {spec.frame}{options})"
 
 
 def _rate_rows(theta_rate: float, settings: Settings) -> list[tuple[str, str]]:

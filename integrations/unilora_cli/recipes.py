@@ -17,7 +17,7 @@ __all__ = ["FOLDER", "fill_in", "run", "shipped"]
 
 FOLDER = Path(__file__).with_name("recipes")
 HEADER = ("task", "about")
-NOT_SETTINGS = ("help", "debug", "recipe", "model_arg", "out", "overwrite", "resume")
+NOT_SETTINGS = ("help", "debug", "recipe", "model_arg", "method_arg", "out", "overwrite", "resume")
 """What belongs to one run, not to an experiment."""
 
 

@@ -268,7 +268,7 @@ class _Merged:
         for key in adapted:
             if checkpoint.dtypes[key] not in PLAIN:
                 raise TargetError(f"{key}: a weight of {checkpoint.dtypes[key]} cannot take the update; {REMEDY}")
-        adapter = Adapter(model, found.spec, found.targets, found.header.modules_to_save)
+        adapter = Adapter(model, found.spec, found.targets, found.header.modules_to_save, found.frozen)
         with torch.no_grad():
             adapter.theta_d.copy_(found.theta_d)
         dtype = checkpoint.dtypes[next(iter(adapted))]
