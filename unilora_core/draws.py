@@ -48,8 +48,11 @@ def signed(word: int) -> int:
 
 
 def normals(x0: Array, x1: Array, xp: ModuleType, dtype: object = None) -> tuple[Array, Array]:
-    """Two N(0, 1) for each pair of words (Box and Muller 1958), from 24 bits of each, in ``dtype`` (float32)."""
-    u, v = ((xp.astype(shift(x, 8), dtype or xp.float32) + 0.5) * 2.0**-24 for x in (x0, x1))
+    """Two N(0, 1) for each pair of words (Box and Muller 1958), in ``dtype`` (float32).
+
+    From 23 bits of each word: with one half more they are exact in float32, also beside 1, where a logarithm needs it.
+    """
+    u, v = ((xp.astype(shift(x, 9), dtype or xp.float32) + 0.5) * 2.0**-23 for x in (x0, x1))
     radius, angle = xp.sqrt(-2 * xp.log(u)), 2 * np.pi * v
     return radius * xp.cos(angle), radius * xp.sin(angle)
 

@@ -86,7 +86,7 @@ def permutations(text: str, rows: int, n: int) -> list[list[int]]:
 
 
 def _normal(first: int, second: int) -> tuple[float, float]:
-    u, v = (((x >> 8) + 0.5) / 2**24 for x in (first, second))
+    u, v = (((x >> 9) + 0.5) / 2**23 for x in (first, second))
     radius = math.sqrt(-2 * math.log(u))
     return radius * math.cos(2 * math.pi * v), radius * math.sin(2 * math.pi * v)
 
