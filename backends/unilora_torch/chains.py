@@ -39,6 +39,11 @@ class Chains:
         pieces = {piece: factors[name] for piece, name in zip(self.form.names, names, strict=True)}
         return self.form.chain(pieces, self.frozen.get(target.name, {}), self.options)
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where it is; None where nothing is frozen."""
+        return next((array.device for arrays in self.frozen.values() for array in arrays.values()), None)
+
     def to(self, device: torch.device) -> None:
         """Move what is frozen to where θ_d is; what is shared stays shared."""
         moved: dict[int, Tensor] = {}

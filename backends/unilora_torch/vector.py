@@ -115,8 +115,11 @@ class Vector(nn.Module):
                 "fully_shard(model.unilora). With DeepSpeed load the base in the lower precision, without bf16 or fp16."
             )
         device = self.theta_d.device
-        if self.projection.device != device and device.type != "meta":  # where its values would be lost
+        if device.type == "meta":  # where values would be lost
+            return
+        if self.projection.device not in (device, None):
             self.projection = self.projection.to(device)
+        if self.chains.device not in (device, None):
             self.chains.to(device)
 
     def _factors(self, names: tuple[str, ...] | None) -> dict[str, Tensor]:
