@@ -4,13 +4,15 @@ A chain is (F_1, …, F_k) in the order in which x meets them: the update of a l
 ``for F in chain: x = linear(x, F)``. The frames are the core's (`unilora_core.frames`).
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from unilora_core import ProjectionSpec
-from unilora_core.frames import Sizes, piece_names
+from unilora_core.frames import FRAMES, Sizes, piece_names
+from unilora_core.maps import Options
 from unilora_torch.targets import Target
 
 __all__ = ["Chains", "Frozen", "joined", "product", "sizes_of"]
@@ -19,38 +21,42 @@ Frozen = Mapping[str, Mapping[str, Tensor]]
 """Name of a target → name → array that stands in its chain and is not trained."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Chains:
     """From the pieces of all targets to the chain of each.
 
     Attributes:
-        names: name of a target → the names of its pieces in the layout, in the order of its frame.
+        frame: its name among the core's.
+        options: of the frame.
+        names: name of a target → the names of its pieces in the layout, in the order of the frame's.
         frozen: what else the chains need; targets of one size may share it.
     """
 
-    def __init__(self, spec: ProjectionSpec, targets: Iterable[Target], frozen: Frozen):
-        self.form, self.options, self.frozen = spec.form, spec.chosen, frozen
-        self.names = {
-            target.name: tuple(piece_names(spec.form, target.name, sizes_of(target)).values()) for target in targets
-        }
+    frame: str
+    options: Options
+    names: Mapping[str, tuple[str, ...]]
+    frozen: Frozen
+
+    @classmethod
+    def of(cls, spec: ProjectionSpec, targets: Iterable[Target], frozen: Frozen) -> "Chains":
+        """Those of a spec's frame."""
+        names = {t.name: tuple(piece_names(spec.form, t.name, sizes_of(t)).values()) for t in targets}
+        return cls(spec.frame, spec.chosen, names, frozen)
 
     def __call__(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
         """The chain of one target, of the pieces by their names in the layout."""
-        names = self.names[target.name]
-        pieces = {piece: factors[name] for piece, name in zip(self.form.names, names, strict=True)}
-        return self.form.chain(pieces, self.frozen.get(target.name, {}), self.options)
+        form, names = FRAMES[self.frame], self.names[target.name]
+        pieces = {piece: factors[name] for piece, name in zip(form.names, names, strict=True)}
+        return form.chain(pieces, self.frozen.get(target.name, {}), self.options)
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where it is; None where nothing is frozen."""
-        return next((array.device for arrays in self.frozen.values() for array in arrays.values()), None)
-
-    def to(self, device: torch.device) -> None:
-        """Move what is frozen to where θ_d is; what is shared stays shared."""
+    def to(self, device: torch.device) -> "Chains":
+        """The same with what is frozen on another device; what is shared stays shared."""
         moved: dict[int, Tensor] = {}
-        self.frozen = {
+        frozen = {
             name: {key: moved.setdefault(id(array), array.to(device)) for key, array in arrays.items()}
             for name, arrays in self.frozen.items()
         }
+        return dataclasses.replace(self, frozen=frozen)
 
     def clones(self) -> Frozen:
         """A copy of what is frozen."""
