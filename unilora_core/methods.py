@@ -126,6 +126,11 @@ def _values(method: str, defaults: Options, given: Options) -> dict[str, Option]
 
 
 def method_of(spec: ProjectionSpec) -> str | None:
-    """The name of the method that a spec's frame and map make; None where they make none of these."""
+    """The name of the method that a spec's frame and map make; None where they make none of these.
+
+    A pair under any map with groups is Uni-LoRA: the paper's own text has ``"iid"``.
+    """
+    if spec.frame == "pair" and spec.map.groups is not None:
+        return "uni-lora"
     made = (spec.frame, spec.grouping)
     return next((name for name, method in METHODS.items() if (method.frame, method.grouping) == made), None)

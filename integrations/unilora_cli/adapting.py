@@ -27,8 +27,9 @@ def adapter_options(arguments: argparse.Namespace) -> dict[str, Any]:
         CommandError: a --method-arg that has an option of its own.
     """
     own = dict(arguments.method_arg)
-    if taken := sorted(own.keys() & {*OPTIONS, "name", "example"}):
-        raise CommandError(f"--method-arg {taken[0]}: no option of a method; say --{taken[0].replace('_', '-')}.")
+    if taken := sorted(own.keys() & {*OPTIONS, "model", "name", "example"}):
+        instead = "" if taken[0] in ("name", "example") else f"; say --{taken[0].replace('_', '-')}"
+        raise CommandError(f"--method-arg {taken[0]}: no option of a method{instead}.")
     return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None} | own
 
 

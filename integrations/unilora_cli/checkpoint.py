@@ -19,6 +19,7 @@ from unilora_cli.task import Task
 from unilora_core import CorruptFileError, ProjectionSpec
 from unilora_core.files import write_file
 from unilora_core.schema import parse_json, shown, typed
+from unilora_torch.frozen import tensors_of
 
 __all__ = ["FILE", "Contents", "check_settings", "check_task", "made_for", "read", "restore", "state", "write"]
 
@@ -89,6 +90,7 @@ def check_settings(contents: Mapping[str, Any], settings: Mapping[str, Any], fol
     """
     for name, was in contents["settings"].items():
         if was != (now := str(settings.get(name))):
+            was, now = ("its default" if value == "None" else value for value in (was, now))
             raise CommandError(
                 f"{folder}: the interrupted run has {name} = {was}, this one {now}; --resume with the same arguments, "
                 "or start anew with another --out."
@@ -118,9 +120,10 @@ def check_task(contents: Mapping[str, Any], task: Task, folder: Path) -> None:
 
 
 def state(epoch: int, step: int, task: Task, parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """All that the rest of a run depends on: θ_d and the modules to save (their buffers too), what `parts` hold (the
-    optimiser, the schedule, the scale of float16's gradients), and of each process the generators of random numbers:
-    torch's, NumPy's and Python's, and that of the order of the data, from which the workers' seeds follow.
+    """All that the rest of a run depends on: θ_d and the modules to save (their buffers too), the singular vectors that
+    θ_d stands between in some methods, what `parts` hold (the optimiser, the schedule, the scale of float16's
+    gradients), and of each process the generators of random numbers: torch's, NumPy's and Python's, and that of the
+    order of the data, from which the workers' seeds follow.
     """
     return {
         "epoch": epoch,
@@ -157,7 +160,8 @@ def restore(state: dict[str, Any], task: Task, parts: Mapping[str, Any], device:
 
 
 def _trained(task: Task) -> dict[str, Tensor]:
-    return {"theta_d": task.adapter.theta_d.detach(), **task.adapter.heads()}
+    adapter = task.adapter
+    return {"theta_d": adapter.theta_d.detach(), **adapter.heads(), **tensors_of(adapter.spec, adapter.chains.frozen)}
 
 
 def _generators(task: Task, device: torch.device) -> dict[str, Any]:

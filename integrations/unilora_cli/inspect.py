@@ -12,6 +12,7 @@ import numpy as np
 from unilora_cli.console import say, table
 from unilora_core import AdapterFile, read_adapter
 from unilora_core.header import FROZEN, Header, read_header
+from unilora_core.maps import MAPS
 from unilora_core.methods import method_of
 from unilora_core.serialisation import FORMAT_VERSION
 
@@ -22,13 +23,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Print a description of a file."""
     file = read_adapter(arguments.file)
     header = read_header(arguments.file, file)
-    facts = describe(arguments.file, file)
+    facts = describe(arguments.file, file, header)
     say(json.dumps(facts, indent=2) if arguments.json else _text(facts, header))
 
 
-def describe(path: str, file: AdapterFile) -> dict[str, Any]:
+def describe(path: str, file: AdapterFile, header: Header) -> dict[str, Any]:
     """Everything that `unilora inspect --json` prints."""
-    spec = file.spec.to_json()
+    spec, pieces = file.spec.to_json(), _pieces(file)
     tensors = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(file.tensors.items())}
     size, head_bytes = Path(path).stat().st_size, sum(tensor.nbytes for tensor in file.tensors.values())
     return {
@@ -47,7 +48,8 @@ def describe(path: str, file: AdapterFile) -> dict[str, Any]:
         "start": spec["start"],
         "bound": spec["bound"],
         "fingerprint": file.spec.layout.fingerprint,
-        "targets": _targets(file),
+        "targets": {row.name: pieces.pop(row.name, {}) for row in header.targets},
+        "shared": pieces,
         "head": {name: says for name, says in tensors.items() if not name.startswith(FROZEN)},
         "frozen": {name: says for name, says in tensors.items() if name.startswith(FROZEN)},
         "theta_d": _statistics(file.theta_d),
@@ -55,8 +57,8 @@ def describe(path: str, file: AdapterFile) -> dict[str, Any]:
     }
 
 
-def _targets(file: AdapterFile) -> dict[str, dict[str, list[int]]]:
-    """Target → {"A": shape, "B": shape}."""
+def _pieces(file: AdapterFile) -> dict[str, dict[str, list[int]]]:
+    """Target, or what several share → {"A": shape, "B": shape}."""
     found: dict[str, dict[str, list[int]]] = {}
     for name, shape in file.spec.layout.factors:
         target, _, factor = name.rpartition(".")
@@ -89,23 +91,36 @@ def _text(facts: dict[str, Any], header: Header) -> str:
         ("format", f"version {facts['format_version']}, written by {writer or 'an unnamed program'}"),
         ("method", _method(facts)),
         ("projection", f"{algorithm['grouping']} version {algorithm['version']}, seed {facts['seed']}"),
-        ("numbers", f"d = {facts['d']:,} trained for D = {facts['D']:,} LoRA parameters: D/d = {facts['D/d']:.4g}"),
-        ("start", f"{facts['start']}, U(-{facts['bound']:.4g}, {facts['bound']:.4g})"),
+        ("numbers", f"d = {facts['d']:,} trained for D = {facts['D']:,}{_kind(facts)}: D/d = {facts['D/d']:.4g}"),
+        ("start", _start(facts)),
         ("fingerprint", facts["fingerprint"]),
         ("theta_d", ", ".join(f"{name} {theta[name]:.4g}" for name in theta)),
     ]
     blocks = [table(rows, indent=""), f"targets: {len(facts['targets'])}", table(_summarised(facts["targets"]))]
+    if facts["shared"]:
+        blocks += ["shared by all targets of a size", table(_summarised(facts["shared"]))]
     if facts["head"]:
         head = [(name, " × ".join(map(str, shape)), kind) for name, (shape, kind) in facts["head"].items()]
         blocks += [f"saved in full: {len(head)} tensors", table(head)]
     if facts["frozen"]:
-        blocks.append(f"frozen, made of the base's weights: {len(facts['frozen'])} tensors")
+        size = sum(4 * math.prod(shape) for shape, _ in facts["frozen"].values())
+        blocks.append(f"frozen, made of the base's weights: {len(facts['frozen'])} tensors, {size:,} bytes")
     return "\n".join(blocks)
 
 
 def _method(facts: dict[str, Any]) -> str:
     options = "".join(f", {name} {value:g}" for name, value in facts["options"].items())
     return f"{facts['method'] or 'no published one'}: frame {facts['frame']}{options}"
+
+
+def _kind(facts: dict[str, Any]) -> str:
+    return " LoRA parameters" if facts["frame"] == "pair" else ""
+
+
+def _start(facts: dict[str, Any]) -> str:
+    """The start, and what θ_d is drawn from there, unless it is 0 or the map has a start of its own."""
+    drawn = facts["start"] != "zero" and MAPS[facts["algorithm"]["grouping"]].start is None
+    return facts["start"] + (f", U(-{facts['bound']:.4g}, {facts['bound']:.4g})" if drawn else "")
 
 
 def _summarised(targets: dict[str, dict[str, list[int]]]) -> list[tuple[str, ...]]:

@@ -10,11 +10,15 @@ from unilora_cli.values import (
     names,
     natural,
     not_negative,
+    one_of,
     part,
     positive,
     rate,
     selection,
 )
+from unilora_core.maps import MAPS
+from unilora_core.methods import METHODS
+from unilora_core.spec import STARTS
 
 __all__ = ["adapter_arguments", "memory_arguments", "output_arguments", "training_arguments"]
 
@@ -23,9 +27,10 @@ def adapter_arguments(group: Any) -> None:
     """What is adapted, and how."""
     group.add_argument(
         "--method",
+        type=one_of("method", METHODS),
         metavar="NAME",
         default="uni-lora",
-        help="uni-lora, lora, vera, lora-xs, vb-lora, fourierft, gpart, … (`unilora analyze` compares them)",
+        help=f"{', '.join(METHODS)} (`unilora analyze` compares them)",
     )
     group.add_argument(
         "--method-arg",
@@ -36,7 +41,9 @@ def adapter_arguments(group: Any) -> None:
         help="an option of the method, such as vectors=64 of vb-lora (repeat)",
     )
     group.add_argument("--rank", type=positive, metavar="R", help="of the factors (default: the method's; uni-lora: 4)")
-    group.add_argument("--d", type=auto_or_positive, metavar="N", default="auto", help="trained numbers, or auto")
+    group.add_argument(
+        "--d", type=auto_or_positive, metavar="N", default="auto", help="trained numbers; auto: the method's"
+    )
     group.add_argument(
         "--targets",
         type=selection,
@@ -52,10 +59,15 @@ def adapter_arguments(group: Any) -> None:
         help="comma list of modules trained in full (default: the head)",
     )
     group.add_argument("--seed", type=natural, metavar="N", default=0, help="of the projection, the head and the data")
-    group.add_argument("--start", metavar="NAME", help="identity, paper or zero (default: the method's)")
+    group.add_argument(
+        "--start", type=one_of("start", STARTS), metavar="NAME", help=f"{', '.join(STARTS)} (default: the method's)"
+    )
     group.add_argument("--bound", type=rate, metavar="X", help="theta_d starts as U(-X, X) (default: from the start)")
     group.add_argument(
-        "--grouping", metavar="NAME", help="the map P: balanced, iid, local, fastfood, … (default: the method's)"
+        "--grouping",
+        type=one_of("grouping", MAPS),
+        metavar="NAME",
+        help=f"the map P: {', '.join(MAPS)} (default: the method's)",
     )
 
 

@@ -1,13 +1,12 @@
 """The plan of a run: its numbers, and how they are explained before training begins."""
 
-import inspect
 from typing import Any
 
 from unilora_cli import distributed
 from unilora_cli.console import number
 from unilora_cli.loop import Settings, parameter_groups, steps_of
 from unilora_cli.task import Task
-from unilora_core import ProjectionSpec, rates
+from unilora_core import ProjectionSpec
 from unilora_core.methods import method_of
 
 __all__ = ["plan_of", "rows_of"]
@@ -51,7 +50,7 @@ def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[
         ("adapter", task.adapter.summary()),
         ("D/d", f"{plan['D']:,} / {plan['d']:,} = {plan['D/d']:.4g}"),
         ("projection", f"{_method(task.adapter.spec)}, seed {plan['seed']}, start {plan['start']}"),
-        *_rate_rows(plan["theta_rate"], settings),
+        *_rate_rows(plan["theta_rate"], settings, task.adapter.spec),
         ("batch", _batch(plan, settings)),
         ("steps", _steps(plan, settings)),
     ]
@@ -66,14 +65,14 @@ def _method(spec: ProjectionSpec) -> str:
     return f"{method_of(spec) or 'no published method'} (grouping {spec.grouping}, frame {spec.frame}{options})"
 
 
-def _rate_rows(theta_rate: float, settings: Settings) -> list[tuple[str, str]]:
-    """θ_d's rate, and why it is what it is, in the words of the library that decides it."""
+def _rate_rows(theta_rate: float, settings: Settings, spec: ProjectionSpec) -> list[tuple[str, str]]:
+    """θ_d's rate, and why it is what it is."""
     if settings.theta_rate is not None:
         return [("rate of θ_d", f"{theta_rate:.4g}, as given")]
     lora = settings.lora_rate
     says = f"{theta_rate:.4g} = {theta_rate / lora:.4g} × {lora:g}, the rate that trains as LoRA would at {lora:g}"
-    reason = (inspect.getdoc(rates.theta_rate) or "unilora_core.rates says so").splitlines()[0].rstrip(".")
-    return [("rate of θ_d", says), ("", f"because {reason}")]
+    of_map, of_frame = f"{spec.map.rate(spec):.4g} of the grouping {spec.grouping}", f"{spec.form.rate:g} of the frame"
+    return [("rate of θ_d", says), ("", f"{of_map} × {of_frame} {spec.frame}")]
 
 
 def _steps(plan: dict[str, Any], settings: Settings) -> str:

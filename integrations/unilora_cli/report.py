@@ -179,10 +179,12 @@ class Recorder:
     def _bytes(self) -> dict[str, int]:
         file, spec = self.folder / ADAPTER, self.task.adapter.spec
         size = file.stat().st_size if file.is_file() else 0
-        return {"adapter": size, "adapter_as_lora": size + 4 * (spec.D - spec.d) if size else 0}
+        lora = {"adapter_as_lora": size + 4 * (spec.D - spec.d) if size else 0} if spec.frame == "pair" else {}
+        return {"adapter": size} | lora
 
     def _summary(self) -> list[tuple[str, str]]:
         kept, sizes = self.kept(), self._bytes()
+        as_lora = f" (as LoRA: {sizes['adapter_as_lora']:,})" if "adapter_as_lora" in sizes else ""
         names = ("loss", *(metric.name for metric in self.task.metrics))
         scores = [(f"held-out {name}", number(kept[name])) for name in names]
         if not self.epochs[0]["epoch"]:
@@ -197,7 +199,7 @@ class Recorder:
         return [
             *scores,
             ("trained numbers", f"{self.about['plan']['trained']:,}"),
-            ("adapter", f"{self.folder / ADAPTER}, {sizes['adapter']:,} bytes (as LoRA: {sizes['adapter_as_lora']:,})"),
+            ("adapter", f"{self.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
             ("time", f"{self._seconds():.1f} s"),
             ("also written", f"{', '.join(self.also_written)} in {self.folder}"),
         ]

@@ -3,9 +3,12 @@
 import argparse
 import ast
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from unilora_core.errors import SpecError
 from unilora_core.schema import shown
+from unilora_core.spec import known
 
 __all__ = [
     "assignment",
@@ -15,6 +18,7 @@ __all__ = [
     "names",
     "natural",
     "not_negative",
+    "one_of",
     "part",
     "positive",
     "rate",
@@ -77,6 +81,19 @@ def fraction(text: str) -> float:
 def auto_or_positive(text: str) -> int | str:
     """``auto``, or a whole number above 0."""
     return text if text == "auto" else positive(text)
+
+
+def one_of(what: str, there: Iterable[str]) -> Callable[[str], str]:
+    """One of these names; of another, the nearest are told."""
+
+    def value(text: str) -> str:
+        try:
+            known(what, text, there)
+        except SpecError as error:
+            raise argparse.ArgumentTypeError(str(error).partition(": ")[2].rstrip(".")) from None
+        return text
+
+    return value
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ def attach(
     targets: str | Iterable[str | Target] | None = None,
     *,
     exclude: str | Iterable[str] = (),
+    method: str = "uni-lora",
     modules_to_save: str | Iterable[str] | None = None,
     example: Tensor | None = None,
     **options: Any,
@@ -36,10 +37,11 @@ def attach(
         targets: None for the default (query and value; see `find_targets`), a word such as ``"qkv"`` or ``"mlp"``, a
             regular expression, a list of words and names, or a list of `Target`.
         exclude: taken away from ``targets``, by regular expression or list of names.
+        method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
         modules_to_save: names of modules that train in full and are saved with θ_d; by default the classifier.
         example: (batch, channels, height, width), an input for the check; by default one image of the model's size.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name``: see
-            `unilora_torch.attach`.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound`` and ``name``, as in
+            `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
 
     Returns:
         The adapter, also found at ``model.unilora``.
@@ -47,7 +49,8 @@ def attach(
     Raises:
         TargetError: nothing to adapt, or a target that no gradient reaches (also where a layer scale or a norm is zero,
             as in some models with random weights: load the weights first); the model is unchanged.
-        SpecError: rank or d out of range; the model is unchanged, as it is after an interrupt.
+        SpecError: an unknown method or option, or rank or d out of range; the model is unchanged, as it is after an
+            interrupt.
     """
     heads = classifier(model) if modules_to_save is None else modules_to_save
     found = find_targets(model, targets, exclude=exclude)
@@ -60,7 +63,7 @@ def attach(
                 f"{type(model).__name__}: cannot check that the targets are reached, the model fails on an image of "
                 f"shape {tuple(image.shape)} ({error}); give attach an input that it takes, as example=."
             ) from error
-        adapter = unilora_torch.attach(model, found, modules_to_save=heads, **options)
+        adapter = unilora_torch.attach(model, found, method=method, modules_to_save=heads, **options)
         try:
             _verify(model, adapter, image)
         except BaseException:

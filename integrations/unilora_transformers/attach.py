@@ -25,6 +25,7 @@ def attach(
     targets: str | Iterable[str | Target] | None = None,
     *,
     exclude: str | Iterable[str] = (),
+    method: str = "uni-lora",
     modules_to_save: str | Iterable[str] | None = None,
     example: Mapping[str, Any] | None = None,
     **options: Any,
@@ -39,22 +40,25 @@ def attach(
             ``"all-linear"``: every linear layer and Conv1D but the output embeddings and the task head;
             a regular expression for whole names, a list of names or endings, or a list of `Target`.
         exclude: taken away from ``targets``, by regular expression or list.
+        method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
         modules_to_save: names of modules that train in full; by default the task head, if the model has one (a
             language model's head is none); ``()`` for no module.
         example: a batch of the model's inputs for the run; made up from the config unless given.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start`` and ``bound``, as in `unilora_torch.attach`.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound`` and ``name``, as in
+            `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
 
     Returns:
         The adapter, also found at ``model.unilora``.
 
     Raises:
-        TargetError: nothing to adapt, or something that cannot be adapted rightly; the model is unchanged.
-        SpecError: rank or d out of range; the model is unchanged.
+        TargetError: nothing to adapt, or something that cannot be adapted rightly, such as a quantised weight by a
+            method that is made of its singular vectors; the model is unchanged.
+        SpecError: an unknown method or option, or rank or d out of range; the model is unchanged.
     """
     require_model(model)
     found = select_targets(model, targets, exclude)
     heads = task_heads(model) if modules_to_save is None else modules_to_save
-    adapter = finish(model, unilora_torch.attach(model, found, modules_to_save=heads, **options))
+    adapter = finish(model, unilora_torch.attach(model, found, method=method, modules_to_save=heads, **options))
     try:
         check(model, adapter, example)
     except BaseException:

@@ -132,7 +132,7 @@ def save_peft(adapter: Adapter, folder: str | os.PathLike) -> None:
     """Write a UniLora adapter that PEFT loads.
 
     PEFT knows one grouping, one start and one order of the factors, so this takes
-    ``attach(…, grouping="numpy-shuffle", start="paper")`` over whole layers; `Adapter.export_lora` takes every adapter.
+    ``attach(…, grouping="numpy-shuffle", start="paper")`` over whole layers; `Adapter.export_lora` takes others.
 
     Raises:
         SpecError: PEFT would build another P; nothing is written.
@@ -302,7 +302,9 @@ def _config(adapter: Adapter) -> dict[str, Any]:
 def _check_peft_builds(model: nn.Module, adapter: Adapter, config: Mapping[str, Any]) -> None:
     """Refuse an adapter whose P is not the one that PEFT would build from ``config``."""
     spec, remedy = adapter.spec, "export_lora writes the adapter as a plain LoRA instead."
-    for field, needed in (("grouping", GROUPING), ("start", "paper")):
+    if spec.form.dense:
+        remedy = "merge the adapter into the base model instead."
+    for field, needed in (("frame", "pair"), ("grouping", GROUPING), ("start", "paper")):
         if getattr(spec, field) != needed:
             raise SpecError(f"save_peft: PEFT knows {field} {needed!r} only, not {getattr(spec, field)!r}; {remedy}")
     built_from = typed(_Config, {name: config[name] for name in _Config.__annotations__}, "save_peft")

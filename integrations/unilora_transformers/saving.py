@@ -23,9 +23,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
 from unilora_core.files import new_files
-from unilora_core.header import read_header
+from unilora_core.header import FROZEN, read_header
+from unilora_core.methods import METHODS, method_of
 from unilora_core.schema import shown
-from unilora_torch.adapter import NAME, adapters
+from unilora_torch.adapter import NAME, Adapter, adapters
+from unilora_torch.chains import Frozen
+from unilora_torch.frozen import frozen_in_file, tensors_of
 
 __all__ = [
     "Checkpoints",
@@ -60,7 +63,7 @@ def save_pretrained(
 
     Args:
         is_main_process: trainers say here which process writes. They resume from ``model.safetensors``, so it is
-            written as well then, with the trained tensors only.
+            written as well then, with the trained tensors and what else θ_d means nothing without.
         state_dict: where the tensors are read, for a model whose own parameters are sharded over processes.
         push_to_hub: also upload, to ``repo_id`` or else the folder's name; ``options`` go to `push_to_hub`.
 
@@ -85,7 +88,7 @@ def save_pretrained(
         if is_main_process is not None:
             texts = {f"{name}.{SPEC}": json.dumps(_identity(adapter.spec)) for name, adapter in there.items()}
             specs = {key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
-            save_file(state | specs, paths[SAFE_WEIGHTS_NAME], metadata={"format": "pt"})
+            save_file(state | specs | _frozen(there), paths[SAFE_WEIGHTS_NAME], metadata={"format": "pt"})
     if push_to_hub:
         model.push_to_hub(options.pop("repo_id", folder.name), **options)
 
@@ -224,10 +227,12 @@ def base_metadata(model: PreTrainedModel) -> dict[str, str]:
 
 def model_card(model: PreTrainedModel) -> str:
     """A README for the hub: what the adapter is, what it needs, how it is used."""
-    base = model.name_or_path
+    base, there = model.name_or_path, adapters(model)
+    methods = {name: method_of(adapter.spec) or adapter.spec.frame for name, adapter in there.items()}
     rows = [
-        f"| {name} | {a.spec.d:,} | {a.spec.D:,} | {len(a.targets)} | {a.spec.seed} | {a.spec.grouping} |"
-        for name, a in adapters(model).items()
+        f"| {name} | {methods[name]} | {a.spec.d:,} | {a.spec.D:,} | {len(a.targets)} | {a.spec.seed} "
+        f"| {a.spec.grouping} |"
+        for name, a in there.items()
     ]
     header = ["---", "library_name: unilora", "tags:", "- unilora", "- lora", "- adapter"]
     if base and not Path(base).exists():
@@ -237,14 +242,17 @@ def model_card(model: PreTrainedModel) -> str:
             *header,
             "---",
             "",
-            f"# Uni-LoRA adapter of {base or type(model).__name__}",
+            f"# Adapter of {base or type(model).__name__}",
             "",
-            "All LoRA factors of the model are θ_D = P θ_d ([arXiv 2506.00799](https://arxiv.org/abs/2506.00799)); the",
-            "files hold θ_d, the seed of P, and the modules trained in full.",
+            "The updates of all layers are made of θ_D = P(θ_d), one trained vector θ_d for the whole model",
+            "([arXiv 2506.00799](https://arxiv.org/abs/2506.00799)); the files hold θ_d, the seed of what is random,",
+            "and the modules trained in full.",
             "",
-            "| adapter | d | D | targets | seed | grouping |",
-            "|---|---|---|---|---|---|",
+            "| adapter | method | d | D | targets | seed | grouping |",
+            "|---|---|---|---|---|---|---|",
             *rows,
+            "",
+            *(f"{name}: {METHODS[name].source}." for name in sorted(set(methods.values()) & METHODS.keys())),
             "",
             "```python",
             "import unilora_transformers",
@@ -282,7 +290,9 @@ class PretrainedMethods:
 class Checkpoints:
     """The hooks of a model's `load_state_dict` for a trainer's checkpoint, which holds the trained tensors only.
 
-    Its θ_d means nothing under another P, so the spec in it must be the adapter's. The frozen weights are not missed.
+    Its θ_d means nothing under another P, so the spec in it must be the adapter's; nor between other singular vectors
+    than it was trained between, so the adapter takes the checkpoint's: another SVD may give other signs. The frozen
+    weights are not missed.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -293,11 +303,12 @@ class Checkpoints:
         ]
 
     def before(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Compare the specs.
+        """Compare the specs, and take what stands between the trained numbers.
 
         Raises:
-            MismatchError: the checkpoint is of another adapter; nothing has been loaded.
+            MismatchError: the checkpoint is of another adapter, or incomplete; nothing has been loaded.
         """
+        found_frozen: dict[str, Frozen | None] = {}
         saved = {key: state_dict.pop(key) for key in list(state_dict) if key.endswith(f".{SPEC}")}
         self.partial = bool(saved)
         there = adapters(model)
@@ -314,6 +325,10 @@ class Checkpoints:
                     f"the checkpoint's adapter {name!r} was trained with {theirs}, the model's has {ours}; "
                     "attach as for the first part of the training (targets, rank, d, seed, …) to go on from it."
                 )
+            found_frozen[name] = _take_frozen(there[name], f"{prefix}{name}.", state_dict)
+        for name, frozen in found_frozen.items():
+            if frozen is not None:
+                there[name].chains.copy_(frozen)
 
     def after(self, model: nn.Module, keys: Any) -> None:
         """Report only what is missing of the trained tensors."""
@@ -334,6 +349,22 @@ def _file_of(name: str) -> str:
 def _identity(spec: ProjectionSpec) -> dict[str, Any]:
     """Everything that fixes P, in short."""
     return spec.to_json() | {"layout": spec.layout.fingerprint[:16]}
+
+
+def _frozen(there: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the chains of adapters, by names that begin with theirs."""
+    return {
+        f"{name}.{key}": _whole(key, tensor)
+        for name, adapter in there.items()
+        for key, tensor in tensors_of(adapter.spec, adapter.chains.frozen).items()
+    }
+
+
+def _take_frozen(adapter: Adapter, prefix: str, state_dict: dict[str, Any]) -> Frozen | None:
+    """The same of one adapter, out of a checkpoint; None where its method keeps nothing."""
+    keys = [key for key in state_dict if key.startswith(f"{prefix}{FROZEN}")]
+    arrays = {key.removeprefix(prefix): state_dict.pop(key).cpu().numpy() for key in keys}
+    return frozen_in_file("the checkpoint", adapter.spec, adapter.targets, arrays)
 
 
 def _whole(name: str, tensor: Tensor) -> Tensor:

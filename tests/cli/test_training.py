@@ -284,7 +284,7 @@ def test_a_resume_that_does_not_fit_is_refused_and_changes_nothing(text, unilora
     monkeypatch.setattr(loop, "evaluate", evaluate)
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
     refusals = {
-        ("--rank", 8): "run: the interrupted run has rank = 4, this one 8; --resume with the same arguments, or start",
+        ("--rank", 8): "run: the interrupted run has rank = its default, this one 8; --resume with the same arguments",
         ("--lora-rate", 1): "the interrupted run has lora_rate = 0.005, this one 1.0",
         ("--seed", 3): "the interrupted run has seed = 0, this one 3",
     }

@@ -238,7 +238,7 @@ def test_the_model_card(base, tmp_path):
     text = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     for line in ("library_name: unilora", "base_model: someone/base", "base_model_relation: adapter"):
         assert f"\n{line}\n" in text
-    assert f"| unilora | {adapter.spec.d:,} | {adapter.spec.D:,} | 4 | 5 | balanced |" in text
+    assert f"| unilora | uni-lora | {adapter.spec.d:,} | {adapter.spec.D:,} | 4 | 5 | balanced |" in text
     (tmp_path / "adapter" / "README.md").write_text("mine")
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
