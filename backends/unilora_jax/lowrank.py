@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,43 +102,53 @@ def _dot_general(eqn: JaxprEqn, left: Any, right: Any) -> Array:
     """x·W + (x·U)·V; W may stand on either side."""
     if isinstance(left, LowRank) and isinstance(right, LowRank):
         raise TargetError(f"{left.path} and {right.path} are multiplied with each other; adapt one of them only.")
-    (contract, batch), first = eqn.params["dimension_numbers"], isinstance(left, LowRank)
+    first = isinstance(left, LowRank)
     w, x = (left, right) if first else (right, left)
-    (w_in, x_in), (w_batch, x_batch) = (contract, batch) if first else (contract[::-1], batch[::-1])
-    _check_roles(w, w_in)
-
-    # Every axis has a name: those of W, what x does not share with it, and the rank.
-    of_w = list(range(w.weight.ndim))
-    of_x = [len(of_w) + axis for axis in range(x.ndim)]
-    for mine, its in [*zip(x_in, w_in, strict=True), *zip(x_batch, w_batch, strict=True)]:
-        of_x[mine] = its
-    rank = len(of_w) + x.ndim
-    layers = [axis for axis in of_w if w.roles[axis] == "l"]
-    of_down = [rank, *(axis for axis in of_w if axis in w_in or axis in layers)]
-    of_up = [rank, *(axis for axis in of_w if axis not in w_in)]
-    x_free = [axis for axis in of_x if axis >= len(of_w)]
-    w_free = [axis for axis in of_w if axis not in w_in and axis not in w_batch]
-    of_hidden = [*w_batch, *x_free, *(axis for axis in layers if axis not in w_batch), rank]
-    of_output = [*w_batch, *(w_free + x_free if first else x_free + w_free)]
-
+    axes = _axes(w, x.ndim, eqn.params["dimension_numbers"], first)
     precision, dtype = eqn.params["precision"], jnp.promote_types(x.dtype, w.weight.dtype)
     down, up = (
-        lax.squeeze(factor.astype(dtype), [1 + axis for axis in of_w if axis not in kept])
-        for factor, kept in ((w.down, of_down), (w.up, of_up))
+        lax.squeeze(factor.astype(dtype), [1 + axis for axis in range(w.weight.ndim) if axis not in kept])
+        for factor, kept in ((w.down, axes.down), (w.up, axes.up))
     )
-    hidden = jnp.einsum(
-        x, of_x, down, of_down, of_hidden, precision=precision, out_sharding=_hidden_sharding(x, of_x, of_hidden)
-    )
-    pair = (up, of_up, hidden, of_hidden) if first else (hidden, of_hidden, up, of_up)
-    update = jnp.einsum(
-        *pair,
-        of_output,
-        precision=precision,
-        preferred_element_type=eqn.params["preferred_element_type"],
-        out_sharding=eqn.params["out_sharding"],
-    )
+    lies = _hidden_sharding(x, axes)
+    hidden = jnp.einsum(x, axes.x, down, axes.down, axes.hidden, precision=precision, out_sharding=lies)
+    pair = (up, axes.up, hidden, axes.hidden) if first else (hidden, axes.hidden, up, axes.up)
+    how = {name: eqn.params[name] for name in ("precision", "preferred_element_type", "out_sharding")}
+    update = jnp.einsum(*pair, axes.output, **how)
     base = _bind(eqn, *(side.weight if isinstance(side, LowRank) else side for side in (left, right)))
     return base + update.astype(base.dtype)
+
+
+class _Axes(NamedTuple):
+    """The axes of each array of a product, by number, as `jnp.einsum` takes them."""
+
+    x: list[int]
+    down: list[int]
+    up: list[int]
+    hidden: list[int]
+    output: list[int]
+
+
+def _axes(w: LowRank, ndim: int, numbers: Any, first: bool) -> _Axes:
+    """Every axis has a number: those of W, what x (of ``ndim`` axes) does not share with it, and the rank."""
+    contract, batch = numbers
+    (w_in, x_in), (w_batch, x_batch) = (contract, batch) if first else (contract[::-1], batch[::-1])
+    _check_roles(w, w_in)
+    of_w = list(range(w.weight.ndim))
+    of_x = [len(of_w) + axis for axis in range(ndim)]
+    for mine, its in [*zip(x_in, w_in, strict=True), *zip(x_batch, w_batch, strict=True)]:
+        of_x[mine] = its
+    rank = len(of_w) + ndim
+    layers = [axis for axis in of_w if w.roles[axis] == "l"]
+    x_free = [axis for axis in of_x if axis >= len(of_w)]
+    w_free = [axis for axis in of_w if axis not in w_in and axis not in w_batch]
+    return _Axes(
+        x=of_x,
+        down=[rank, *(axis for axis in of_w if axis in w_in or axis in layers)],
+        up=[rank, *(axis for axis in of_w if axis not in w_in)],
+        hidden=[*w_batch, *x_free, *(axis for axis in layers if axis not in w_batch), rank],
+        output=[*w_batch, *(w_free + x_free if first else x_free + w_free)],
+    )
 
 
 def _check_roles(w: LowRank, contracted: Sequence[int]) -> None:
@@ -153,12 +163,12 @@ def _check_roles(w: LowRank, contracted: Sequence[int]) -> None:
         )
 
 
-def _hidden_sharding(x: Array, of_x: Sequence[int], of_hidden: Sequence[int]) -> NamedSharding | None:
+def _hidden_sharding(x: Array, axes: _Axes) -> NamedSharding | None:
     """How x·U lies on an explicit mesh: as x does, whole along the rank."""
     if (sharding := explicit_sharding(x)) is None:
         return None
-    lies = dict(zip(of_x, sharding.spec, strict=True))
-    return NamedSharding(sharding.mesh, PartitionSpec(*(lies.get(axis) for axis in of_hidden)))
+    lies = dict(zip(axes.x, sharding.spec, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(lies.get(axis) for axis in axes.hidden)))
 
 
 # ---- what only rearranges -------------------------------------------------------------------------------------------

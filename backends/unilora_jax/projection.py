@@ -4,6 +4,7 @@ The scale is applied to θ_d, then one gather spreads it. The backward pass is o
 CPU, in no fixed order on a GPU (``XLA_FLAGS=--xla_gpu_deterministic_ops=true`` fixes it).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from unilora_core import ValuesError
 
-__all__ = ["check", "explicit_sharding", "project", "project_transpose"]
+__all__ = ["check", "explicit_sharding", "project", "project_transpose", "varying_as"]
 
 
 def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = None) -> Any:
@@ -91,6 +92,17 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
     """The sharding that is part of x's type, where its mesh has explicit axes; gathers and scatters must be told it."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def varying_as(x: Array, arrays: Iterable[Any]) -> Array:
+    """Inside `shard_map`, x marked as different on each device, as one of the arrays is: then the gradient of θ_d is
+    summed once, over d numbers.
+    """
+    axes = (
+        frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+        - jax.typeof(x).manual_axis_type.varying
+    )
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def _wide(x: Array) -> jnp.dtype:

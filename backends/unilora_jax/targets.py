@@ -18,6 +18,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from unilora_core import TargetError
+from unilora_core.frames import Sizes
 
 __all__ = ["Target", "find_targets", "leaves_of", "linear_target"]
 
@@ -34,7 +35,7 @@ class Target:
 
     Attributes:
         path: of the leaf.
-        names: the prefixes of the factors, ``name.A`` (r, in) and ``name.B`` (out, r): one, or one for each layer of a
+        names: the prefixes of the factors (``name.A`` and ``name.B`` of a pair): one, or one for each layer of a
             stacked leaf.
         modules: the names of the layers, one for each of ``names``; the same, but for blocks of a fused layer.
         in_features: product of the sizes of the axes that the model contracts.
@@ -52,6 +53,11 @@ class Target:
     inputs: tuple[int, ...]
     stacked: bool = False
     first_row: int = 0
+
+    @property
+    def sizes(self) -> Sizes:
+        """Inputs and outputs of one layer."""
+        return Sizes(self.in_features, self.out_features)
 
 
 def leaves_of(params: Any) -> dict[str, Any]:
@@ -165,11 +171,6 @@ def check_leaf(path: str, leaf: Any) -> None:
             f"{path}: expected a floating-point weight, got {leaf.dtype}; a quantised or integer leaf cannot be read "
             "as a matrix. Exclude it, or give the dequantised weights."
         )
-
-
-def factor_names(target: Target, factor: str) -> tuple[str, ...]:
-    """The names of A or B of each layer."""
-    return tuple(f"{name}.{factor}" for name in target.names)
 
 
 def nearest(paths: Iterable[str], name: str) -> list[str]:

@@ -65,7 +65,7 @@ def test_rank_below_one(rank):
 
 
 def test_rank_that_is_no_integer():
-    refused(SpecError, r"up.A.*positive integers, got \(1.5, 4\)", rank=1.5)
+    refused(SpecError, r"rank ≥ 1, got 1\.5", rank=1.5)
 
 
 @pytest.mark.parametrize(

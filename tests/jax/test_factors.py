@@ -7,7 +7,7 @@ import pytest
 
 from unilora_core import Layout, ProjectionSpec, project
 from unilora_core import grouping as impl
-from unilora_jax.factors import factors_of
+from unilora_jax.gather import gathered
 
 LAYOUT = Layout(
     [(f"layers.{i}.{m}.{f}", s) for i in range(3) for m in "qv" for f, s in (("A", (4, 24)), ("B", (20, 4)))]
@@ -21,12 +21,8 @@ STACKS = [
 
 
 def named(arrays):
-    """Name → factor, in the orientation of the layout."""
-    return {
-        name: np.asarray(array[i].T if name.endswith(".B") else array[i])
-        for names, array in arrays.items()
-        for i, name in enumerate(names)
-    }
+    """Name → factor."""
+    return {name: np.asarray(array[i]) for names, array in arrays.items() for i, name in enumerate(names)}
 
 
 def moved(spec):
@@ -38,7 +34,7 @@ def moved(spec):
 def test_factors_have_the_bits_of_the_core(grouping, start, cached):
     spec = ProjectionSpec(LAYOUT, 77, seed=5, grouping=grouping, start=start)
     theta_d = moved(spec)
-    ours = named(jax.jit(lambda f, theta_d: f(theta_d))(factors_of(spec, STACKS, cached=cached), theta_d))
+    ours = named(jax.jit(lambda f, theta_d: f(theta_d))(gathered(spec, STACKS, cached=cached), theta_d))
     assert ours.keys() == set(LAYOUT.shapes)
     for name, expected in LAYOUT.split(project(spec, theta_d)).items():
         assert (ours[name] == expected).all(), name
@@ -50,8 +46,8 @@ def test_the_layout_has_points_outside_the_domain():
 
 
 def test_nothing_is_stored_per_lora_parameter_unless_asked():
-    computed = factors_of(ProjectionSpec(LAYOUT, 77), STACKS, cached=False)
-    cached = factors_of(ProjectionSpec(LAYOUT, 77), STACKS, cached=True)
+    computed = gathered(ProjectionSpec(LAYOUT, 77), STACKS, cached=False)
+    cached = gathered(ProjectionSpec(LAYOUT, 77), STACKS, cached=True)
     assert sum(leaf.size for leaf in jax.tree.leaves(computed)) == 77  # the scale
     tables = [table for table in cached.tables if table is not None]
     assert sum(table.nbytes for table in tables) == 4 * LAYOUT.size
@@ -60,7 +56,7 @@ def test_nothing_is_stored_per_lora_parameter_unless_asked():
 
 def test_one_kernel_serves_all_factors_of_a_shape():
     """Four bundles: A and B of the stacks, A and B of the head."""
-    factors = factors_of(ProjectionSpec(LAYOUT, 77), STACKS, cached=False)
+    factors = gathered(ProjectionSpec(LAYOUT, 77), STACKS, cached=False)
     program = str(jax.make_jaxpr(factors)(jnp.zeros(77)))
     assert program.count("name=_groups") == 4
 
@@ -69,7 +65,7 @@ def test_one_kernel_serves_all_factors_of_a_shape():
 def test_factors_past_and_across_position_2_31(before):
     layout = Layout([("far.A", (8, before // 8)), ("m.A", (4, 24)), ("m.B", (20, 4))])
     spec = ProjectionSpec(layout, 1000)
-    arrays = named(factors_of(spec, [(("m.A",), False), (("m.B",), True)], cached=False)(jnp.arange(1000.0)))
+    arrays = named(gathered(spec, [(("m.A",), False), (("m.B",), True)], cached=False)(jnp.arange(1000.0)))
     for name in ("m.A", "m.B"):
         at = layout.slices[name]
         expected = (np.arange(1000, dtype=np.float32) * spec.scale())[spec.groups(at.start, at.stop)]
@@ -78,15 +74,11 @@ def test_factors_past_and_across_position_2_31(before):
 
 def test_the_gradient_is_P_transposed(start):
     spec = ProjectionSpec(LAYOUT, 77, start=start)
-    factors, y = factors_of(spec, STACKS, cached=False), np.random.default_rng(1).normal(size=LAYOUT.size)
+    factors, y = gathered(spec, STACKS, cached=False), np.random.default_rng(1).normal(size=LAYOUT.size)
 
     def inner(theta_d):
         ours, theirs = factors(theta_d), LAYOUT.split(jnp.asarray(y, jnp.float32))
-        return sum(
-            (array[i] * (theirs[name].T if name.endswith(".B") else theirs[name])).sum()
-            for names, array in ours.items()
-            for i, name in enumerate(names)
-        )
+        return sum((array[i] * theirs[name]).sum() for names, array in ours.items() for i, name in enumerate(names))
 
     expected = np.zeros(77)
     np.add.at(expected, spec.groups(), y)

@@ -1,11 +1,12 @@
-"""All factors of a spec from one θ_d: positions → groups → numbers, a whole bundle of equal shapes at a time.
+"""All factors from one θ_d where P is a gather: positions → groups → numbers, a bundle of equal shapes at a time.
 
 A kernel per factor would make XLA compile hundreds of copies of it; factors of one shape share one. A group is a
 function of its position alone, so on a mesh each device computes the groups of the slice that it needs.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -18,7 +19,7 @@ from unilora_core import ProjectionSpec
 from unilora_core import grouping as _grouping
 from unilora_jax.projection import project
 
-__all__ = ["Factors", "Stack", "factors_of"]
+__all__ = ["Gathered", "Names", "Stack", "gathered"]
 
 Names = tuple[str, ...]
 
@@ -30,9 +31,9 @@ class Stack:
     Attributes:
         names: of the factors, as in the layout; one for each layer.
         starts: where each begins in its segment of θ_D.
-        shape: rows and columns, as in the layout.
-        transposed: whether the array is (layers, columns, rows): Bᵀ is gathered as it is used, and never copied.
-        from_origin: factors B of ``start="identity"``, made of θ_d - θ_d⁰.
+        shape: rows and columns, as in the layout; a vector is one row.
+        transposed: whether it is gathered as (layers, columns, rows), as B is used, and never copied.
+        from_origin: factors that start at zero with ``start="identity"``, made of θ_d - θ_d⁰.
         segment: of the grouping, which all positions lie in; None where a factor crosses its end.
     """
 
@@ -46,7 +47,7 @@ class Stack:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Factors:
+class Gathered:
     """θ_d → every factor. A pytree: the arrays are its leaves, the rest is static.
 
     Attributes:
@@ -61,53 +62,63 @@ class Factors:
     origin: Array | None
     tables: tuple[Array | None, ...]
 
-    def __call__(self, theta_d: Array, shardings: Sequence[NamedSharding | None] | None = None) -> dict[Names, Array]:
-        """Names of each stack → its array, in the dtype of ``theta_d`` and differentiable in it.
+    def __call__(self, theta_d: Array, shardings: Mapping[Names, NamedSharding] | None = None) -> dict[Names, Array]:
+        """Names of each stack → its factors (layers, …), in the dtype of ``theta_d`` and differentiable in it.
 
         Args:
-            shardings: of each stack's array, on a mesh with explicit axes.
+            shardings: of the stacks as they are gathered, on a mesh with explicit axes.
         """
+        numbers = project(theta_d, self._all_groups(shardings or {}), self.scale, self.origin)
+        return {stack.names: self._shaped(stack, numbers[stack.names]) for stack in self.stacks}
+
+    def _all_groups(self, shardings: Mapping[Names, NamedSharding]) -> dict[Names, Array]:
         groups: dict[Names, Array] = {}
         alike: dict[tuple, list[Stack]] = {}
-        for stack, table, sharding in zip(
-            self.stacks, self.tables, shardings or [None] * len(self.stacks), strict=True
-        ):
+        for stack, table in zip(self.stacks, self.tables, strict=True):
+            sharding = shardings.get(stack.names)
             if table is None:
                 key = stack.shape, len(stack.names), stack.transposed, stack.from_origin, stack.segment, sharding
                 alike.setdefault(key, []).append(stack)
             else:
                 groups[stack.names] = table if sharding is None else jax.sharding.reshard(table, sharding)
         for (*_, sharding), stacks in alike.items():
-            computed = _groups(
-                self.spec, stacks[0], _behind(sharding), np.asarray([s.starts for s in stacks], np.int32)
-            )
+            starts = np.asarray([stack.starts for stack in stacks], np.int32)
+            computed = _groups(self.spec, stacks[0], _behind(sharding), starts)
             groups |= {stack.names: computed[i] for i, stack in enumerate(stacks)}
-        return project(theta_d, groups, self.scale, self.origin)
+        return groups
+
+    def _shaped(self, stack: Stack, numbers: Array) -> Array:
+        """With the factors' own shape; XLA takes the two transposes of B, here and where it is used, for none."""
+        shape = self.spec.layout.shapes[stack.names[0]]
+        rows_first = numbers.swapaxes(1, 2) if stack.transposed else numbers
+        return rows_first if shape == stack.shape else rows_first.reshape(-1, *shape)
 
 
-def factors_of(spec: ProjectionSpec, names: Sequence[tuple[Names, bool]], *, cached: bool) -> Factors:
-    """Prepare the factors of ``spec``.
+def gathered(spec: ProjectionSpec, stacks: Iterable[tuple[Names, bool]], *, cached: bool) -> Gathered:
+    """Prepare the factors of ``spec``, whose map is a gather.
 
     Args:
-        names: the factors of each stack, and whether it is transposed.
-        cached: whether groups are kept as int32, 4 bytes per LoRA parameter. ``numpy-shuffle`` and the rare factor that
-            crosses position 2^31 have no kernel, and are cached in either case.
+        stacks: the factors of each, and whether it is used transposed.
+        cached: whether groups are kept as int32, 4 bytes per LoRA parameter. Groupings without a kernel, and the rare
+            factor that crosses position 2^31, are cached in either case.
     """
-    stacks = tuple(_stack(spec, factors, transposed) for factors, transposed in names)
-    tables = tuple(_table(spec, stack) if cached or not _has_kernel(spec, stack) else None for stack in stacks)
-    origin = jnp.asarray(spec.init()) if spec.start == "identity" else None
-    return Factors(spec, stacks, jnp.asarray(spec.scale()), origin, tables)
+    made = tuple(_stack(spec, names, transposed) for names, transposed in stacks)
+    groups = _groups_of(spec)
+    tables = tuple(_table(spec, stack, groups) if cached or not _has_kernel(spec, stack) else None for stack in made)
+    origin = jnp.asarray(spec.init()) if spec.start == "identity" else None  # with "zero", θ_d⁰ is 0
+    return Gathered(spec, made, jnp.asarray(spec.scale()), origin, tables)
 
 
 def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
     slices = [spec.layout.slices[name] for name in names]
-    length = _grouping.ALGORITHMS[spec.grouping].segment(_problem(spec))
+    algorithm = _grouping.ALGORITHMS.get(spec.grouping)
+    length = spec.D if algorithm is None else algorithm.segment(_problem(spec))
     segments = {at.start // length for at in slices} | {(at.stop - 1) // length for at in slices}
     segment = segments.pop() if len(segments) == 1 else None
     starts = tuple(at.start - (segment or 0) * length for at in slices)
-    from_origin = spec.start == "identity" and names[0].endswith(".B")
-    rows, columns = spec.layout.shapes[names[0]]
-    return Stack(names, starts, (rows, columns), transposed, from_origin, segment)
+    *rows, columns = spec.layout.shapes[names[0]]
+    from_origin = spec.start == "identity" and spec.shifted(names[0])
+    return Stack(names, starts, (math.prod(rows), columns), transposed, from_origin, segment)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -129,15 +140,22 @@ def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, s
     return jax.sharding.auto_axes(compute, out_sharding=sharding)(starts)
 
 
-def _table(spec: ProjectionSpec, stack: Stack) -> Array:
+def _groups_of(spec: ProjectionSpec) -> Callable[[slice], np.ndarray]:
+    """The groups of a slice; all at once where one slice is about as much work as all."""
+    if spec.grouping in _grouping.ALGORITHMS:
+        return lambda at: spec.groups(at.start, at.stop)
+    return spec.groups().__getitem__
+
+
+def _table(spec: ProjectionSpec, stack: Stack, groups: Callable[[slice], np.ndarray]) -> Array:
     """The groups of one stack, made on the host: nothing has to be compiled for them."""
-    slices = [spec.layout.slices[name] for name in stack.names]
-    table = np.stack([spec.groups(at.start, at.stop).reshape(stack.shape) for at in slices])
+    table = np.stack([groups(spec.layout.slices[name]).reshape(stack.shape) for name in stack.names])
     return jnp.asarray((table.swapaxes(1, 2) if stack.transposed else table) + np.int32(spec.d * stack.from_origin))
 
 
 def _has_kernel(spec: ProjectionSpec, stack: Stack) -> bool:
-    return stack.segment is not None and _grouping.ALGORITHMS[spec.grouping].kernel is not None
+    algorithm = _grouping.ALGORITHMS.get(spec.grouping)
+    return stack.segment is not None and algorithm is not None and algorithm.kernel is not None
 
 
 def _problem(spec: ProjectionSpec) -> _grouping.Problem:

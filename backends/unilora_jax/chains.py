@@ -1,0 +1,176 @@
+"""What θ_d adds to each leaf: pieces out of θ_D, the frame's chain of them, and A and B of that.
+
+ΔW = F_k ⋯ F_1 is of low rank: A = F_1, and B = F_k ⋯ F_2. How a piece's factors are called stands here, by the core's
+rule, and nowhere else.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from unilora_core import ProjectionSpec
+from unilora_core.frames import Frame, piece_names
+from unilora_jax.gather import Gathered, Names, gathered
+from unilora_jax.generic import Mapped, mapped
+from unilora_jax.projection import explicit_sharding
+from unilora_jax.targets import Target
+
+__all__ = ["Chains", "Leaf", "numbers_of"]
+
+Shardings = Mapping[str, NamedSharding]
+"""Path → how the weight lies when it is used."""
+
+OUTPUTS_FIRST = frozenset({"B"})
+"""Pieces (out, r) that the low-rank path takes as (r, out)."""
+
+
+class Leaf(NamedTuple):
+    """An adapted leaf: its shape, the roles of its axes as in `LowRank`, how many outputs a layer has, its targets."""
+
+    shape: tuple[int, ...]
+    roles: str
+    outputs: int
+    targets: tuple[Target, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chains:
+    """θ_d → the update of every adapted leaf. A pytree: the arrays are its leaves, the rest is static.
+
+    Attributes:
+        targets: what is adapted.
+        shapes: of the adapted leaves, by path.
+        numbers: θ_d → every factor.
+        frozen: what the frame keeps beside the pieces of each target.
+    """
+
+    targets: tuple[Target, ...] = field(metadata={"static": True})
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata={"static": True})
+    numbers: Gathered | Mapped
+    frozen: tuple[dict[str, Array], ...]
+
+    @property
+    def spec(self) -> ProjectionSpec:
+        """What fixes P and what its numbers build."""
+        return self.numbers.spec
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Leaf]:
+        """Path → adapted leaf."""
+        targets: dict[str, list[Target]] = {path: [] for path, _ in self.shapes}
+        for target in self.targets:
+            targets[target.path].append(target)
+        return {path: _leaf(shape, targets[path]) for path, shape in self.shapes}
+
+    def factors(self, theta_d: Array) -> dict[str, Array]:
+        """Name → factor, as the layout has it."""
+        return {name: stack[i] for names, stack in self.numbers(theta_d).items() for i, name in enumerate(names)}
+
+    def low_rank(self, theta_d: Array, shardings: Shardings | None = None) -> list[tuple[Array, Array]]:
+        """A (layers, r, in) and Bᵀ (layers, r, out) of each target."""
+        laid = [_laid(target, self.leaves[target.path], (shardings or {}).get(target.path)) for target in self.targets]
+        factors = self.numbers(theta_d, self._of_pieces(laid))
+        return [
+            self._pair(target, frozen, factors, *wanted)
+            for target, frozen, wanted in zip(self.targets, self.frozen, laid, strict=True)
+        ]
+
+    def pairs(self, theta_d: Array, shardings: Shardings | None = None) -> dict[str, tuple[Array, Array]]:
+        """Path → U (r, …) and V (r, …), with the axes of the leaf behind the rank; see `LowRank`."""
+        low_rank = dict(zip(self.targets, self.low_rank(theta_d, shardings), strict=True))
+        found: dict[str, tuple[Array, Array]] = {}
+        for path, (shape, roles, outputs, parts) in self.leaves.items():
+            down = _joined([low_rank[part][0] for part in parts])
+            up = _joined([_padded(part, outputs, low_rank[part][1]) for part in parts])
+            in_sizes = [size if role != "o" else 1 for size, role in zip(shape, roles, strict=True)]
+            out_sizes = [size if role != "i" else 1 for size, role in zip(shape, roles, strict=True)]
+            found[path] = down.reshape(-1, *in_sizes), up.reshape(-1, *out_sizes)
+        return found
+
+    def _pair(
+        self,
+        target: Target,
+        frozen: Mapping[str, Array],
+        factors: Mapping[Names, Array],
+        of_down: NamedSharding | None,
+        of_up: NamedSharding | None,
+    ) -> tuple[Array, Array]:
+        pieces = {piece: factors[names] for piece, names in _stacks(self.spec.form, target).items()}
+        down, up, *rest = self.spec.form.chain(pieces, frozen, self.spec.chosen)
+        for factor in rest:  # small products: they need not be rounded for a GPU's matrix units
+            up = jnp.matmul(factor, up, precision=lax.Precision.HIGHEST)
+        return _reshard(down, of_down), _reshard(up.swapaxes(1, 2), of_up)
+
+    def _of_pieces(self, laid: list[tuple[Any, Any]]) -> dict[Names, NamedSharding]:
+        """How the pieces lie on an explicit mesh: those of a pair as A and Bᵀ, others whole."""
+        found: dict[Names, NamedSharding] = {}
+        for target, (of_down, of_up) in zip(self.targets, laid, strict=True):
+            if of_down is not None:
+                whole = NamedSharding(of_down.mesh, PartitionSpec(None, None, None))
+                mine = (of_down, of_up) if self.spec.frame == "pair" else (whole,) * len(self.spec.form.names)
+                found |= zip(_stacks(self.spec.form, target).values(), mine, strict=True)
+        return found
+
+
+def numbers_of(spec: ProjectionSpec, targets: tuple[Target, ...], *, cached: bool) -> Gathered | Mapped:
+    """What makes the factors of these targets out of θ_d; ``cached``: as `gathered` takes it."""
+    stacks = {
+        names: piece in OUTPUTS_FIRST for target in targets for piece, names in _stacks(spec.form, target).items()
+    }
+    return mapped(spec, stacks) if spec.map.groups is None else gathered(spec, stacks.items(), cached=cached)
+
+
+def _stacks(frame: Frame, target: Target) -> dict[str, Names]:
+    """Piece → the names of its factors: one for each layer, or a single one that all targets of a size share."""
+    each = [piece_names(frame, name, target.sizes) for name in target.names]
+    return {piece: tuple(dict.fromkeys(names[piece] for names in each)) for piece in frame.names}
+
+
+def _leaf(shape: tuple[int, ...], targets: list[Target]) -> Leaf:
+    first = targets[0]
+    roles = "".join("i" if axis in first.inputs else "o" for axis in range(first.stacked, len(shape)))
+    roles = "l" * first.stacked + roles
+    outputs = math.prod(size for size, role in zip(shape, roles, strict=True) if role == "o")
+    return Leaf(shape, roles, outputs, tuple(targets))
+
+
+def _joined(parts: list[Array]) -> Array:
+    """(layers, r, n) of each part → (Σr, layers, n)."""
+    return jnp.moveaxis(jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0], 1, 0)
+
+
+def _padded(target: Target, outputs: int, up: Array) -> Array:
+    """Bᵀ (layers, r, out) with zeros for the outputs of the leaf that the target leaves alone."""
+    after = outputs - target.first_row - target.out_features
+    return jnp.pad(up, ((0, 0), (0, 0), (target.first_row, after))) if target.first_row or after else up
+
+
+# ---- on a mesh with explicit axes -----------------------------------------------------------------------------------
+
+
+def _laid(target: Target, leaf: Leaf, of_weight: NamedSharding | None) -> tuple[Any, Any]:
+    """How A (layers, r, in) and Bᵀ (layers, r, out) lie beside a weight that lies so; whole along the last axis where
+    that belongs to a part of the outputs only, or where it is several axes taken as one.
+    """
+    if of_weight is None:
+        return None, None
+    axes = dict(enumerate(of_weight.spec))
+    layers = axes.pop(0) if target.stacked else None
+    ours = [axis for i, axis in axes.items() if i in target.inputs]
+    theirs = [axis for i, axis in axes.items() if i not in target.inputs]
+    part = target.out_features < leaf.outputs
+    last = None if any(ours[1:]) else ours[0], None if part or any(theirs[1:]) else theirs[0]
+    of_down, of_up = (NamedSharding(of_weight.mesh, PartitionSpec(layers, None, axis)) for axis in last)
+    return of_down, of_up
+
+
+def _reshard(array: Array, wanted: NamedSharding | None) -> Array:
+    return array if wanted is None or explicit_sharding(array) == wanted else jax.sharding.reshard(array, wanted)

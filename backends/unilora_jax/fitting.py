@@ -1,0 +1,56 @@
+"""Targets held against the tree that they are of."""
+
+import itertools
+import math
+from typing import Any
+
+from unilora_core import TargetError
+from unilora_jax.targets import Target, check_leaf, leaves_of, nearest
+
+__all__ = ["check_fits"]
+
+
+def check_fits(params: Any, targets: tuple[Target, ...]) -> None:
+    """Refuse targets that are not in the tree, that do not fit their leaf, or that overlap.
+
+    Raises:
+        TargetError: with the path, what the target expects, and what the leaf is.
+    """
+    leaves = leaves_of(params)
+    for target in targets:
+        if target.path not in leaves:
+            raise TargetError(f"{target.path}: no such leaf; the nearest are {nearest(leaves, target.path)}.")
+        check_leaf(target.path, leaves[target.path])
+        _check_leaf_of(target, tuple(leaves[target.path].shape))
+    _check_apart(targets)
+
+
+def _check_leaf_of(target: Target, shape: tuple[int, ...]) -> None:
+    matrix, end = range(target.stacked, len(shape)), target.first_row + target.out_features
+    width = math.prod(shape[axis] for axis in matrix if axis in target.inputs)
+    height = math.prod(shape[axis] for axis in matrix if axis not in target.inputs)
+    layers = shape[0] if target.stacked and shape else 1
+    if (
+        not set(target.inputs) < set(matrix)
+        or (len(target.names), len(target.modules), target.in_features) != (layers, layers, width)
+        or not 0 <= target.first_row < end <= height
+    ):
+        raise TargetError(
+            f"{target.path}: the target expects {len(target.names)} × {target.in_features} inputs at the axes "
+            f"{target.inputs} and the outputs {target.first_row} to {end}; the leaf {shape} has "
+            f"{layers} × {width} inputs and {height} outputs."
+        )
+
+
+def _check_apart(targets: tuple[Target, ...]) -> None:
+    """Refuse targets that overlap, or that read one leaf in two ways."""
+    by_path: dict[str, list[Target]] = {}
+    for target in targets:
+        parts = by_path.setdefault(target.path, [])
+        parts.append(target)
+        if (parts[0].inputs, parts[0].stacked) != (target.inputs, target.stacked):
+            raise TargetError(f"{target.names[0]} and {parts[0].names[0]} contract different axes of {target.path}.")
+    for path, parts in by_path.items():
+        for above, below in itertools.pairwise(sorted(parts, key=lambda part: part.first_row)):
+            if below.first_row < above.first_row + above.out_features:
+                raise TargetError(f"{above.names[0]} and {below.names[0]} adapt the same outputs of {path}.")

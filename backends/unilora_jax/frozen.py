@@ -1,0 +1,113 @@
+"""What a frame keeps beside the pieces of each target: drawn from the seed, or made of the weights."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from unilora_core import CorruptFileError, ProjectionSpec, TargetError, ValuesError
+from unilora_core.frames import Sizes
+from unilora_core.header import FROZEN
+from unilora_core.schema import shown
+from unilora_jax.targets import Target, leaves_of
+
+__all__ = ["Frozen", "frozen_of_file", "frozen_of_seed", "frozen_of_weights", "tensors_of"]
+
+Arrays = dict[str, Array]
+Frozen = tuple[Arrays, ...]
+"""Name → array, of each target."""
+
+
+def frozen_of_seed(spec: ProjectionSpec, targets: tuple[Target, ...]) -> Frozen:
+    """Name → array of each target; what is equal is one array."""
+    made: dict[Sizes, Arrays] = {}
+    known: dict[tuple[Any, ...], Array] = {}
+    for target in targets:
+        if target.sizes not in made:
+            drawn = spec.form.frozen(target.sizes, spec.seed, spec.chosen)
+            made[target.sizes] = {
+                name: known.setdefault((array.shape, array.tobytes()), jnp.asarray(array))
+                for name, array in drawn.items()
+            }
+    return tuple(made[target.sizes] for target in targets)
+
+
+def frozen_of_weights(spec: ProjectionSpec, targets: tuple[Target, ...], params: Any) -> Frozen:
+    """Name → array of each target (layers, …), float32.
+
+    Raises:
+        TargetError: a leaf is a shape without values.
+        ValuesError: a weight holds NaN or infinity.
+    """
+    leaves = leaves_of(params)
+    return tuple(_stacked([_of_weight(spec, w) for w in _matrices(target, leaves[target.path])]) for target in targets)
+
+
+def _matrices(target: Target, leaf: Any) -> list[Array]:
+    """What is adapted of each layer of a leaf: (out, in), float32."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TargetError(
+            f"{target.path}: this method is made of the weight's values, and the tree has only its shape; give the "
+            "parameters themselves."
+        )
+    weight = jnp.asarray(leaf, jnp.float32)
+    if not isinstance(weight, jax.core.Tracer) and not bool(jnp.isfinite(weight).all()):
+        raise ValuesError(f"{target.path}: the weight holds NaN or infinity, so it has no singular vectors.")
+    layers = weight if target.stacked else weight[None]
+    inputs = [axis - target.stacked for axis in target.inputs]
+    outputs = [axis for axis in range(layers.ndim - 1) if axis not in inputs]
+    rows = slice(target.first_row, target.first_row + target.out_features)
+    return [layer.transpose(*outputs, *inputs).reshape(-1, target.in_features)[rows] for layer in layers]
+
+
+def _of_weight(spec: ProjectionSpec, weight: Array) -> Arrays:
+    assert spec.form.of_weight is not None  # see plan
+    return spec.form.of_weight(weight, int(spec.chosen["rank"]))
+
+
+def _stacked(layers: list[Arrays]) -> Arrays:
+    return {name: jnp.stack([arrays[name] for arrays in layers]) for name in layers[0]}
+
+
+def tensors_of(targets: tuple[Target, ...], frozen: Frozen) -> dict[str, np.ndarray]:
+    """What `frozen_of_file` reads: the extra tensors of a file, by layer."""
+    return {
+        f"{FROZEN}{name}.{piece}": np.asarray(array[i])
+        for target, arrays in zip(targets, frozen, strict=True)
+        for piece, array in arrays.items()
+        for i, name in enumerate(target.names)
+    }
+
+
+def frozen_of_file(
+    where: str | os.PathLike, spec: ProjectionSpec, targets: tuple[Target, ...], tensors: Mapping[str, np.ndarray]
+) -> Frozen:
+    """Name → array of each target (layers, …), float32, out of a file's tensors.
+
+    Raises:
+        CorruptFileError: one is missing, or has another shape.
+    """
+    found = []
+    for target in targets:
+        shape = jax.ShapeDtypeStruct((target.out_features, target.in_features), jnp.float32)
+        wanted = jax.eval_shape(lambda weight: _of_weight(spec, weight), shape)
+        layers = [
+            {piece: _tensor(where, tensors, f"{FROZEN}{name}.{piece}", like.shape) for piece, like in wanted.items()}
+            for name in target.names
+        ]
+        found.append(_stacked(layers))
+    return tuple(found)
+
+
+def _tensor(where: str | os.PathLike, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> Array:
+    if name not in tensors:
+        raise CorruptFileError(f"{where}: expected a tensor {shown(name)} of shape {shape}, there is none.")
+    if (array := tensors[name]).shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise CorruptFileError(
+            f"{where}: expected {shown(name)} of shape {shape} and floating point, got {array.shape} {array.dtype}."
+        )
+    return jnp.asarray(array, jnp.float32)

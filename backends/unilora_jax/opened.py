@@ -1,0 +1,154 @@
+"""A file held against a tree of parameters: which leaf, or which layer of a stacked leaf, each row belongs to."""
+
+import contextlib
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from unilora_core import MismatchError, TargetError
+from unilora_core.header import TargetRow
+from unilora_core.lora import BLOCKS, check_rank, largest_rank
+from unilora_core.schema import shown
+from unilora_jax.fitting import check_fits
+from unilora_jax.targets import Target, leaves_of, linear_target, nearest
+
+__all__ = ["Tree", "short", "targets_for", "tree_of"]
+
+
+class Tree(NamedTuple):
+    """A tree of parameters, in which the layers of a file are looked up.
+
+    Attributes:
+        where: the file, for messages.
+        rename: from a layer's name in the file to its name here.
+        stacked: as in `plan`.
+        known: name of each layer → its weight, and which layer of the stack it is; more than one where names collide.
+    """
+
+    where: str | os.PathLike
+    params: Any
+    rename: Callable[[str], str]
+    stacked: str
+    known: dict[str, list[tuple[Target, int]]]
+
+
+def tree_of(where: str | os.PathLike, params: Any, rename: Callable[[str], str], stacked: str) -> Tree:
+    """All matrices of a tree, by the layer they belong to."""
+    known: dict[str, list[tuple[Target, int]]] = {}
+    for path, leaf in leaves_of(params).items():
+        with contextlib.suppress(TargetError):  # what is no matrix belongs to no layer
+            weight = linear_target(path, leaf, stacked=stacked)
+            for i, name in enumerate(weight.names):
+                known.setdefault(name, []).append((weight, i))
+    return Tree(where, params, rename, stacked, known)
+
+
+def targets_for(tree: Tree, rows: tuple[TargetRow, ...], usual: int | None) -> tuple[Target, ...]:
+    """The targets that the rows of a file are here.
+
+    Args:
+        usual: a rank that is taken of layers of any width; None for ranks of any size.
+
+    Raises:
+        MismatchError: the file belongs to another model; the message names the leaf, expected and found.
+    """
+    found: dict[tuple[str, int], tuple[Target, dict[int, TargetRow]]] = {}
+    ranks: Counter[tuple[str, int]] = Counter()
+    for row in rows:
+        weight, layer = _place_of(tree, row)
+        ranks[weight.path, layer] += row.rank
+        if usual is not None:
+            _check_rank(tree.where, row, weight, ranks[weight.path, layer], usual)
+        members = found.setdefault((weight.path, row.first_row), (weight, {}))[1]
+        if layer in members:
+            raise MismatchError(
+                f"{tree.where}: {short(members[layer].name)} and {short(row.name)} both belong to the layer "
+                f"{weight.names[layer]!r}."
+            )
+        members[layer] = row
+    targets = tuple(_stack_of(tree.where, weight, members) for weight, members in found.values())
+    try:
+        check_fits(tree.params, targets)
+    except TargetError as error:
+        raise MismatchError(f"{tree.where}: {error}") from error
+    return targets
+
+
+def _place_of(tree: Tree, row: TargetRow) -> tuple[Target, int]:
+    """The weight of the layer that a row of the file belongs to and fits, and which layer of a stack it is."""
+    if row.parameter is not None or row.experts:
+        raise MismatchError(
+            f"{tree.where}: {short(row.name)} adapts the parameter {shown(row.parameter)} of a PyTorch module (the "
+            "experts of a mixture, for example); the JAX backend reads adapters of layers only."
+        )
+    weight, layer = _weight_of(tree, tree.rename(row.module))
+    if row.first_row < 0:
+        raise MismatchError(
+            f"{tree.where}: {weight.path}: expected a first row from 0 on, the file has {row.first_row}."
+        )
+    if row.in_features != weight.in_features or row.first_row + row.out_features > weight.out_features:
+        raise MismatchError(
+            f"{tree.where}: {weight.path}: expected a layer of {row.in_features} inputs and at least "
+            f"{row.first_row + row.out_features} outputs, the tree has {weight.in_features} and {weight.out_features}; "
+            "the adapter was trained on another model."
+        )
+    return weight, layer
+
+
+def _weight_of(tree: Tree, name: str) -> tuple[Target, int]:
+    if name not in tree.known:
+        _check_layer(tree, name)
+        raise MismatchError(
+            f"{tree.where}: the tree has no matrix for the layer {shown(name)}; the nearest are "
+            f"{nearest(tree.known, name)}. If it has another name here, say so: load(…, rename=…)."
+        )
+    (weight, layer), *others = tree.known[name]
+    if others:
+        raise MismatchError(
+            f"{tree.where}: {weight.path} and {others[0][0].path} both are the layer {name!r}; rename one."
+        )
+    return weight, layer
+
+
+def _check_layer(tree: Tree, name: str) -> None:
+    """Say what is wrong with the weight of a layer that is there, but cannot be adapted."""
+    for path, leaf in leaves_of(tree.params).items():
+        if path.replace("/", ".") in (name, f"{name}.kernel", f"{name}.weight"):
+            linear_target(path, leaf, stacked=tree.stacked)
+
+
+def _check_rank(where: str | os.PathLike, row: TargetRow, weight: Target, total: int, usual: int) -> None:
+    """Hold a rank, and what those of a layer's blocks add up to so far, against the layer."""
+    check_rank(where, short(row.name), row.rank, row.in_features, row.out_features, usual)
+    if total > (most := BLOCKS * largest_rank(weight.in_features, weight.out_features, usual)):
+        raise MismatchError(
+            f"{where}: {weight.path}: expected blocks whose ranks add up to at most {most}, those in the file add up "
+            f"to {total} and more; if that is meant, and there is memory for it, say any_rank=True (--any-rank of the "
+            "command)."
+        )
+
+
+def _stack_of(where: str | os.PathLike, weight: Target, rows: dict[int, TargetRow]) -> Target:
+    """One `Target` of the rows of a leaf: one, or one for each of its layers."""
+    shapes = {(row.rank, row.out_features) for row in rows.values()}
+    if len(rows) < len(weight.names) or len(shapes) > 1:
+        raise MismatchError(
+            f"{where}: {weight.path} is a stack of {len(weight.names)} layers; expected factors of one shape for each, "
+            f"the file has {len(rows)} layers with (rank, outputs) {shown(sorted(shapes))}. Unstack the parameters to "
+            "load it."
+        )
+    ordered = [rows[i] for i in range(len(rows))]
+    return dataclasses.replace(
+        weight,
+        names=tuple(row.name for row in ordered),
+        modules=tuple(row.module for row in ordered),
+        out_features=ordered[0].out_features,
+        first_row=ordered[0].first_row,
+    )
+
+
+def short(name: str) -> str:
+    """A name from a file, for a message."""
+    return shown(name)[1:-1]
