@@ -220,6 +220,8 @@ def _sized(where: str, spec: ProjectionSpec, said: Any) -> tuple[TargetRow, ...]
     rank = int(spec.chosen.get("rank", 0))
     rows = []
     for name, module, first_row, transposed, parameter, *sizes in typed(tuple[Sized, ...], said, where):
+        if parameter is None and sizes[2]:
+            raise CorruptFileError(f"{where}: {shown(name)} has experts, but is no parameter.")
         rows.append(TargetRow(name, module, rank, sizes[0], sizes[1], first_row, transposed, parameter, sizes[2]))
     if len({row.name for row in rows}) < len(rows):
         raise CorruptFileError(f"{where}: a target occurs twice.")

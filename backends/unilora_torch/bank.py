@@ -347,7 +347,7 @@ def _wanted(
 
 def _block(family: Family, target: Target) -> Block:
     """A target in its layer; its groups are a view of the family's, unless a file holds another order."""
-    layout, names = family.spec.layout, Chains(family.spec, [target], {}).names[target.name]
+    layout, names = family.spec.layout, Chains.of(family.spec, [target], {}).names[target.name]
     groups = family.projection.groups_at(layout.slices[name] for name in names)
     return Block(family.number, target, tuple(layout.shapes[name] for name in names), groups)
 

@@ -16,10 +16,10 @@ __all__ = ["frozen_in_file", "frozen_of", "tensors_of"]
 
 
 def frozen_of(model: nn.Module, spec: ProjectionSpec, targets: Iterable[Target]) -> Frozen:
-    """Name of each target → name → array, on the CPU or where the weight is; none for a pair.
+    """Name of each target → name → array, float32 or int32, on the CPU or where the weight is; none for a pair.
 
     Raises:
-        TargetError: a weight whose values are not at hand.
+        TargetError: a weight whose values are not at hand, or are no numbers.
     """
     form, by_size, found = spec.form, {}, {}
     for target in targets:
@@ -43,7 +43,10 @@ def _matrix(model: nn.Module, target: Target) -> Tensor:
             "here; attach to the base in float32 or bfloat16, whole, save the adapter, and load that file beside this "
             "base."
         )
-    return matrix_of(weight.detach(), target)
+    matrix = matrix_of(weight.detach(), target).float()
+    if not matrix.isfinite().all():
+        raise TargetError(f"{target.name}: its weight holds NaN or infinity, and has no singular vectors; exclude it.")
+    return matrix
 
 
 def tensors_of(spec: ProjectionSpec, frozen: Frozen) -> dict[str, Tensor]:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from unilora_core import ProjectionSpec, ValuesError
+from unilora_torch.projection import Projection, Spans
 
 __all__ = ["Gather", "project", "project_transpose"]
 
 
-@dataclass(frozen=True, eq=False)
-class Gather:
-    """P of one spec, as tensors on a device. They follow from the spec, so they are no buffers: nothing copies or
-    broadcasts D numbers.
+@dataclass(eq=False)
+class Gather(Projection):
+    """P as tables.
 
     Attributes:
         groups: (D,) int32; those of the factors that are made of θ_d - θ_d⁰ lie between d and 2d-1.
@@ -38,33 +38,11 @@ class Gather:
             if spec.start == "identity" and spec.shifted(name):
                 groups[at] += spec.d
         origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
-        return cls(groups, torch.from_numpy(spec.scale()), origin)
+        return cls(spec, groups, torch.from_numpy(spec.scale()), origin)
 
-    def __call__(self, theta_d: Tensor, spans: Iterable[slice]) -> Tensor:
-        """The numbers of these slices of θ_D one after the other: (n,) float32, differentiable in ``theta_d``."""
+    def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
+        """See `Projection`."""
         return project(theta_d, self.groups_at(spans), self.scale, self.origin)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.groups.device
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor that it keeps."""
-        return (self.groups, self.scale) if self.origin is None else (self.groups, self.scale, self.origin)
-
-    def to(self, device: torch.device) -> "Gather":
-        """The same on another device."""
-        if self.device == device:
-            return self
-        origin = None if self.origin is None else self.origin.to(device)
-        return Gather(self.groups.to(device), self.scale.to(device), origin)
-
-    def copy_(self, other: "Gather") -> None:
-        """Take the values of another one of the same D, d and start, in place."""
-        for table, new in zip(self.tensors, other.tensors, strict=True):
-            table.copy_(new)
 
     def groups_at(self, spans: Iterable[slice]) -> Tensor:
         """The groups of these slices of θ_D, a view where they lie side by side."""

@@ -3,7 +3,7 @@
 The groups of a block follow from its positions, so they are computed where they are used, forwards and backwards.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unilora_core import ProjectionSpec
 from unilora_torch.gather import project
+from unilora_torch.projection import Projection, Spans
 
 __all__ = ["Computed", "Place", "streamed"]
 
@@ -36,25 +37,26 @@ class Place:
             yield rows, spec.groups(*at, xp=torch, device=device).view(-1, self.width)
 
 
-class Computed:
-    """P of a spec whose D is too large for a table: the groups are computed with each use.
+@dataclass(eq=False)
+class Computed(Projection):
+    """P of a gather whose D is too large for a table: the groups are computed with each use.
 
     Attributes:
-        spec: what fixes P.
         scale: (d,) float32, 1/√n_j.
-        origin: (d,) float32, θ_d⁰ of ``start="identity"``, of which all numbers are shifted; None without one.
+        origin: (d,) float32, θ_d⁰ of ``start="identity"``, from which all numbers are measured; None without one.
     """
 
-    def __init__(self, spec: ProjectionSpec, scale: Tensor, origin: Tensor | None):
-        self.spec, self.scale, self.origin = spec, scale, origin
+    scale: Tensor
+    origin: Tensor | None
 
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Computed":
         """That of a spec, on the CPU."""
-        return cls(spec, torch.from_numpy(spec.scale()), _origin(spec))
+        origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
+        return cls(spec, torch.from_numpy(spec.scale()), origin)
 
-    def __call__(self, theta_d: Tensor, spans: Iterable[slice]) -> Tensor:
-        """The numbers of these slices of θ_D one after the other: (n,) float32, differentiable in ``theta_d``."""
+    def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
+        """See `Projection`."""
         groups = [self.spec.groups(at.start, at.stop, xp=torch, device=theta_d.device) for at in spans]
         return project(self.moved(theta_d), torch.cat(groups), self.scale)
 
@@ -65,32 +67,6 @@ class Computed:
     def moved(self, theta_d: Tensor) -> Tensor:
         """θ_d, or how far it is from where it started."""
         return theta_d if self.origin is None else theta_d - self.origin
-
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-        return self.scale.device
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor that it keeps."""
-        return (self.scale,) if self.origin is None else (self.scale, self.origin)
-
-    def to(self, device: torch.device) -> "Computed":
-        """The same on another device."""
-        if self.device == device:
-            return self
-        return Computed(self.spec, self.scale.to(device), None if self.origin is None else self.origin.to(device))
-
-    def copy_(self, other: "Computed") -> None:
-        """Take the values of another one of the same D, d and start, in place."""
-        self.spec = other.spec
-        for tensor, new in zip(self.tensors, other.tensors, strict=True):
-            tensor.copy_(new)
-
-
-def _origin(spec: ProjectionSpec) -> Tensor | None:
-    return torch.from_numpy(spec.init()) if spec.start == "identity" else None
 
 
 def streamed(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
@@ -108,9 +84,12 @@ def streamed(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Te
 
 class _Streamed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple, _output: Tensor) -> None:
+        x, table, ctx.spec, ctx.place = inputs
         ctx.save_for_backward(x, table)
-        ctx.spec, ctx.place = spec, place
+
+    @staticmethod
+    def forward(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
         output = x.new_empty(*x.shape[:-1], place.height)
         for rows, groups in place.blocks(spec, x.device):
             output[..., rows] = x @ _rows(table, groups, x.dtype).T

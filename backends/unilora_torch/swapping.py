@@ -60,9 +60,10 @@ def _check_alike(path: str | os.PathLike, vector: Vector, found: Opened) -> None
     mine, heads = vector.spec, found.header.modules_to_save
     kept = {
         "targets": (found.targets == vector.targets, len(found.targets), len(vector.targets)),
-        "layout": (found.spec.layout == mine.layout, found.spec.D, mine.D),
-        "frame": (_frame(found.spec) == _frame(mine), _frame(found.spec), _frame(mine)),
+        "frame": (found.spec.frame == mine.frame, found.spec.frame, mine.frame),
         "kind of map": (_kind(found.spec) == _kind(mine), found.spec.grouping, mine.grouping),
+        "options": (found.spec.options == mine.options, found.spec.chosen, mine.chosen),
+        "layout": (found.spec.layout == mine.layout, found.spec.D, mine.D),
         "modules_to_save": (heads == vector.modules_to_save, heads, vector.modules_to_save),
         "d": (found.spec.d == mine.d, found.spec.d, mine.d),
         "start": (found.spec.start == mine.start, found.spec.start, mine.start),
@@ -73,10 +74,6 @@ def _check_alike(path: str | os.PathLike, vector: Vector, found: Opened) -> None
                 f"{path}: swap expects the same {what} as the attached adapter's ({ours}), the file has {theirs}; "
                 "detach the adapter and load the file instead."
             )
-
-
-def _frame(spec: ProjectionSpec) -> tuple[str, dict[str, float]]:
-    return spec.frame, dict(spec.chosen)
 
 
 def _kind(spec: ProjectionSpec) -> str:

@@ -7,7 +7,7 @@ its update to the output. θ_d is the parameter ``unilora.theta_d`` of the model
 import contextlib
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,13 @@ from unilora_torch.frozen import frozen_of
 from unilora_torch.gather import Gather
 from unilora_torch.generic import Mapped
 from unilora_torch.live import Live, Streamed, alone
+from unilora_torch.projection import Projection
 from unilora_torch.streamed import Computed, Place
 from unilora_torch.targets import Target, shaped
 
 __all__ = ["Vector", "attached", "check_name", "device_of"]
+
+Part = TypeVar("Part", Projection, Chains)
 
 
 class Vector(nn.Module):
@@ -32,8 +35,9 @@ class Vector(nn.Module):
 
     Attributes:
         theta_d, spec, targets, modules_to_save, base: see `Adapter`.
-        projection: P on θ_d's device; ``projection(theta_d, spans)`` gives numbers of θ_D.
+        projection: P; ``projection(theta_d, spans)`` gives numbers of θ_D.
         chains: from the factors of a target to its chain.
+        placed: the device of what these two are made of; None before it is known.
         live: what its hooks look at.
         handles: what `detach` removes, in this order.
         kept_heads: the state of the modules to save, while it is switched off.
@@ -43,6 +47,8 @@ class Vector(nn.Module):
     """
 
     theta_d: nn.Parameter
+    projection: Projection
+    placed: torch.device | None
 
     def __init__(
         self,
@@ -55,11 +61,12 @@ class Vector(nn.Module):
         """``frozen``: what a file keeps of what stands in the chains; None: it is made of the seed, or the weights."""
         super().__init__()
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
-        self.chains = Chains(spec, targets, frozen_of(model, spec, targets) if frozen is None else frozen)
-        self.projection: Gather | Computed | Mapped = _projection(spec)
+        self.chains = Chains.of(spec, targets, frozen_of(model, spec, targets) if frozen is None else frozen)
+        self.projection, self.placed = _projection(spec), None
         origin = self.projection.origin  # drawing it takes a while, so it is not done twice
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
         self.to(device_of(model, targets))
+        self._settle()
         self.live = Live(self, (target.module for target in targets))
         self.kept_heads: dict[str, Tensor] | None = None
         self.originals: dict[str, Tensor] = {}
@@ -92,8 +99,8 @@ class Vector(nn.Module):
         if isinstance(of, Streamed):
             assert isinstance(self.projection, Computed)
             (name,), target = self.chains.names[of.target.name], of.target
-            place = Place(self._slices[name].start, target.out_features, target.in_features)
             self._settle()
+            place = Place(self._slices[name].start, target.out_features, target.in_features)
             return self.projection.product(of.x, self.theta_d, place)
         return of
 
@@ -104,7 +111,7 @@ class Vector(nn.Module):
 
     def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
         """The chain of one target, made of the factors."""
-        return self.chains(factors, target)
+        return self._placed(self.chains)(factors, target)
 
     def _settle(self) -> None:
         """Refuse another dtype, and have what P and the chains are made of where θ_d is."""
@@ -115,16 +122,17 @@ class Vector(nn.Module):
                 "fully_shard(model.unilora). With DeepSpeed load the base in the lower precision, without bf16 or fp16."
             )
         device = self.theta_d.device
-        if device.type == "meta":  # where values would be lost
-            return
-        if self.projection.device not in (device, None):
-            self.projection = self.projection.to(device)
-        if self.chains.device not in (device, None):
-            self.chains.to(device)
+        if self.placed != device and device.type != "meta":  # where its values would be lost
+            self.projection, self.chains = self.projection.to(device), self.chains.to(device)
+            self.placed = device
+
+    def _placed(self, part: Part) -> Part:
+        """What P or the chains are made of, as shapes alone where θ_d is."""
+        return part.to(self.theta_d.device) if self.theta_d.is_meta else part
 
     def _factors(self, names: tuple[str, ...] | None) -> dict[str, Tensor]:
         self._settle()
-        projection = self.projection.to(self.theta_d.device)
+        projection = self._placed(self.projection)
         if names is None:
             return _split(projection(self.theta_d, self._whole), self._shapes)
         numbers = projection(self.theta_d, [self._slices[name] for name in names])
@@ -167,7 +175,7 @@ class Vector(nn.Module):
             raise
 
     def _take(self, spec: ProjectionSpec, frozen: Frozen) -> None:
-        self.projection.copy_(_projection(spec))  # type: ignore[arg-type]
+        self.projection.copy_(_projection(spec))
         self.chains.copy_(frozen)
 
     def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
