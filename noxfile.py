@@ -136,6 +136,15 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session
+def figures(session: nox.Session) -> None:
+    """Scripts behind figures of the docs that a minute allows: every method on three models, the memory of GPart."""
+    session.install(".[cli]")
+    quiet = CPU | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "benchmarks"}
+    for script in ("methods", "gpart_memory"):
+        session.run("python", f"benchmarks/{script}.py", *session.posargs, env=quiet)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Every Python block of the README and of docs/ runs as it stands."""
     session.install(".[cli,jax,onnx]", *JAX, "array-api-strict>=2.2", "pytest-markdown-docs>=0.6", *PYTEST)

@@ -25,7 +25,8 @@ def frozen_of(model: nn.Module, spec: ProjectionSpec, targets: Iterable[Target])
     for target in targets:
         sizes = sizes_of(target)
         if form.of_weight is not None:
-            found[target.name] = form.of_weight(_matrix(model, target), int(spec.chosen["rank"]))
+            arrays = form.of_weight(_matrix(model, target), int(spec.chosen["rank"]))
+            found[target.name] = {name: array.contiguous() for name, array in arrays.items()}  # as a file gives them
             continue
         if sizes not in by_size:
             arrays = form.frozen(sizes, spec.seed, spec.chosen)
