@@ -4,6 +4,8 @@ from types import ModuleType
 
 from unilora_core._namespace import Array, array_namespace, device
 from unilora_core.errors import SpecError, ValuesError
+from unilora_core.maps.gather import scale
+from unilora_core.maps.mapping import Frozen
 from unilora_core.spec import ProjectionSpec
 
 __all__ = ["project", "project_transpose"]
@@ -24,12 +26,26 @@ def project(spec: ProjectionSpec, theta_d: Array) -> Array:
     xp, wide = _floating(theta_d, "project: theta_d", (spec.d,))
     where = device(theta_d)
     theta, frozen = xp.astype(theta_d, wide), spec.map.frozen(spec, xp, where)
-    theta_D = spec.map.project(spec, theta, frozen, 0, spec.D)
     if spec.start == "identity":
         moved = theta - xp.astype(spec.init(xp=xp, device=where), wide)
-        of = {False: theta_D, True: spec.map.project(spec, moved, frozen, 0, spec.D)}
-        theta_D = xp.concat([of[spec.shifted(name)][at] for name, at in spec.layout.slices.items()])
+        theta_D = _joined(spec, {False: theta, True: moved}, frozen)
+    else:
+        theta_D = spec.map.project(spec, theta, frozen, 0, spec.D)
     return xp.astype(theta_D, theta_d.dtype)
+
+
+def _joined(spec: ProjectionSpec, of: dict[bool, Array], frozen: Frozen) -> Array:
+    """θ_D of one vector for the factors that are shifted, and of another for the rest."""
+    xp = array_namespace(of[True])
+    if spec.map.groups is not None:  # factor by factor, in the order of which the gradient's bits are
+        groups, counts = frozen
+        narrow = scale(counts, xp, device(of[True]), of[True].dtype)
+        of = {shifted: theta * narrow for shifted, theta in of.items()}
+        parts = [xp.take(of[spec.shifted(name)], groups[at], axis=0) for name, at in spec.layout.slices.items()]
+    else:
+        of = {shifted: spec.map.project(spec, theta, frozen, 0, spec.D) for shifted, theta in of.items()}
+        parts = [of[spec.shifted(name)][at] for name, at in spec.layout.slices.items()]
+    return xp.concat(parts)
 
 
 def project_transpose(spec: ProjectionSpec, y: Array) -> Array:
