@@ -157,7 +157,11 @@ Without --model no framework is loaded. Writes analysis.csv, with every figure, 
     parser = command(commands, "analyze", purpose, details, examples, "unilora_cli.analyze:run")
     parser.add_argument("file", nargs="?", metavar="FILE", help="an adapter file: its P, for its targets")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write into")
-    group = parser.add_argument_group("methods")
+    _method_arguments(parser.add_argument_group("methods"))
+    _target_arguments(parser)
+
+
+def _method_arguments(group: Any) -> None:
     group.add_argument(
         "--method",
         type=names,
@@ -177,6 +181,9 @@ Without --model no framework is loaded. Writes analysis.csv, with every figure, 
         metavar="KEY=VALUE",
         help="of the methods that take it, such as frequencies=100; may be repeated",
     )
+
+
+def _target_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("instead of FILE: the targets of a model, and its weights")
     group.add_argument("--model", metavar="NAME", help="name or folder of the model")
     group.add_argument("--kind", choices=KINDS, help="what it is")
