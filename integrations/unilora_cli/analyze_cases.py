@@ -75,8 +75,15 @@ def of_file(path: str) -> tuple[Case, Targets]:
         if name.startswith(FROZEN):
             target, _, piece = name.removeprefix(FROZEN).rpartition(".")
             frozen.setdefault(target, {})[piece] = array
-    name = f"{Path(path).name} ({method_of(file.spec) or f'{file.spec.frame} × {file.spec.grouping}'})"
-    return _case(name, file.spec, sizes, frozen), Targets(sizes)
+    return _case(f"{Path(path).name} ({_name(file.spec)})", file.spec, sizes, frozen), Targets(sizes)
+
+
+def _name(spec: ProjectionSpec) -> str:
+    """METHOD, METHOD/GROUPING, or what it is made of where it is neither."""
+    method = method_of(spec)
+    if method is None:
+        return f"{spec.frame} × {spec.grouping}"
+    return method if METHODS[method].grouping == spec.grouping else f"{method}/{spec.grouping}"
 
 
 def of_model(arguments: argparse.Namespace) -> Targets:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unilora_core import Layout, ProjectionSpec, analyze, save_adapter
+from unilora_core import analyze, save_adapter
 from unilora_core.frames import FRAMES, Sizes
 from unilora_core.header import write_targets
 from unilora_core.methods import METHODS, plan_spec
@@ -58,9 +58,9 @@ def test_the_files_hold_every_figure(unilora, tmp_path):
 def adapter(tmp_path):
     """An adapter file of a method, for two targets."""
 
-    def write(method):
+    def write(method, **fields):
         targets = [("a", Sizes(8, 12)), ("b", Sizes(8, 12))]
-        spec = plan_spec(targets, method=method, rank=2)
+        spec = plan_spec(targets, method=method, rank=2, **fields)
         tensors, weight = {}, np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
         if spec.form.of_weight:
             made = FRAMES["core"].of_weight(weight, 2)
@@ -89,10 +89,9 @@ def test_other_methods_for_the_targets_of_a_file(unilora, adapter):
     assert found["lora"]["rows of P"] == found["lora-xs"]["rows of P"] == "80"
 
 
-def test_a_file_of_no_method(unilora, tmp_path):
-    spec = ProjectionSpec(Layout([("x.A", (2, 6)), ("x.B", (4, 2))]), 3, grouping="local")
-    save_adapter(tmp_path / "a", spec, np.zeros(3, np.float32))
-    assert "a (pair × local)" in unilora("analyze", tmp_path / "a").out
+def test_the_p_of_a_file_with_another_grouping(unilora, adapter):
+    assert "a.safetensors (uni-lora/local)" in unilora("analyze", adapter("uni-lora", grouping="local")).out
+    assert "a.safetensors (scaled × balanced)" in unilora("analyze", adapter("vera", grouping="balanced", d=9)).out
 
 
 def test_the_targets_of_a_model(unilora, vit_model):
