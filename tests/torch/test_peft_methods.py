@@ -13,7 +13,6 @@ from unilora_core import project
 from unilora_core.frames import Sizes, piece_names
 from unilora_core.methods import plan_spec
 
-
 INPUTS, RANK = 8, 3
 LAYERS = {"q": (8, 12), "k": (12, 12), "v": (12, 16)}
 TARGETS = [(name, Sizes(*sizes)) for name, sizes in LAYERS.items()]
