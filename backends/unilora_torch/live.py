@@ -202,13 +202,13 @@ class Live:
         submodule called alone, or recomputed by gradient checkpointing) they are projected alone. Autograd saves the
         same tensors on both ways, so that non-reentrant checkpointing accepts the one for the other.
         """
-        factors = self.here.factors
-        if factors is None:
-            factors = self.adapter(target)
+        here = self.here
+        factors = self.adapter(target) if here.factors is None else here.factors
         chain = self.adapter.chain(factors, target)
         if self.strength != 1:
             chain = (*chain[:-1], chain[-1] * self.strength)
-        self.watch(target, chain)
+        if here.watched is not None:
+            self.watch(target, chain)
         return chain
 
     def update(self, x: Tensor, target: Target) -> Tensor:

@@ -54,12 +54,14 @@ class _Beside(_Path):
     def __init__(self, live: Live, targets: tuple[Target, ...]):
         super().__init__(live, tuple(sorted(targets, key=lambda target: target.first_row)))
         self.rows = tuple(target.first_row for target in self.targets)
+        first, last = self.targets[0], self.targets[-1]
+        self.module, self.width, self.needed = last.module, first.out_features, last.first_row + last.out_features
 
     def chain(self, module: nn.Module, height: int) -> tuple[Tensor, ...]:
         """The chain of all targets, (height, in) as a product; see `chains.joined`."""
         self.reach(module, height)
         chains = [self.live.chain_of(target) for target in self.targets]
-        return chains[0] if self.targets[0].out_features == height else joined(chains, self.rows, height)
+        return chains[0] if self.width == height else joined(chains, self.rows, height)
 
     def reach(self, module: nn.Module, height: int) -> None:
         """Note that the layer has run.
@@ -67,11 +69,10 @@ class _Beside(_Path):
         Raises:
             TargetError: it gave fewer outputs than are adapted.
         """
-        last = self.targets[-1]
-        self.live.reach(last.module)
-        if (needed := last.first_row + last.out_features) > height:
+        self.live.reach(self.module)
+        if self.needed > height:
             raise TargetError(
-                f"{last.module}: expected {needed} outputs or more, this {type(module).__name__} gave {height}; "
+                f"{self.module}: expected {self.needed} outputs or more, this {type(module).__name__} gave {height}; "
                 "exclude it."
             )
 
