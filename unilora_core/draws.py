@@ -78,7 +78,8 @@ def normal(text: str, shape: tuple[int, ...]) -> np.ndarray:
     pairs, xp = words(text, 2 * -(-n // 2)).reshape(-1, 2), standard(np)
     found = np.empty(pairs.shape, np.float32)
     for start in range(0, len(pairs), BLOCK):
-        found[start : start + BLOCK] = np.stack(normals(*pairs[start : start + BLOCK].T, xp, np.float64), axis=1)
+        first, second = pairs[start : start + BLOCK].T
+        found[start : start + BLOCK] = np.stack(normals(first, second, xp, np.float64), axis=1)
     return found.reshape(-1)[:n].reshape(shape)
 
 

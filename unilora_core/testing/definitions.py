@@ -6,6 +6,8 @@ Written from ``docs/format.md``, without the core's arithmetic; slow, and for sm
 import functools
 import hashlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +36,13 @@ __all__ = [
 ROWS = Layout([("v.A", (3, 40)), ("q.Bt", (3, 48)), ("q.A", (3, 40)), ("v.Bt", (3, 8))])
 """D = 408; sub-vectors of 4 or 8 fill each row."""
 
-CODEBOOK = {"layout": ROWS, "d": 6 * 8 + 51 * 6, "options": (("length", 8), ("topk", 3), ("vectors", 6))}
+CODEBOOK: dict[str, Any] = {
+    "layout": ROWS,
+    "d": 6 * 8 + 51 * 6,
+    "options": (("length", 8), ("topk", 3), ("vectors", 6)),
+}
 
-FURTHER = {
+FURTHER: dict[str, dict[str, Any]] = {
     "local": {},
     "by-factor": {},
     "unnormalised": {},
@@ -48,9 +54,10 @@ FURTHER = {
 """The maps beyond one grouping for all positions → what a spec of theirs has to say, if not `LAYOUT` and d = 50."""
 
 
-def by_definition(name: str, **fields: object) -> ProjectionSpec:
+def by_definition(name: str, **fields: Any) -> ProjectionSpec:
     """A small spec of this map."""
-    return ProjectionSpec(**{"layout": LAYOUT, "d": 50, "seed": 3, "grouping": name} | FURTHER[name] | fields)
+    usual: dict[str, Any] = {"layout": LAYOUT, "d": 50, "seed": 3, "grouping": name}
+    return ProjectionSpec(**usual | FURTHER[name] | fields)
 
 
 # ---- draws, one by one ----------------------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def codebook(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
 
 def codebook_pullback(spec: ProjectionSpec, theta_d: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The gradient of ⟨θ_D, y⟩, by the derivative of softmax: (d,) float64."""
-    count, length = spec.chosen["vectors"], spec.chosen["length"]
+    count, length = int(spec.chosen["vectors"]), int(spec.chosen["length"])
     of_vectors, of_logits = np.zeros((count, length)), []
     for s, (best, share, vectors) in enumerate(_mixtures(spec, theta_d)):
         part = y[s * length : (s + 1) * length].astype(np.float64)
@@ -192,13 +199,13 @@ def codebook_pullback(spec: ProjectionSpec, theta_d: np.ndarray, y: np.ndarray) 
     return np.concatenate([of_vectors.reshape(-1), *of_logits])
 
 
-def _mixtures(spec: ProjectionSpec, theta_d: np.ndarray):
+def _mixtures(spec: ProjectionSpec, theta_d: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """(chosen vectors, their shares, all vectors) of each sub-vector."""
-    count, length, topk = (spec.chosen[name] for name in ("vectors", "length", "topk"))
+    count, length, topk = (int(spec.chosen[name]) for name in ("vectors", "length", "topk"))
     theta = theta_d.astype(np.float64)
     vectors = theta[: count * length].reshape(count, length)
     for logits in theta[count * length :].reshape(-1, count):
-        best = sorted(range(count), key=lambda j, logits=logits: (-logits[j], j))[:topk]
+        best = [j for _, j in sorted(zip(-logits, range(count), strict=True))][:topk]
         exp = np.exp(logits[best] - logits.max())
         yield best, exp / exp.sum(), vectors
 
