@@ -169,11 +169,8 @@ class WeightPath(_Path):
                     self.close(module)
         if not self.live.acts():
             return run(module)
-        copies = Copies(module, self.paths)
-        try:
+        with Copies(module, self.paths) as copies:
             return run(copies.top)
-        finally:
-            copies.put_back()
 
     def open(self, module: nn.Module, _args: Any) -> None:
         """Before the forward pass of the module, or of its copy."""

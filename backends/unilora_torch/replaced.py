@@ -51,7 +51,10 @@ class Copies:
         self.made[path] = module, copied, before
         return copied
 
-    def put_back(self) -> None:
+    def __enter__(self) -> "Copies":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Give the modules the attributes that a forward pass wrote on the copies."""
         for module, copied, before in self.made.values():
             now = vars(copied)
@@ -92,12 +95,9 @@ def forward_with(module: nn.Module, replaced: Mapping[str, Tensor | None], *args
     """What the module's class computes with other parameters, without its hooks."""
     if torch.compiler.is_compiling():  # which has no threads, and traces neither the copy's way back nor an interrupt
         return _in_place(module, replaced, *args, **kwargs)
-    copies = Copies(module)
-    vars(copies.top).update(replaced)
-    try:
+    with Copies(module) as copies:
+        vars(copies.top).update(replaced)
         return type(module).forward(copies.top, *args, **kwargs)
-    finally:
-        copies.put_back()
 
 
 def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -108,13 +108,11 @@ def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwarg
     if is_bound(original for original, *_ in copies.made.values()):
         with IN_PLACE:
             return torch.func.functional_call(module, dict(state), args, kwargs)
-    for name, value in state.items():
-        owner, _, key = name.rpartition(".")
-        vars(copies.at(owner))[key] = value
-    try:
+    with copies:
+        for name, value in state.items():
+            owner, _, key = name.rpartition(".")
+            vars(copies.at(owner))[key] = value
         return copies.top(*args, **kwargs)
-    finally:
-        copies.put_back()
 
 
 def _in_place(module: nn.Module, replaced: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
