@@ -75,13 +75,15 @@ def _fastfood_frozen(of: Instance, xp: ModuleType, where: object) -> Frozen:
     n = _side(of)
     k = -(-of.D // n)
     text = f"unilora/fastfood/1 seed={of.seed} D={of.D} d={of.d}"
-    B, G = draws.signs(f"{text} B", (k, n)), draws.normal(f"{text} G", (k, n)).astype(np.float64)
-    G = (G / np.sqrt((G**2).mean(axis=1, keepdims=True))).astype(np.float32)
+    B, G = draws.signs(f"{text} B", (k, n)), draws.normal(f"{text} G", (k, n))
+    square = np.einsum("kn,kn->k", G, G, dtype=np.float64) / n
+    np.divide(G, np.sqrt(square)[:, None], out=G, casting="same_kind")  # in float64, a piece at a time
     order = draws.permutations(f"{text} Pi", k, n)
-    first = np.arange(k)[:, None] * n
-    tables = ((table + first).reshape(-1).astype(np.int32) for table in (order, np.argsort(order, axis=1)))
+    order = (order + np.arange(k)[:, None] * n).reshape(-1).astype(np.int32)
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(k * n, dtype=np.int32)
     xp = standard(xp)
-    return tuple(xp.asarray(array, device=where) for array in (B, G, *tables))
+    return tuple(xp.asarray(array, device=where) for array in (B, G, order, inverse))
 
 
 def _fastfood_project(of: Instance, theta: Array, frozen: Frozen, start: int, stop: int) -> Array:
