@@ -85,7 +85,7 @@ def analyze(
         frozen: target → what the frame makes of its weight (``Frame.of_weight``); LoRA-XS needs them.
 
     Raises:
-        SpecError: a target's arrays are missing.
+        SpecError: a target's arrays are missing, or have other shapes.
     """
     P = Projection(spec, None if targets is None else tuple(targets), frozen or {})
     exact = P.numbers * spec.d <= EXACT
@@ -139,14 +139,15 @@ class Projection:
     @cached_property
     def frozen(self) -> Mapping[str, Arrays]:
         """Target → what the frame keeps; the same arrays for targets of one size."""
-        form, targets = self.spec.form, self.targets or ()
-        missing = next((name for name, _ in targets if form.of_weight and name not in self.of_weights), None)
-        if missing is not None:
-            raise SpecError(
-                f"analyze: the frame {self.spec.frame!r} is made of each layer's weight, and {missing!r} has none; "
-                "give frozen={target: arrays} as Frame.of_weight makes them."
-            )
-        of_size = {sizes: form.frozen(sizes, self.spec.seed, self.spec.chosen) for sizes in {s for _, s in targets}}
+        form, options, targets = self.spec.form, self.spec.chosen, self.targets or ()
+        for name, sizes in targets:
+            shapes = {piece: tuple(array.shape) for piece, array in self.of_weights.get(name, {}).items()}
+            if shapes != form.kept(sizes, options):
+                raise SpecError(
+                    f"analyze: expected {form.kept(sizes, options)} for {name!r}, which the frame {self.spec.frame!r} "
+                    f"makes of the layer's weight (Frame.of_weight), got {shapes or 'none'}; give frozen={{target: arrays}}."
+                )
+        of_size = {sizes: form.frozen(sizes, self.spec.seed, options) for sizes in {sizes for _, sizes in targets}}
         return {name: of_size[sizes] | dict(self.of_weights.get(name, {})) for name, sizes in targets}
 
     @cached_property

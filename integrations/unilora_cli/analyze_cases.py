@@ -24,6 +24,9 @@ ABLATIONS = tuple(f"uni-lora/{name}" for name, each in MAPS.items() if each.grou
 ALL = (*METHODS, *ABLATIONS)
 """Every method, and Uni-LoRA's with another grouping."""
 
+LARGEST = 2**27
+"""Rows of the largest P that is looked at: a gigabyte for each vector of so many. A file may state any sizes."""
+
 PATIENCE = 1.0
 """Seconds that one product with P may take if the method was not named."""
 
@@ -66,10 +69,16 @@ def made_up(layers: int, width: int) -> Targets:
 
 
 def of_file(path: str) -> tuple[Case, Targets]:
-    """The P of an adapter file, and what it adapts."""
+    """The P of an adapter file, and what it adapts.
+
+    Raises:
+        FileNotFoundError, CorruptFileError: the file.
+        SpecError: a P that is too large to be looked at.
+    """
     file = read_adapter(path)
     rows = read_header(path, file).targets
     sizes = tuple((row.name, Sizes(row.in_features, row.out_features, row.experts)) for row in rows)
+    _refuse_large(file.spec, sizes)
     frozen: dict[str, dict[str, np.ndarray]] = {}
     for name, array in file.tensors.items():
         if name.startswith(FROZEN):
@@ -167,6 +176,7 @@ def _planned(name: str, targets: Targets, fields: Mapping[str, Any], options: Ma
         grouping=grouping,
         options={key: options[key] for key in _options(name) & options.keys()},
     )
+    _refuse_large(spec, targets.sizes)
     return _case(name, spec, targets.sizes, _of_weights(spec, targets))
 
 
@@ -186,6 +196,20 @@ def _of_weights(spec: ProjectionSpec, targets: Targets) -> Arrays:
         weight = rng.normal(0, each.in_features**-0.5, (*each.stack, each.out_features, each.in_features))
         found[name] = of_weight(weight.astype(np.float32), int(spec.chosen["rank"]))
     return found
+
+
+def _refuse_large(spec: ProjectionSpec, sizes: Sized) -> None:
+    """Refuse what memory has no room for.
+
+    Raises:
+        SpecError: P, or what it is made of, is too large.
+    """
+    form, rank, numbers = spec.form, int(spec.chosen.get("rank", 0)), spec.D
+    for _, each in sizes if spec.frame != "pair" else ():
+        whole, factors = each.in_features * each.out_features, rank * (each.in_features + each.out_features)
+        numbers += max(1, each.experts) * (whole if form.dense or form.of_weight else factors)
+    if numbers > LARGEST:
+        raise SpecError(f"P has {numbers:,} numbers to a column, too many to look at; at most {LARGEST:,} are.")
 
 
 def _refuse_slow(case: Case, asked_for: bool) -> None:

@@ -58,14 +58,14 @@ def test_the_files_hold_every_figure(unilora, tmp_path):
 def adapter(tmp_path):
     """An adapter file of a method, for two targets."""
 
-    def write(method, **fields):
-        targets = [("a", Sizes(8, 12)), ("b", Sizes(8, 12))]
-        spec = plan_spec(targets, method=method, rank=2, **fields)
-        tensors, weight = {}, np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+    def write(method, rank=2, sizes=(8, 12), frozen=(8, 12), **fields):
+        targets = [("a", Sizes(*sizes)), ("b", Sizes(*sizes))]
+        spec = plan_spec(targets, method=method, rank=rank, **fields)
+        tensors, weight = {}, np.random.default_rng(0).normal(size=frozen[::-1]).astype(np.float32)
         if spec.form.of_weight:
             made = FRAMES["core"].of_weight(weight, 2)
             tensors = {f"frozen.{name}.{piece}": array for name, _ in targets for piece, array in made.items()}
-        entries = [(name, name, 0, False, None, 8, 12, 0) for name, _ in targets]
+        entries = [(name, name, 0, False, None, *sizes, 0) for name, _ in targets]
         metadata = write_targets(entries) if spec.frame != "pair" else {}
         save_adapter(tmp_path / "a.safetensors", spec, spec.init(), tensors=tensors, metadata=metadata)
         return tmp_path / "a.safetensors"
@@ -137,6 +137,25 @@ def test_an_option_is_for_the_methods_that_take_it(unilora):
 def test_an_error_is_one_line(unilora, words, message):
     result = unilora("analyze", *SMALL, *words)
     assert result.code == 1
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "lora-xs", "frozen": (8, 9)}, "for 'a', which the frame 'core' makes"),
+        (
+            {"method": "lora-xs", "sizes": (2**20, 2**20)},
+            "too many to look at; at most 134,217,728 are.",
+        ),
+        ({"method": "uni-lora", "sizes": (2**40, 2**10), "d": 2}, "too many to look at"),
+        ({"method": "gpart", "rank": None, "sizes": (2**20, 2**20), "d": 2}, "too many to look at"),
+    ],
+)
+def test_a_file_that_states_what_cannot_be_is_refused_in_one_line(unilora, adapter, fields, message):
+    result = unilora("analyze", adapter(**fields))
+    assert (result.code, result.out) == (1, "")
     assert message in result.err
     assert result.err.count("\n") == 1
 

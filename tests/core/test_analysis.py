@@ -196,8 +196,16 @@ def test_lora_xs_reaches_b_only():
 
 
 def test_lora_xs_without_the_weights_is_refused():
-    with pytest.raises(SpecError, match=r"'layers\.0\.q' has none; give frozen={target: arrays}"):
+    shapes = r"expected {'V': \(2, 8\), 'U': \(12, 2\)} for 'layers\.0\.q', .* got none; give frozen={"
+    with pytest.raises(SpecError, match=shapes):
         analyze(planned("lora-xs"), TARGETS)
+
+
+def test_arrays_of_another_shape_are_refused():
+    frozen = of_weights()
+    frozen["layers.1.v"]["U"] = frozen["layers.1.v"]["U"][:5]
+    with pytest.raises(SpecError, match=r"for 'layers\.1\.v', .* got {'V': \(2, 8\), 'U': \(5, 2\)}"):
+        analyze(planned("lora-xs"), TARGETS, frozen)
 
 
 def test_fourierft_reaches_one_target():
