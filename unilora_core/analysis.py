@@ -145,7 +145,7 @@ class Projection:
             if shapes != form.kept(sizes, options):
                 raise SpecError(
                     f"analyze: expected {form.kept(sizes, options)} for {name!r}, which the frame {self.spec.frame!r} "
-                    f"makes of the layer's weight (Frame.of_weight), got {shapes or 'none'}; give frozen={{target: arrays}}."
+                    f"makes of the layer's weight (Frame.of_weight), got {shapes or 'none'}: frozen={{target: arrays}}."
                 )
         of_size = {sizes: form.frozen(sizes, self.spec.seed, options) for sizes in {sizes for _, sizes in targets}}
         return {name: of_size[sizes] | dict(self.of_weights.get(name, {})) for name, sizes in targets}

@@ -196,7 +196,7 @@ def test_lora_xs_reaches_b_only():
 
 
 def test_lora_xs_without_the_weights_is_refused():
-    shapes = r"expected {'V': \(2, 8\), 'U': \(12, 2\)} for 'layers\.0\.q', .* got none; give frozen={"
+    shapes = r"expected {'V': \(2, 8\), 'U': \(12, 2\)} for 'layers\.0\.q', .* got none: frozen={target: arrays}"
     with pytest.raises(SpecError, match=shapes):
         analyze(planned("lora-xs"), TARGETS)
 
