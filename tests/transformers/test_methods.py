@@ -50,6 +50,12 @@ def logits(model, ids):
         return model(input_ids=ids, use_cache=False).logits if hasattr(model, "lm_head") else model(ids).logits
 
 
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    """These models are too small for two."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def batch(ids):
     """batch(model): token sequences, and labels that can be learned."""
