@@ -46,8 +46,18 @@ class Mapped(Projection):
     def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
         """See `Projection`."""
         moved = theta_d if self.origin is None else theta_d - self.origin
-        theta_D = _Project.apply(moved, self.spec, self.frozen, tuple(spans))
+        project = _numbers if self.spec.map.exact else _projected
+        theta_D = project(moved, self.spec, self.frozen, tuple(spans))
         return theta_D if self.added is None else theta_D + torch.cat([self.added[at] for at in spans])
+
+
+def _numbers(theta_d: Tensor, spec: ProjectionSpec, frozen: tuple[Tensor, ...], spans: Spans) -> Tensor:
+    return torch.cat([spec.map.project(spec, theta_d, frozen, at.start, at.stop) for at in spans])
+
+
+@torch.compiler.disable  # which would trace the draws of random numbers and what is written in the Array API
+def _projected(theta_d: Tensor, spec: ProjectionSpec, frozen: tuple[Tensor, ...], spans: Spans) -> Tensor:
+    return _Project.apply(theta_d, spec, frozen, spans)
 
 
 class _Project(torch.autograd.Function):
@@ -64,7 +74,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(theta_d: Tensor, spec: ProjectionSpec, frozen: tuple[Tensor, ...], spans: Spans) -> Tensor:
-        return torch.cat([spec.map.project(spec, theta_d, frozen, at.start, at.stop) for at in spans])
+        return _numbers(theta_d, spec, frozen, spans)
 
     @staticmethod
     def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,7 +93,8 @@ def _pullback(ctx: Any, y: Tensor) -> Tensor:
             f"theta_d was changed between the forward and the backward pass, and the gradient of {ctx.spec.grouping!r} "
             "needs it as it was; step the optimiser after the backward pass."
         )
-    with torch.enable_grad():
-        theta_d = ctx.theta_d.detach().requires_grad_()
-        theta_D = _Project.forward(theta_d, ctx.spec, ctx.frozen, ctx.spans)
-    return torch.autograd.grad(theta_D, theta_d, y)[0]
+
+    def project(theta_d: Tensor) -> Tensor:
+        return _numbers(theta_d, ctx.spec, ctx.frozen, ctx.spans)
+
+    return torch.func.vjp(project, ctx.theta_d.detach())[1](y)[0]

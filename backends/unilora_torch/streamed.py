@@ -34,7 +34,7 @@ class Place:
         for first in range(0, self.height, step):
             rows = slice(first, min(first + step, self.height))
             at = [self.start + row * self.width for row in (rows.start, rows.stop)]
-            yield rows, spec.groups(*at, xp=torch, device=device).view(-1, self.width)
+            yield rows, _groups(spec, *at, device).view(-1, self.width)
 
 
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ class Computed(Projection):
 
     def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
         """See `Projection`."""
-        groups = [self.spec.groups(at.start, at.stop, xp=torch, device=theta_d.device) for at in spans]
+        groups = [_groups(self.spec, at.start, at.stop, theta_d.device) for at in spans]
         return project(self.moved(theta_d), torch.cat(groups), self.scale)
 
     def product(self, x: Tensor, theta_d: Tensor, place: Place) -> Tensor:
@@ -69,6 +69,15 @@ class Computed(Projection):
         return theta_d if self.origin is None else theta_d - self.origin
 
 
+@torch.compiler.disable  # which would trace the groups' permutations
+def _groups(spec: ProjectionSpec, start: int, stop: int, device: torch.device) -> Tensor:
+    """g(start) … g(stop-1); on the meta device as many numbers."""
+    if device.type == "meta":
+        return torch.empty(stop - start, dtype=torch.int32, device=device)
+    return spec.groups(start, stop, xp=torch, device=device)
+
+
+@torch.compiler.disable
 def streamed(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
     """x·ΔWᵀ, differentiable in ``x`` and ``table``; computed in the dtype of ``x``.
 
@@ -83,6 +92,8 @@ def streamed(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Te
 
 
 class _Streamed(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, _output: Tensor) -> None:
         x, table, ctx.spec, ctx.place = inputs
@@ -90,24 +101,21 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
-        output = x.new_empty(*x.shape[:-1], place.height)
-        for rows, groups in place.blocks(spec, x.device):
-            output[..., rows] = x @ _rows(table, groups, x.dtype).T
-        return output
+        blocks = place.blocks(spec, x.device)
+        return torch.cat([x @ _rows(table, groups, x.dtype).T for _, groups in blocks], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, table = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)  # blocks add up
         grad_x = torch.zeros_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
-        grad_table = torch.zeros_like(table)
-        flat = x.reshape(-1, x.shape[-1])
+        grad_table, flat = torch.zeros_like(table), x.reshape(-1, x.shape[-1])
         for rows, groups in ctx.place.blocks(ctx.spec, x.device):
             part = grad[..., rows].to(x.dtype)
             if grad_x is not None:
-                grad_x += part @ _rows(table, groups, x.dtype)
+                grad_x = grad_x + part @ _rows(table, groups, x.dtype)
             update = part.reshape(len(flat), -1).T @ flat
-            grad_table.index_add_(0, groups.flatten(), update.flatten().to(table.dtype))
+            grad_table = grad_table.index_add(0, groups.flatten(), update.flatten().to(table.dtype))
         return None if grad_x is None else grad_x.to(x.dtype), grad_table, None, None
 
 

@@ -97,12 +97,15 @@ class Vector(nn.Module):
         if of is None or isinstance(of, Target):
             return self._factors(None if of is None else self.chains.names[of.name])
         if isinstance(of, Streamed):
-            assert isinstance(self.projection, Computed)
-            (name,), target = self.chains.names[of.target.name], of.target
-            self._settle()
-            place = Place(self._slices[name].start, target.out_features, target.in_features)
-            return self.projection.product(of.x, self.theta_d, place)
+            return self._product(of.x, of.target)
         return of
+
+    def _product(self, x: Tensor, target: Target) -> Tensor:
+        self._settle()
+        projection, (name,) = self._placed(self.projection), self.chains.names[target.name]
+        assert isinstance(projection, Computed)
+        place = Place(self._slices[name].start, target.out_features, target.in_features)
+        return projection.product(x, self.theta_d, place)
 
     @property
     def whole(self) -> bool:
@@ -111,7 +114,8 @@ class Vector(nn.Module):
 
     def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
         """The chain of one target, made of the factors."""
-        return self._placed(self.chains)(factors, target)
+        chains = self._placed(self.chains) if self.chains.frozen else self.chains
+        return chains(factors, target)
 
     def _settle(self) -> None:
         """Refuse another dtype, and have what P and the chains are made of where θ_d is."""
