@@ -35,9 +35,11 @@ def _check(of: Instance) -> None:
     widths = {shape[-1]: name for name, shape in of.layout.factors}
     for width, name in widths.items():
         if width % length:
+            common = math.gcd(*widths)
+            near = math.gcd(length, common)
             raise SpecError(
                 f"ProjectionSpec: the codebook's length = {length} does not divide the {width} columns of {name!r}; "
-                f"take one that divides every width of the layers, such as {math.gcd(length, *widths)}."
+                f"take one that divides every width of the layers, such as {near if near > 1 else common}."
             )
     if topk > vectors:
         raise SpecError(f"ProjectionSpec: expected topk ≤ vectors = {vectors}, got {topk}.")
