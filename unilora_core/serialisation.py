@@ -32,6 +32,9 @@ __all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapter", "read_adapter", "sav
 FORMAT_VERSION = "1"
 THETA = "theta_d"
 
+SUMMED = 1e19
+"""About the root of what float32 holds: no sum of 2^31 such numbers is infinite."""
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -175,9 +178,14 @@ def _check_values(theta_d: np.ndarray, spec: ProjectionSpec, where: str) -> None
             f"{where}: {bad} of the {spec.d} values of theta_d are NaN or infinite; training diverged "
             "(a lower learning rate, or gradient clipping), so nothing was written or loaded."
         )
-
-    if spec.start == "identity" and float(np.abs(theta_d).max()) + spec.bound > float(np.finfo(np.float32).max):
+    largest = float(np.abs(theta_d).max())
+    if spec.start == "identity" and largest + spec.bound > float(np.finfo(np.float32).max):
         raise ValuesError(f"{where}: theta_d - theta_d⁰ is infinite in float32; training diverged.")
+    if not spec.map.exact and largest > SUMMED:
+        raise ValuesError(
+            f"{where}: theta_d holds {largest:.3g}, whose sums under the grouping {spec.grouping!r} float32 may not "
+            "hold; training diverged."
+        )
 
 
 def _check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:

@@ -25,6 +25,7 @@ from unilora_core import (
     UnknownVersionError,
     ValuesError,
     load_adapter,
+    project,
     read_adapter,
     save_adapter,
     serialisation,
@@ -526,3 +527,16 @@ def test_a_theta_whose_distance_from_the_start_is_infinite(path):
     with pytest.raises(ValuesError, match=r"theta_d - theta_d⁰ is infinite in float32"):
         save_adapter(path, spec, np.full(4, 3e38))
     save_adapter(path, ProjectionSpec(spec.layout, 4, bound=3e38), np.full(4, 3e38))
+
+
+@pytest.mark.parametrize("grouping", ["fastfood", "gaussian"])
+def test_a_theta_whose_sums_would_be_infinite_is_refused(tmp_path, grouping):
+    spec = ProjectionSpec(Layout([("q.A", (2, 8)), ("q.B", (8, 2))]), d=4, grouping=grouping)
+    save_adapter(tmp_path / "a.safetensors", spec, np.full(4, 1e19, np.float32))
+    spec, theta_d = load_adapter(tmp_path / "a.safetensors")
+    assert np.isfinite(project(spec, theta_d)).all()
+    with pytest.raises(
+        ValuesError, match=f"theta_d holds 3e\\+38, whose sums under the grouping '{grouping}' float32 may"
+    ):
+        save_adapter(tmp_path / "b.safetensors", spec, np.full(4, 3e38, np.float32))
+    assert not (tmp_path / "b.safetensors").exists()

@@ -391,6 +391,9 @@ def _rows(file: File) -> list[list]:
 def _lie(rng: random.Random, file: File, words: tuple[str, ...], _extra: Any) -> None:
     """A file that fits together and not the model."""
     pairs, rows, spec = _pairs(file), _rows(file), file.spec
+    if isinstance(spec, dict) and ("options" in spec or not pairs):
+        _lie_of_frame(rng, spec, rows)
+        return
     if not pairs or not spec:
         return
     kind, (A, B) = rng.randrange(12), rng.choice(pairs)
@@ -432,6 +435,28 @@ def _lie(rng: random.Random, file: File, words: tuple[str, ...], _extra: Any) ->
         B[1].insert(0, number)
     elif kind == 11:
         file.header["modules_to_save"] = [rng.choice([*words, *TEXTS]) for _ in range(rng.choice([1, 2, 1000]))]
+
+
+def _lie_of_frame(rng: random.Random, spec: dict[str, Any], rows: list[list]) -> None:
+    """Options, names and sizes of another frame or map than Uni-LoRA's."""
+    kind, options = rng.randrange(5), spec.get("options")
+    options = options if isinstance(options, dict) else {}
+    numbers = [0, 1, 2, 3, 7, 64, 1000, 2**20, 2**31, 2**40, -1, True, 1.5, 1e300]
+    if kind == 0 and options:
+        options[rng.choice(list(options))] = rng.choice(numbers)
+    elif kind == 1 and "rank" in options:  # in the shapes, too
+        old, options["rank"] = options["rank"], rng.choice(numbers)
+        for _, shape in (entry for entry in spec.get("layout", []) if isinstance(entry, list) and len(entry) == 2):
+            if isinstance(shape, list):
+                shape[:] = [options["rank"] if size == old else size for size in shape]
+        spec["d"] = rng.choice([spec.get("d"), 1, 1000])
+    elif kind == 2 and rows and len(rows[0]) == 8:
+        rng.choice(rows)[rng.randrange(5, 8)] = rng.choice(numbers)
+    elif kind == 3:
+        spec["frame"] = rng.choice(["pair", "rows", "scaled", "tied", "core", "dense", "spectrum"])
+        spec["grouping"] = rng.choice([spec.get("grouping"), "identity", "fastfood", "codebook", "local", "balanced"])
+    elif kind == 4:
+        spec["d"] = rng.choice(numbers)
 
 
 def _many(rng: random.Random, file: File, words: tuple[str, ...], _extra: Any) -> None:

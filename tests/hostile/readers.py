@@ -396,6 +396,32 @@ class Load(Adapters):
             raise
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "tied-lora": {},
+    "vera": {},
+    "lora-xs": {},
+    "tinylora": {"d": 5},
+    "vb-lora": {"vectors": 4, "length": 4},
+    "fourierft": {"rank": None, "frequencies": 9},
+    "fastfood": {"d": 12},
+    "gaussian": {"d": 12},
+    "gpart": {"rank": None, "d": 12},
+}
+
+
+class LoadMethods(Load):
+    """As `Load`, of files of the other methods."""
+
+    name, share = "load (methods)", 1.2
+
+    def files(self) -> list[File]:
+        return [
+            adapter_file(self.scratch, self.model, LINEAR, **{"method": method, "d": "auto"} | options)
+            for method, options in METHODS.items()
+        ]
+
+
 class Swap(Load):
     name, share = "swap", 0.8
 
@@ -1180,8 +1206,8 @@ class Recipes(Command):
 
 
 READERS: list[type[Reader]] = [
-    ReadAdapter, Load, Swap, BankAdd, LoadTimm, LoadJax, LoadTransformers, FromPretrained, Merge, LoadPeft, ReadLora,
-    Inspect, Check, Convert, ConvertPeft, MergeCommand, Recipes,
+    ReadAdapter, Load, LoadMethods, Swap, BankAdd, LoadTimm, LoadJax, LoadTransformers, FromPretrained, Merge, LoadPeft,
+    ReadLora, Inspect, Check, Convert, ConvertPeft, MergeCommand, Recipes,
 ]  # fmt: skip
 
 
