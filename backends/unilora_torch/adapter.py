@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unilora_core import rates
+from unilora_core.methods import method_of
 from unilora_torch import hooking, merging, saving, swapping, switching, verifying
 from unilora_torch.export import export_lora
 from unilora_torch.targets import Target
@@ -109,9 +110,10 @@ class Adapter(Vector):
         """One line: what trains, and how little of the model it is."""
         head = sum(parameter.numel() for parameter in self.saved_parameters().values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        trained, what = self.spec.d + head, "LoRA parameters" if self.spec.frame == "pair" else "numbers"
+        spec, trained = self.spec, self.spec.d + head
+        what = "LoRA parameters" if spec.frame == "pair" else f"({method_of(spec) or spec.frame})"
         return (
-            f"θ_d: {self.spec.d:,} numbers for D = {self.spec.D:,} {what} of {len(self.targets)} targets"
+            f"θ_d: {spec.d:,} numbers for D = {spec.D:,} {what} of {len(self.targets)} targets"
             + (f"; {', '.join(self.modules_to_save)}: {head:,}" if head else "")
             + f"; trained: {trained:,} of {total:,} ({trained / total:.3%})"
         )

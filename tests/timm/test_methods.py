@@ -146,3 +146,8 @@ def test_what_a_method_does_not_take(tiny):
     ):
         unilora_timm.attach(model, method="fourierft", frequencies=1025)
     assert not hasattr(model, "unilora")
+
+
+def test_the_summary_names_the_method(tiny):
+    text = attach(tiny(), "fused qkv", "vera").summary()
+    assert text.startswith("θ_d: 160 numbers for D = 160 (vera) of 4 targets; head: 99; trained: 259 of ")
