@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_worker import train
+from ddp_worker import CASES, train
 from small_models import adapted
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-def test_two_processes_train_as_one(tmp_path):
-    commands = [[sys.executable, str(WORKER), str(rank), "2", str(tmp_path / "meeting")] for rank in range(2)]
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(tmp_path, case):
+    commands = [[sys.executable, str(WORKER), str(rank), "2", str(tmp_path / "meeting"), case] for rank in range(2)]
     workers = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
     try:
-        alone = train(0, 1)
+        alone = train(0, 1, case)
         outputs = [worker.communicate(timeout=120) for worker in workers]
     finally:
         for worker in workers:
