@@ -301,7 +301,7 @@ def test_models_that_cannot_be_used(unilora, vit, text, images, tsv, tmp_path):
     refused(vit("--data", images, "--d", 10**9), "expected 1 ≤ d ≤ min(D, 2^31), got d = 1000000000")
     refused(vit("--data", images, "--device", "cuda:77"), "--device cuda:77: there is no such device here")
     refused(text("--data", tsv, "--targets", "qurey"), "no module matches ('qurey',)", "'query'")
-    refused(text("--data", tsv, "--start", "warm"), "unknown start 'warm'; known: paper, identity")
+    refused(text("--data", tsv, "--start", "zero"), "start='zero' with the frame 'pair' would leave every factor")
     (tmp_path / "empty").mkdir()
     line = ("finetune", "text", "--data", tsv, "--model", tmp_path / "empty", *QUICK)
     refused(unilora(*line), f"cannot load the tokenizer of '{tmp_path}/empty'")

@@ -104,7 +104,7 @@ def test_the_plan_is_printed_before_and_the_result_after(unilora, bert, tsv):
     for text in (
         "θ_d: 48 numbers",
         "D/d",
-        "seed 3, grouping",
+        "uni-lora (grouping balanced, frame pair), seed 3, start identity",
         "2 on cpu, bfloat16",
         "20 examples to train on",
     ):

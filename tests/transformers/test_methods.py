@@ -139,20 +139,31 @@ def test_a_new_process_gives_the_same_logits(tiny, ids, tmp_path):
     assert max(found.values()) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("GPT2LMHeadModel", "all-linear"),
+        ("MixtralForCausalLM", ["embed_tokens", "q_proj", "gate_up_proj", "down_proj"]),
+    ],
+)
 @pytest.mark.parametrize("method", FRAMES)
-def test_a_checkpoint_merged_file_by_file(tiny, ids, tmp_path, method, name):
-    """The base stands on the meta device there, and has no singular vectors: they are the file's."""
+def test_a_checkpoint_merged_file_by_file(tiny, ids, tmp_path, method, name, targets):
+    """Of weights stored (in, out), of experts and of an embedding. The base stands on the meta device there, and has no
+    singular vectors: they are the file's.
+    """
     tiny(name).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     model = getattr(transformers, name).from_pretrained(tmp_path / "base")
-    move(attach(model, method)).save(tmp_path / "a.safetensors")
+    before = logits(model, ids)
+    adapter = move(attach(model, method, targets=targets))
+    expected = logits(model, ids)
+    adapter.save(tmp_path / "a.safetensors")
     merge_checkpoint(tmp_path / "a.safetensors", tmp_path / "base", tmp_path / "out")
-    model.unilora.detach(merge=True)
-    found = getattr(transformers, name).from_pretrained(tmp_path / "out").state_dict()
-    base = tiny(name).state_dict()
+    merged = getattr(transformers, name).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-6)
+    assert (expected - before).abs().max() > 1e-4
+    adapter.detach(merge=True)
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-7)
-    assert any(not torch.equal(value, base[key]) for key, value in found.items())
+        torch.testing.assert_close(merged.state_dict()[key], value, rtol=0, atol=1e-7)
 
 
 def test_the_model_card_names_the_methods(tiny, tmp_path):
