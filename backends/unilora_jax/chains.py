@@ -104,7 +104,8 @@ class Chains:
         of_up: NamedSharding | None,
     ) -> tuple[Array, Array]:
         pieces = {piece: factors[names] for piece, names in _stacks(self.spec.form, target).items()}
-        down, up, *rest = self.spec.form.chain(pieces, frozen, self.spec.chosen)
+        with jax.numpy_rank_promotion("allow"):  # the core broadcasts, whatever the user's own code may
+            down, up, *rest = self.spec.form.chain(pieces, frozen, self.spec.chosen)
         for factor in rest:  # small products: they need not be rounded for a GPU's matrix units
             up = jnp.matmul(factor, up, precision=lax.Precision.HIGHEST)
         return _reshard(down, of_down), _reshard(up.swapaxes(1, 2), of_up)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from unilora_core import CorruptFileError, ProjectionSpec, TargetError, ValuesError
+from unilora_core import MismatchError, ProjectionSpec, TargetError, ValuesError
 from unilora_core.frames import Sizes
 from unilora_core.header import FROZEN
 from unilora_core.schema import shown
 from unilora_jax.targets import Target, leaves_of
 
-__all__ = ["Frozen", "frozen_of_file", "frozen_of_seed", "frozen_of_weights", "tensors_of"]
+__all__ = ["Frozen", "frozen_in_file", "frozen_of_seed", "frozen_of_weights", "tensors_of"]
 
 Arrays = dict[str, Array]
 Frozen = tuple[Arrays, ...]
@@ -43,8 +43,9 @@ def frozen_of_weights(spec: ProjectionSpec, targets: tuple[Target, ...], params:
         TargetError: a leaf is a shape without values.
         ValuesError: a weight holds NaN or infinity.
     """
-    leaves = leaves_of(params)
-    return tuple(_stacked([_of_weight(spec, w) for w in _matrices(target, leaves[target.path])]) for target in targets)
+    leaves, of_weight, rank = leaves_of(params), spec.form.of_weight, int(spec.chosen["rank"])
+    assert of_weight is not None  # see plan
+    return tuple(_stacked([of_weight(W, rank) for W in _matrices(target, leaves[target.path])]) for target in targets)
 
 
 def _matrices(target: Target, leaf: Any) -> list[Array]:
@@ -64,17 +65,12 @@ def _matrices(target: Target, leaf: Any) -> list[Array]:
     return [layer.transpose(*outputs, *inputs).reshape(-1, target.in_features)[rows] for layer in layers]
 
 
-def _of_weight(spec: ProjectionSpec, weight: Array) -> Arrays:
-    assert spec.form.of_weight is not None  # see plan
-    return spec.form.of_weight(weight, int(spec.chosen["rank"]))
-
-
 def _stacked(layers: list[Arrays]) -> Arrays:
     return {name: jnp.stack([arrays[name] for arrays in layers]) for name in layers[0]}
 
 
 def tensors_of(targets: tuple[Target, ...], frozen: Frozen) -> dict[str, np.ndarray]:
-    """What `frozen_of_file` reads: the extra tensors of a file, by layer."""
+    """What `frozen_in_file` reads: the extra tensors of a file, by layer."""
     return {
         f"{FROZEN}{name}.{piece}": np.asarray(array[i])
         for target, arrays in zip(targets, frozen, strict=True)
@@ -83,31 +79,33 @@ def tensors_of(targets: tuple[Target, ...], frozen: Frozen) -> dict[str, np.ndar
     }
 
 
-def frozen_of_file(
+def frozen_in_file(
     where: str | os.PathLike, spec: ProjectionSpec, targets: tuple[Target, ...], tensors: Mapping[str, np.ndarray]
 ) -> Frozen:
     """Name → array of each target (layers, …), float32, out of a file's tensors.
 
     Raises:
-        CorruptFileError: one is missing, or has another shape.
+        MismatchError: one is missing, or has another shape or dtype.
     """
-    found = []
-    for target in targets:
-        shape = jax.ShapeDtypeStruct((target.out_features, target.in_features), jnp.float32)
-        wanted = jax.eval_shape(lambda weight: _of_weight(spec, weight), shape)
-        layers = [
-            {piece: _tensor(where, tensors, f"{FROZEN}{name}.{piece}", like.shape) for piece, like in wanted.items()}
-            for name in target.names
-        ]
-        found.append(_stacked(layers))
-    return tuple(found)
+    return tuple(
+        _stacked(
+            [
+                {
+                    array: _tensor(where, tensors, f"{FROZEN}{name}.{array}", shape)
+                    for array, shape in spec.form.kept(target.sizes, spec.chosen).items()
+                }
+                for name in target.names
+            ]
+        )
+        for target in targets
+    )
 
 
 def _tensor(where: str | os.PathLike, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> Array:
-    if name not in tensors:
-        raise CorruptFileError(f"{where}: expected a tensor {shown(name)} of shape {shape}, there is none.")
-    if (array := tensors[name]).shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
-        raise CorruptFileError(
-            f"{where}: expected {shown(name)} of shape {shape} and floating point, got {array.shape} {array.dtype}."
+    array = tensors.get(name)
+    if array is None or array.shape != shape or array.dtype != np.float32:
+        found = "none" if array is None else f"{array.shape} {array.dtype}"
+        raise MismatchError(
+            f"{where}: expected the tensor {shown(name)} {shape} float32, which the method keeps, got {found}."
         )
-    return jnp.asarray(array, jnp.float32)
+    return jnp.asarray(array)

@@ -75,7 +75,8 @@ def mapped(spec: ProjectionSpec, stacks: Iterable[Names]) -> Mapped:
 def _any(spec: ProjectionSpec, theta_d: Array, frozen: Frozen) -> Array:
     """θ_D (D,)."""
     if spec.map.rows is None:
-        return spec.map.project(spec, theta_d, frozen, 0, spec.D)
+        with jax.numpy_rank_promotion("allow"):  # the core broadcasts, whatever the user's own code may
+            return spec.map.project(spec, theta_d, frozen, 0, spec.D)
     n, starts = _blocks(spec)
     product = functools.partial(jnp.matmul, precision=EXACT)
     return lax.map(lambda start: product(_rows(spec, start, n, theta_d), theta_d), starts).reshape(-1)[: spec.D]
@@ -101,7 +102,8 @@ def _transpose(spec: ProjectionSpec, y: Array, frozen: Frozen) -> Array:
     """Pᵀ y (d,)."""
     if spec.map.rows is None:
         assert spec.map.transpose is not None  # see _project
-        return spec.map.transpose(spec, y, frozen, 0)
+        with jax.numpy_rank_promotion("allow"):
+            return spec.map.transpose(spec, y, frozen, 0)
     n, starts = _blocks(spec)
     parts = jnp.pad(y, (0, n * len(starts) - spec.D)).reshape(-1, n)
 

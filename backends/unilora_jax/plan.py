@@ -18,7 +18,7 @@ from unilora_core.serialisation import AdapterFile
 from unilora_jax.adapter import Adapter
 from unilora_jax.chains import Chains, numbers_of
 from unilora_jax.fitting import check_fits
-from unilora_jax.frozen import Frozen, frozen_of_file, frozen_of_seed, frozen_of_weights
+from unilora_jax.frozen import Frozen, frozen_in_file, frozen_of_seed, frozen_of_weights
 from unilora_jax.opened import short, targets_for, tree_of
 from unilora_jax.targets import STACKED, Target, find_targets, leaves_of
 
@@ -125,7 +125,7 @@ def load(
     targets = targets_for(tree_of(path, params, rename, stacked), header.targets, usual)
     _warn_of_the_rest(path, header, file)
     of_file = spec.form.of_weight is not None
-    frozen = frozen_of_file(path, spec, targets, file.tensors) if of_file else frozen_of_seed(spec, targets)
+    frozen = frozen_in_file(path, spec, targets, file.tensors) if of_file else frozen_of_seed(spec, targets)
     return _adapter(params, spec, targets, frozen, groups), jnp.asarray(file.theta_d)
 
 

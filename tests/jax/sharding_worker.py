@@ -74,7 +74,18 @@ def sizes(shape):
     return [int(size) for size in shape.split(",") if size]
 
 
-def train(way, groups, d=256):
+OPTIONS = {
+    "computed": {"d": 256, "groups": "computed"},
+    "cached": {"d": 256, "groups": "cached"},
+    "gaussian": {"method": "gaussian", "d": 64},
+    "scattered": {"method": "vera", "rank": 16, "grouping": "balanced"},
+    "tied-lora": {"method": "tied-lora"},
+    "lora-xs": {"method": "lora-xs", "rank": 4},
+    "vb-lora": {"method": "vb-lora", "vectors": 8, "length": 8},
+}
+
+
+def train(way, options):
     """Losses and collectives; ``way``: one, or PARTS-auto, PARTS-explicit, or shard_map."""
     name, _, mode = way.partition("-")
     params, tokens = parameters(), jnp.asarray(TOKENS)
@@ -83,7 +94,7 @@ def train(way, groups, d=256):
     if name in PARTS:
         params = place(params, mesh, PARTS[name])
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
-    adapter = unilora_jax.plan(params, "(layers|head)/.*kernel", d=d, groups=groups)
+    adapter = unilora_jax.plan(params, "(layers|head)/.*kernel", **OPTIONS[options])
     adapted = adapter.wrap(lambda params, tokens: model(params, tokens, mode == "explicit"))
     optimiser = optax.adam(1e-2)
 
@@ -109,9 +120,9 @@ def train(way, groups, d=256):
     moments = optimiser.init(theta_d)
     if name in PARTS:
         theta_d, moments = jax.device_put((theta_d, moments), NamedSharding(mesh, P()))
-    losses = []
+    losses, whole = [], NamedSharding(mesh, P()) if name in PARTS else None
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step).lower(theta_d, moments, params, tokens).compile()
+        compiled = jax.jit(step, out_shardings=whole).lower(theta_d, moments, params, tokens).compile()
         for _ in range(20):
             loss, theta_d, moments = compiled(theta_d, moments, params, tokens)
             losses.append(float(loss))

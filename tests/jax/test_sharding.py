@@ -12,17 +12,30 @@ import pytest
 WORKER = Path(__file__).parent / "sharding_worker.py"
 WAYS = [f"{parts}-{mode} cached" for parts in ("data", "fsdp", "tensor", "both") for mode in ("auto", "explicit")]
 WAYS += ["both-auto computed", "both-explicit computed", "shard_map computed"]
+METHODS = {"scattered": 24, "tied-lora": 1236, "lora-xs": 112, "gaussian": 64, "vb-lora": 2144}
+"""Other methods, and their d: each kind of map and of frame that has a path of its own."""
+OF_METHODS = [f"both-explicit {method}" for method in METHODS]
+OF_METHODS += ["both-auto gaussian", "both-auto vb-lora", "shard_map gaussian", "shard_map tied-lora"]
 RANK, TOKENS, SMALL_D = 4, 5, 256
+
+
+def run(*ways):
+    """Every way in one process: way → losses and collectives."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", str(WORKER), *ways]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def runs():
-    """Every way in one process: way → losses and collectives."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", str(WORKER), "one computed", *WAYS]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run("one computed", *WAYS)
+
+
+@pytest.fixture(scope="module")
+def of_methods():
+    return run(*(f"one {method}" for method in METHODS), *OF_METHODS)
 
 
 def of_factors(shape):
@@ -69,3 +82,16 @@ def test_the_test_can_see_a_gather(runs):
     """The weights that FSDP split are gathered on the explicit mesh, since the model asks for it."""
     kinds = {kind for kind, _ in runs["fsdp-explicit cached"]["collectives"]}
     assert "all-gather" in kinds
+
+
+@pytest.mark.parametrize("way", OF_METHODS)
+def test_other_methods_have_the_losses_of_one_device(of_methods, way):
+    expected = of_methods[f"one {way.split()[1]}"]["losses"]
+    assert expected[-1] < expected[0] - 0.003
+    np.testing.assert_allclose(of_methods[way]["losses"], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["gaussian", "tied-lora"])
+def test_inside_shard_map_other_methods_sum_d_numbers_too(of_methods, method):
+    shapes = [shape for _, shapes in of_methods[f"shard_map {method}"]["collectives"] for shape in shapes]
+    assert sorted(shapes) == [[], [METHODS[method]]]
