@@ -30,7 +30,7 @@ def attach(
 
     The model is run on one image, to check that every target is reached and gives θ_d a gradient. A layer whose weight
     the model uses without calling it (``attn.qkv`` of BEiT, EVA-02 and Swin v2) is found out there, and its weight is
-    W + B·A while the module that uses it runs.
+    W + ΔW while the module that uses it runs.
 
     Args:
         model: any timm model; changed in place.

@@ -2,7 +2,7 @@
 
 BEiT, EVA-02 and Swin v2 compute ``F.linear(x, self.qkv.weight, …)``, and `nn.MultiheadAttention` reads
 ``out_proj.weight``: nothing that stands beside such a layer is ever reached. Its weight is a parameter of the module
-that reads it, then, and is W + B·A while that module runs (`unilora_torch.Target`, ``parameter``).
+that reads it, then, and is W + ΔW while that module runs (`unilora_torch.Target`, ``parameter``).
 """
 
 import contextlib

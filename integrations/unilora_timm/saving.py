@@ -20,7 +20,7 @@ LARGE = 2**30
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A plain copy of an adapted model, with W + B·A as its weights; the model itself stays as it is.
+    """A plain copy of an adapted model, with the updates in its weights; the model itself stays as it is.
 
     The copy has neither hooks nor θ_d, so timm's own functions take it: `timm.models.save_for_hf`, `push_to_hf_hub`.
     Adapters that are switched off are left out.

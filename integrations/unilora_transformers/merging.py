@@ -1,7 +1,7 @@
 """Merge an adapter into a checkpoint, tensor by tensor: the base model is never in memory as a whole.
 
 The model is built on the meta device, without values, to learn its layers' names. What transformers renames, stacks or
-transposes between a checkpoint and the model is undone on B·A by transformers itself (`core_model_loading`), so that a
+transposes between a checkpoint and the model is undone on the update by transformers itself (`core_model_loading`), so that a
 checkpoint keeps its own form: one tensor per expert stays one tensor per expert.
 """
 
@@ -63,7 +63,7 @@ def merge_checkpoint(
 ) -> None:
     """Write a base model's checkpoint with an adapter merged into its weights.
 
-    Each weight gets B·A in float32 and is rounded once to its own dtype, as `Adapter.merge` does; modules that were
+    Each weight gets its update in float32 and is rounded once to its own dtype, as `Adapter.merge` does; modules that were
     trained in full replace the base's. One file of at most ``max_shard_size`` bytes is in memory at a time. The files
     beside the weights (tokenizer, generation config, …) are copied.
 
@@ -234,9 +234,9 @@ class _Merged:
     """The tensors of the checkpoint with the adapter in them, computed one at a time.
 
     Attributes:
-        adapter: it computes B·A beside the model without values, and is never run.
+        adapter: it computes the updates beside the model without values, and is never run.
         heads: the checkpoint's name → the value of a tensor that was trained in full.
-        adapted: the checkpoint's name → the model's, of a weight that gets B·A.
+        adapted: the checkpoint's name → the model's, of a weight that gets an update.
         keys: the names of all tensors, in the order of the base's files.
         pieces: the checkpoint's name → its part of an update that was split up already.
     """
@@ -307,7 +307,7 @@ class _Merged:
         return merged
 
     def _split_up(self, name: str) -> dict[str, Tensor]:
-        """B·A of a weight that loading puts together, in the form of the checkpoint."""
+        """The update of a weight that loading puts together, in the form of the checkpoint."""
         full = torch.zeros(self.model.get_parameter(name).shape)
         for target in (target for target in self.adapter.targets if weight_name(target) == name):
             block_of(full, target).copy_(self.adapter.delta_weight(target))
