@@ -1,8 +1,8 @@
 """Merge an adapter into a checkpoint, tensor by tensor: the base model is never in memory as a whole.
 
 The model is built on the meta device, without values, to learn its layers' names. What transformers renames, stacks or
-transposes between a checkpoint and the model is undone on the update by transformers itself (`core_model_loading`), so that a
-checkpoint keeps its own form: one tensor per expert stays one tensor per expert.
+transposes between a checkpoint and the model is undone on the update by transformers itself (`core_model_loading`), so
+that a checkpoint keeps its own form: one tensor per expert stays one tensor per expert.
 """
 
 import contextlib
@@ -63,9 +63,9 @@ def merge_checkpoint(
 ) -> None:
     """Write a base model's checkpoint with an adapter merged into its weights.
 
-    Each weight gets its update in float32 and is rounded once to its own dtype, as `Adapter.merge` does; modules that were
-    trained in full replace the base's. One file of at most ``max_shard_size`` bytes is in memory at a time. The files
-    beside the weights (tokenizer, generation config, …) are copied.
+    Each weight gets its update in float32 and is rounded once to its own dtype, as `Adapter.merge` does; modules that
+    were trained in full replace the base's. One file of at most ``max_shard_size`` bytes is in memory at a time. The
+    files beside the weights (tokenizer, generation config, …) are copied.
 
     Args:
         adapter_file: a file that `Adapter.save` wrote.
