@@ -56,6 +56,8 @@ class Chains:
 
     def to(self, device: torch.device) -> "Chains":
         """The same with what is frozen on another device; what is shared stays shared."""
+        if not self.frozen:
+            return self
         moved: dict[int, Tensor] = {}
         frozen = {
             name: {key: moved.setdefault(id(array), array.to(device)) for key, array in arrays.items()}

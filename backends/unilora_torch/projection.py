@@ -43,6 +43,8 @@ class Projection:
 
     def to(self: Kind, device: torch.device) -> Kind:
         """The same on another device."""
+        if self.device in (device, None):
+            return self
         return dataclasses.replace(self, **{name: _moved(field, device) for name, field in vars(self).items()})
 
     def copy_(self, other: "Projection") -> None:

@@ -114,7 +114,9 @@ class Vector(nn.Module):
 
     def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
         """The chain of one target, made of the factors."""
-        chains = self._placed(self.chains) if self.chains.frozen else self.chains
+        chains = self.chains
+        if chains.frozen:
+            chains = self._placed(chains)
         return chains(factors, target)
 
     def _settle(self) -> None:

@@ -265,3 +265,29 @@ def test_compiled(method):
     compiled = torch.compile(model, backend="eager", fullgraph=method in ONE_GRAPH)
     assert_same_run(run(compiled, adapter, x), wanted)
     torch.compiler.reset()
+
+
+LEAST = dict.fromkeys(METHODS, 0.93) | {"tinylora": 0.993}  # which has 8 numbers here
+"""What is left of the loss at most."""
+
+
+@every_method
+def test_the_rate_of_parameter_groups_learns(method):
+    """Twenty steps towards a base whose weights were moved, at what would be LoRA's usual rate."""
+    options = {"vera": {"rank": 64}, "vb-lora": {"vectors": 32, "length": 16}, "fourierft": {"frequencies": 100}}
+    base = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 16))
+    teacher, x = copy.deepcopy(base), torch.randn(64, 64)
+    with torch.no_grad():
+        for layer in (teacher[0], teacher[2]):
+            layer.weight.add_(0.5 * layer.weight.std() * torch.randn_like(layer.weight))
+        y = teacher(x)
+    adapter = unilora_torch.attach(base, method=method, **options.get(method, {}))
+    optimiser, losses = torch.optim.Adam(adapter.parameter_groups(2e-3)), []
+    for _ in range(21):
+        value = (base(x) - y).square().mean()
+        losses.append(value.item())
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    assert losses[-1] < LEAST[method] * losses[0], losses
+    assert max(losses[1:]) < 1.05 * losses[0]
