@@ -1,22 +1,22 @@
-"""Targets held against the tree that they are of."""
+"""Targets held against the leaves that they are of."""
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from unilora_core import TargetError
-from unilora_jax.targets import Target, check_leaf, leaves_of, nearest
+from unilora_jax.targets import Target, check_leaf, nearest
 
 __all__ = ["check_fits"]
 
 
-def check_fits(params: Any, targets: tuple[Target, ...]) -> None:
-    """Refuse targets that are not in the tree, that do not fit their leaf, or that overlap.
+def check_fits(leaves: Mapping[str, Any], targets: tuple[Target, ...]) -> None:
+    """Refuse targets that are not among the leaves, that do not fit theirs, or that overlap.
 
     Raises:
         TargetError: with the path, what the target expects, and what the leaf is.
     """
-    leaves = leaves_of(params)
     for target in targets:
         if target.path not in leaves:
             raise TargetError(f"{target.path}: no such leaf; the nearest are {nearest(leaves, target.path)}.")

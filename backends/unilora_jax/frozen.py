@@ -13,7 +13,7 @@ from unilora_core import MismatchError, ProjectionSpec, TargetError, ValuesError
 from unilora_core.frames import Sizes
 from unilora_core.header import FROZEN
 from unilora_core.schema import shown
-from unilora_jax.targets import Target, leaves_of
+from unilora_jax.targets import Target
 
 __all__ = ["Frozen", "frozen_in_file", "frozen_of_seed", "frozen_of_weights", "tensors_of"]
 
@@ -36,14 +36,14 @@ def frozen_of_seed(spec: ProjectionSpec, targets: tuple[Target, ...]) -> Frozen:
     return tuple(made[target.sizes] for target in targets)
 
 
-def frozen_of_weights(spec: ProjectionSpec, targets: tuple[Target, ...], params: Any) -> Frozen:
+def frozen_of_weights(spec: ProjectionSpec, targets: tuple[Target, ...], leaves: Mapping[str, Any]) -> Frozen:
     """Name → array of each target (layers, …), float32.
 
     Raises:
         TargetError: a leaf is a shape without values.
         ValuesError: a weight holds NaN or infinity.
     """
-    leaves, of_weight, rank = leaves_of(params), spec.form.of_weight, int(spec.chosen["rank"])
+    of_weight, rank = spec.form.of_weight, int(spec.chosen["rank"])
     assert of_weight is not None  # see plan
     return tuple(_stacked([of_weight(W, rank) for W in _matrices(target, leaves[target.path])]) for target in targets)
 

@@ -22,13 +22,14 @@ class Tree(NamedTuple):
 
     Attributes:
         where: the file, for messages.
+        leaves: by path.
         rename: from a layer's name in the file to its name here.
         stacked: as in `plan`.
         known: name of each layer → its weight, and which layer of the stack it is; more than one where names collide.
     """
 
     where: str | os.PathLike
-    params: Any
+    leaves: dict[str, Any]
     rename: Callable[[str], str]
     stacked: str
     known: dict[str, list[tuple[Target, int]]]
@@ -37,12 +38,13 @@ class Tree(NamedTuple):
 def tree_of(where: str | os.PathLike, params: Any, rename: Callable[[str], str], stacked: str) -> Tree:
     """All matrices of a tree, by the layer they belong to."""
     known: dict[str, list[tuple[Target, int]]] = {}
-    for path, leaf in leaves_of(params).items():
+    leaves = leaves_of(params)
+    for path, leaf in leaves.items():
         with contextlib.suppress(TargetError):  # what is no matrix belongs to no layer
             weight = linear_target(path, leaf, stacked=stacked)
             for i, name in enumerate(weight.names):
                 known.setdefault(name, []).append((weight, i))
-    return Tree(where, params, rename, stacked, known)
+    return Tree(where, leaves, rename, stacked, known)
 
 
 def targets_for(tree: Tree, rows: tuple[TargetRow, ...], usual: int | None) -> tuple[Target, ...]:
@@ -70,7 +72,7 @@ def targets_for(tree: Tree, rows: tuple[TargetRow, ...], usual: int | None) -> t
         members[layer] = row
     targets = tuple(_stack_of(tree.where, weight, members) for weight, members in found.values())
     try:
-        check_fits(tree.params, targets)
+        check_fits(tree.leaves, targets)
     except TargetError as error:
         raise MismatchError(f"{tree.where}: {error}") from error
     return targets
@@ -114,7 +116,7 @@ def _weight_of(tree: Tree, name: str) -> tuple[Target, int]:
 
 def _check_layer(tree: Tree, name: str) -> None:
     """Say what is wrong with the weight of a layer that is there, but cannot be adapted."""
-    for path, leaf in leaves_of(tree.params).items():
+    for path, leaf in tree.leaves.items():
         if path.replace("/", ".") in (name, f"{name}.kernel", f"{name}.weight"):
             linear_target(path, leaf, stacked=tree.stacked)
 

@@ -76,15 +76,15 @@ def plan(
     """
     if method in METHODS and FRAMES[METHODS[method].frame].dense:
         raise SpecError(f"plan: the method {method!r} {DENSE}")
-    found = find_targets(params, targets, exclude=exclude, stacked=stacked)
-    check_fits(params, found)
+    found, leaves = find_targets(params, targets, exclude=exclude, stacked=stacked), leaves_of(params)
+    check_fits(leaves, found)
     layers = [(name, target.sizes) for target in found for name in target.names]
     spec = plan_spec(
         layers, method=method, rank=rank, d=d, seed=seed, grouping=grouping, start=start, bound=bound, options=options
     )
     of_weights = spec.form.of_weight is not None
-    frozen = frozen_of_weights(spec, found, params) if of_weights else frozen_of_seed(spec, found)
-    return _adapter(params, spec, found, frozen, groups)
+    frozen = frozen_of_weights(spec, found, leaves) if of_weights else frozen_of_seed(spec, found)
+    return _adapter(leaves, spec, found, frozen, groups)
 
 
 def load(
@@ -122,19 +122,21 @@ def load(
     if spec.form.dense:
         raise AdapterFileError(f"{path}: its method, {method_of(spec) or spec.frame!r}, {DENSE}")
     usual = None if any_rank else spec.form.usual
-    targets = targets_for(tree_of(path, params, rename, stacked), header.targets, usual)
+    tree = tree_of(path, params, rename, stacked)
+    targets = targets_for(tree, header.targets, usual)
     _warn_of_the_rest(path, header, file)
     of_file = spec.form.of_weight is not None
     frozen = frozen_in_file(path, spec, targets, file.tensors) if of_file else frozen_of_seed(spec, targets)
-    return _adapter(params, spec, targets, frozen, groups), jnp.asarray(file.theta_d)
+    return _adapter(tree.leaves, spec, targets, frozen, groups), jnp.asarray(file.theta_d)
 
 
-def _adapter(params: Any, spec: ProjectionSpec, targets: tuple[Target, ...], frozen: Frozen, groups: Groups) -> Adapter:
+def _adapter(
+    leaves: dict[str, Any], spec: ProjectionSpec, targets: tuple[Target, ...], frozen: Frozen, groups: Groups
+) -> Adapter:
     if groups not in ("computed", "cached"):
         raise SpecError(f"groups must be 'computed' or 'cached', got {groups!r}.")
     if groups == "cached" and spec.map.groups is None:
         raise SpecError(f"the grouping {spec.grouping!r} has no groups to be cached; leave groups out.")
-    leaves = leaves_of(params)
     shapes = {target.path: tuple(leaves[target.path].shape) for target in targets}
     numbers = numbers_of(spec, targets, cached=groups == "cached")
     return Adapter(Chains(targets, tuple(shapes.items()), numbers, frozen))
