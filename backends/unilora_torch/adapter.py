@@ -41,11 +41,13 @@ class Adapter(Vector):
         return f"Adapter({self.summary()})"
 
     def factors(self) -> dict[str, Tensor]:
-        """Name → A (r, in) or B (out, r) of each target, float32, differentiable in θ_d."""
+        """Name → A (r, in) or B (out, r) of each target, or what else its frame's pieces are; float32, differentiable
+        in θ_d.
+        """
         return self()
 
     def factors_of(self, target: Target) -> tuple[Tensor, ...]:
-        """A (r, in) and B (out, r), times `strength`, of one target; see `Live.chain_of`."""
+        """A (r, in) and B (out, r), times `strength`, of one target, or what else its chain is; see `Live.chain_of`."""
         return self.live.chain_of(target)
 
     @property

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +48,8 @@ def export_lora(
         TargetError: a parameter or a convolution that PEFT does not adapt alike, or a method that makes whole weights.
         ValuesError: θ_d holds NaN or infinity. In each case nothing is written.
     """
-    if vector.spec.form.dense:
-        raise TargetError(
-            f"export_lora: the frame {vector.spec.frame!r} makes whole weights, which no plain LoRA holds; merge the "
-            "adapter into the base model instead."
-        )
-    vector.check_finite("export_lora")
     parameters = parameters_of(vector.targets)
-    if engine is not None and parameters:
-        raise AdapterFileError(
-            f"{engine}: {next(iter(parameters))} is adapted as a parameter, and no engine is known to read PEFT's "
-            "target_parameters; merge the adapter into the base model and serve that."
-        )
+    _check_exportable(vector, parameters, engine)
     arrays, modules, rank = _arrays(vector, parameters, rank, engine)
     state: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     for name, tensor in vector.heads().items():
@@ -79,6 +69,20 @@ def export_lora(
     with new_files(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json") as (weights, says):
         save_file(state, weights, metadata={"format": "pt"})
         says.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_exportable(vector: Vector, parameters: Iterable[str], engine: str | None) -> None:
+    if vector.spec.form.dense:
+        raise TargetError(
+            f"export_lora: the frame {vector.spec.frame!r} makes whole weights, which no plain LoRA holds; merge the "
+            "adapter into the base model instead."
+        )
+    vector.check_finite("export_lora")
+    if engine is not None and (adapted := list(parameters)):
+        raise AdapterFileError(
+            f"{engine}: {adapted[0]} is adapted as a parameter, and no engine is known to read PEFT's "
+            "target_parameters; merge the adapter into the base model and serve that."
+        )
 
 
 def _arrays(
