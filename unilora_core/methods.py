@@ -1,6 +1,7 @@
 """Methods by name: the paper's table, executable. Each is a frame and a map with its defaults: docs/framework.md."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,21 @@ class Method:
 
 
 USUAL_RANK = 4
+
+ARGUMENTS = (
+    "method",
+    "rank",
+    "d",
+    "seed",
+    "grouping",
+    "start",
+    "bound",
+    "targets",
+    "exclude",
+    "modules_to_save",
+    "name",
+)
+"""What stands beside the options where a method is chosen: words that an unknown option may be meant for."""
 
 METHODS: dict[str, Method] = {
     "uni-lora": Method("pair", "balanced", "identity", 4, "Uni-LoRA, arXiv 2506.00799"),
@@ -120,8 +136,10 @@ def plan_spec(
 def _values(method: str, defaults: Options, given: Options) -> dict[str, Option]:
     """The value of each option."""
     if unknown := [name for name in given if name not in defaults]:
-        there = f"known: {', '.join(defaults)}" if defaults else "it has none"
-        raise SpecError(f"the method {method!r} has no option {shown(unknown[0])}; {there}.")
+        there = f"known: {', '.join(defaults)}." if defaults else "it has none."
+        near = difflib.get_close_matches(str(unknown[0])[:200], [*defaults, *ARGUMENTS], 1)
+        meant = f" Is {near[0]} meant?" if near else ""
+        raise SpecError(f"the method {method!r} has no option {shown(unknown[0])}; {there}{meant}")
     return {name: option(name, given.get(name, default), default) for name, default in defaults.items()}
 
 
