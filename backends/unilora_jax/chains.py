@@ -106,8 +106,9 @@ class Chains:
         pieces = {piece: factors[names] for piece, names in _stacks(self.spec.form, target).items()}
         with jax.numpy_rank_promotion("allow"):  # the core broadcasts, whatever the user's own code may
             down, up, *rest = self.spec.form.chain(pieces, frozen, self.spec.chosen)
-        for factor in rest:  # small products: they need not be rounded for a GPU's matrix units
-            up = jnp.matmul(factor, up, precision=lax.Precision.HIGHEST)
+            for factor in rest:  # small products: they need not be rounded for a GPU's matrix units
+                up = jnp.matmul(factor, up, precision=lax.Precision.HIGHEST)
+        down, up = (_of_layers(factor, len(target.names)) for factor in (down, up))
         return _reshard(down, of_down), _reshard(up.swapaxes(1, 2), of_up)
 
     def _of_pieces(self, laid: list[tuple[Any, Any]]) -> dict[Names, NamedSharding]:
@@ -141,6 +142,12 @@ def _leaf(shape: tuple[int, ...], targets: list[Target]) -> Leaf:
     roles = "l" * first.stacked + roles
     outputs = math.prod(size for size, role in zip(shape, roles, strict=True) if role == "o")
     return Leaf(shape, roles, outputs, tuple(targets))
+
+
+def _of_layers(factor: Array, layers: int) -> Array:
+    """One for each layer, where all layers have one."""
+    shape = (layers, *factor.shape[-2:])
+    return factor if factor.shape == shape else jnp.broadcast_to(factor, shape)
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -105,8 +105,8 @@ def load(
         rename: from a layer's name in the file (``model.layers.0.self_attn.q_proj``) to its path here, joined by dots
             and without ``kernel`` or ``weight`` (``layers.0.self_attn.q_proj``; a stack's number comes after it).
         stacked, groups: as in `plan`.
-        any_rank: take factors of a rank beyond min(in, out) (and 64), which need more memory than the weight that they
-            adapt.
+        any_rank: take factors of a rank beyond min(in, out) (and what is usual of the frame: 64, or 1,024 where a pair
+            is shared), which need more memory than the weight that they adapt.
 
     Returns:
         The adapter, and θ_d (d,) float32.

@@ -15,10 +15,11 @@ from methods import HERE, OPTIONS, X, model, normal, outputs, parameters, planne
 from safetensors.numpy import load_file
 
 import unilora_jax
-from unilora_core import AdapterFileError, MismatchError, SpecError, TargetError, ValuesError, read_adapter
+from unilora_core import AdapterFileError, MismatchError, SpecError, TargetError, ValuesError, draws, read_adapter
 from unilora_core import save_adapter as save
+from unilora_core.frames import FRAMES, Frame
 from unilora_core.header import write_targets
-from unilora_core.methods import METHODS, plan_spec
+from unilora_core.methods import METHODS, Method, plan_spec
 from unilora_jax import generic
 
 DENSE = [name for name in METHODS if name not in HERE]
@@ -182,6 +183,48 @@ def sizes_made(jaxpr):
         for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
             if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
                 yield from sizes_made(getattr(inner, "jaxpr", inner))
+
+
+# ---- a method of one's own ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_ones_own(monkeypatch):
+    """A is the same for all layers: random and frozen, or trained; B is each layer's."""
+
+    def pieces(sizes, options):
+        return {"B": (sizes.out_features, int(options["rank"]))}
+
+    def common(sizes, options):
+        return {"A": (int(options["rank"]), sizes.in_features)} | pieces(sizes, options)
+
+    def frozen(sizes, seed, options):
+        return {"A": draws.uniform(f"test seed={seed}", (int(options["rank"]), sizes.in_features), 0.3)}
+
+    def chain(pieces, frozen, options):
+        return {**frozen, **pieces}["A"], pieces["B"]
+
+    zero, names = frozenset({"B"}), ("A", "B")
+    alone = Frame(1, ("B",), zero, pieces, chain, "test", frozen=frozen)
+    monkeypatch.setitem(FRAMES, "alone", alone)
+    monkeypatch.setitem(FRAMES, "common", Frame(1, names, zero, common, chain, "test", shared=frozenset({"A"})))
+    monkeypatch.setitem(METHODS, "alone", Method("alone", "identity", "zero", 3, "test"))
+    monkeypatch.setitem(METHODS, "common", Method("common", "balanced", "identity", 3, "test"))
+
+
+@pytest.mark.parametrize("method", ["alone", "common"])
+@pytest.mark.usefixtures("of_ones_own")
+def test_a_method_of_ones_own(path, method):
+    """A factor without an axis of layers beside a stack of them."""
+    adapter, theta_d = planned(method)
+    merged = jax.jit(adapter.merge)(P, theta_d)
+    for found, expected in zip(*map(jax.tree.leaves, (merged, methods.updated(P, adapter, theta_d))), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    expected = outputs(adapter, P, theta_d, X)
+    np.testing.assert_allclose(jax.jit(model)(merged, X), expected, rtol=0, atol=1e-5)
+    adapter.save(path, theta_d)
+    loaded, read = unilora_jax.load(P, path)
+    assert (outputs(loaded, P, read, X) == expected).all()
 
 
 # ---- what stands beside the pieces ----------------------------------------------------------------------------------
