@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import random
 import sys
 import tracemalloc
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +265,44 @@ def test_mutated_headers_are_refused_clearly_or_mean_something(path):
             assert jax.tree.all(jax.tree.map(lambda x: np.isfinite(x).all(), merged))
     assert 20 < accepted < 200
     assert all(len(message) < 2000 and message.replace("\n", "").isprintable() for message in said_of_it)
+
+
+class Stranger:
+    """A spec that says something else in a file, with a fingerprint that fits it."""
+
+    def __init__(self, spec, said):
+        layout = said.get("layout") if isinstance(said, dict) else None
+        fingerprint = hashlib.sha256(json.dumps(layout, separators=(",", ":")).encode()).hexdigest()
+        self.spec, self.to_json, self.layout = spec, lambda: said, SimpleNamespace(fingerprint=fingerprint)
+
+    def __getattr__(self, name):
+        return getattr(self.spec, name)
+
+
+@pytest.mark.parametrize("method", ["vera", "tied-lora", "lora-xs", "vb-lora", "fastfood", "gaussian"])
+def test_mutated_files_of_other_methods_are_refused_clearly_or_mean_something(path, method):
+    rng, accepted, said_of_it = random.Random(1), 0, []
+    options = {"vera": {"rank": 3}, "vb-lora": {"vectors": 3, "length": 2}, "lora-xs": {"rank": 2}}.get(method, {})
+    adapter = unilora_jax.plan(TREE, ["up", "mlp"], method=method, **options)
+    adapter.save(path, adapter.init() + 0.1)
+    file = unilora_core.read_adapter(path)
+    said, rows = file.spec.to_json(), json.loads(file.metadata["targets"])
+    layout = said.pop("layout")  # any change of which is refused
+    for i in range(80):
+        changed, entry = (mutated(rng, said), rows) if i % 2 else (said, mutated(rng, rows) if i else rows)
+        spec = Stranger(file.spec, changed | {"layout": layout})
+        metadata = file.metadata | {"targets": json.dumps(entry)}
+        save_adapter(path, spec, file.theta_d, tensors=file.tensors, metadata=metadata)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                adapter, theta_d = unilora_jax.load(TREE, path)
+        except UniLoraError as error:
+            said_of_it.append(str(error))
+        else:
+            accepted += 1
+            adapter.chains.low_rank(theta_d)
+    assert 1 <= accepted < 40  # the file as it was
+    assert all(len(message) < 4001 and message.replace("\n", "").isprintable() for message in said_of_it)
 
 
 def test_an_adapter_file_is_whole_before_it_is_believed(path):
