@@ -1,13 +1,10 @@
 """The learning rate of θ_d and other numbers that follow from D and d. Evidence: ``docs/method.md``."""
 
-import dataclasses
 import math
-from typing import Literal
 
-from unilora_core.layout import Layout
 from unilora_core.spec import ProjectionSpec
 
-__all__ = ["default_bound", "planned_spec", "theta_rate"]
+__all__ = ["default_bound", "theta_rate"]
 
 
 def theta_rate(spec: ProjectionSpec, lora_rate: float) -> float:
@@ -24,13 +21,3 @@ def default_bound(spec: ProjectionSpec) -> float:
     """
     inputs = [shape[-1] for name, shape in spec.layout.factors if not spec.shifted(name)]
     return math.sqrt(spec.D / spec.d) / math.sqrt(sum(inputs) / len(inputs))
-
-
-def planned_spec(
-    layout: Layout, d: int | Literal["auto"], seed: int, grouping: str, start: str, bound: float | None
-) -> ProjectionSpec:
-    """Until the backends call `methods.plan_spec`."""
-    spec = ProjectionSpec(layout, max(1, round(layout.size / 16)) if d == "auto" else d, seed, grouping, start)
-    if bound is None and start == "paper":
-        return spec
-    return dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
