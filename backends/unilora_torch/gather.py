@@ -33,12 +33,12 @@ class Gather(Projection):
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Gather":
         """That of a spec, on the CPU."""
-        groups = torch.from_numpy(spec.groups())
+        groups = spec.groups()
         for name, at in spec.layout.slices.items():
             if spec.start == "identity" and spec.shifted(name):
                 groups[at] += spec.d
         origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
-        return cls(spec, groups, torch.from_numpy(spec.scale()), origin)
+        return cls(spec, torch.from_numpy(groups), torch.from_numpy(spec.scale()), origin)
 
     def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
         """See `Projection`."""
