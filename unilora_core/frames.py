@@ -225,6 +225,7 @@ DENSE = Frame(
     chain=lambda pieces, _frozen, _options: (pieces["W"],),
     ranked=False,
     dense=True,
+    rate=10.0,  # no rate was published; this one learns at widths of 64, 256 and 768 (D/d of 98 to 1182)
     source="GPart (arXiv 2605.14841)",
 )
 

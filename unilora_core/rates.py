@@ -4,14 +4,21 @@ import math
 
 from unilora_core.spec import ProjectionSpec
 
-__all__ = ["default_bound", "theta_rate"]
+__all__ = ["default_bound", "map_rate", "theta_rate"]
 
 
 def theta_rate(spec: ProjectionSpec, lora_rate: float) -> float:
     """The rate for θ_d that trains as LoRA would at ``lora_rate``: the map's factor (η·(D/d)^¾ for Uni-LoRA, Fastfood
     and Gaussian, η where d = D) times the frame's (10 for VeRA, LoRA-XS and FourierFT, by their own settings).
     """
-    return lora_rate * spec.map.rate(spec) * spec.form.rate
+    return lora_rate * map_rate(spec) * spec.form.rate
+
+
+def map_rate(spec: ProjectionSpec) -> float:
+    """The map's factor; 1 where ΔW itself is made, whose entries LoRA has no rate for (D/d grows with the model there,
+    and a factor that grows with it was seen to diverge).
+    """
+    return 1.0 if spec.form.dense else spec.map.rate(spec)
 
 
 def default_bound(spec: ProjectionSpec) -> float:

@@ -6,7 +6,7 @@ from unilora_cli import distributed
 from unilora_cli.console import number
 from unilora_cli.loop import Settings, parameter_groups, steps_of
 from unilora_cli.task import Task
-from unilora_core import ProjectionSpec
+from unilora_core import ProjectionSpec, rates
 from unilora_core.methods import method_of
 
 __all__ = ["plan_of", "rows_of"]
@@ -71,7 +71,7 @@ def _rate_rows(theta_rate: float, settings: Settings, spec: ProjectionSpec) -> l
         return [("rate of θ_d", f"{theta_rate:.4g}, as given")]
     lora = settings.lora_rate
     says = f"{theta_rate:.4g} = {theta_rate / lora:.4g} × {lora:g}, the rate that trains as LoRA would at {lora:g}"
-    of_map, of_frame = f"{spec.map.rate(spec):.4g} of the grouping {spec.grouping}", f"{spec.form.rate:g} of the frame"
+    of_map, of_frame = f"{rates.map_rate(spec):.4g} of the grouping {spec.grouping}", f"{spec.form.rate:g} of the frame"
     return [("rate of θ_d", says), ("", f"{of_map} × {of_frame} {spec.frame}")]
 
 

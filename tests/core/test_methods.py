@@ -95,8 +95,15 @@ def test_numbers_of_any_library_are_numbers():
     assert json.loads(json.dumps(spec.to_json())) == spec.to_json()
 
 
-RATES = {"uni-lora": 8.0, "fastfood": 8.0, "gaussian": 8.0, "lora": 1.0, "tied-lora": 1.0, "vb-lora": 10.0}
-RATES |= {"vera": 10.0, "lora-xs": 10.0, "fourierft": 10.0, "tinylora": 10.0}
+RATES = {"uni-lora": 8.0, "fastfood": 8.0, "gaussian": 8.0, "lora": 1.0, "tied-lora": 1.0, "vb-lora": 2.5}
+RATES |= {
+    "vera": 10.0,
+    "lora-xs": 10.0,
+    "fourierft": 10.0,
+    "tinylora": 10.0,
+    "gpart": 10.0,
+    "intrinsic-dimension": 10.0,
+}
 
 
 @pytest.mark.parametrize("method", RATES)
