@@ -247,6 +247,7 @@ def test_a_tied_pair_is_trained_once_for_all_layers_of_a_size():
     names = adapter.factors(theta_d).keys()
     assert {"shared.16x16.A", "shared.12x16.B", "layers.2.up.u", "qkv.v.v"} < names
     assert len([name for name in names if name.startswith("shared.")]) == 8  # four sizes
+    assert all(len(set(stack)) == len(stack) for stack in adapter.chains.numbers.stacks)  # nor made for each layer
 
 
 def test_the_singular_vectors_are_those_of_each_layer():
