@@ -23,7 +23,7 @@ from flax import nnx
 
 import unilora_jax
 from unilora_core import Layout, ProjectionSpec
-from unilora_jax.factors import factors_of
+from unilora_jax.gather import gathered
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "jax"))
 import twins
@@ -165,7 +165,7 @@ def groups(repeats: int) -> dict:
     theta_d, gradient = jnp.asarray(spec.init()), jax.jit(jax.grad(_sum_of_squares, argnums=1))
     cases: dict[str, Callable] = {}
     for name in ("computed", "cached"):
-        factors = factors_of(spec, stacks, cached=name == "cached")
+        factors = gathered(spec, stacks, cached=name == "cached")
         cases[f"{name}, forward"] = functools.partial(_wait, jax.jit(_sum_of_squares), factors, theta_d)
         cases[f"{name}, with gradient"] = functools.partial(_wait, gradient, factors, theta_d)
     whole = jnp.zeros(spec.D)

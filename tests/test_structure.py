@@ -107,6 +107,32 @@ def test_classes_and_functions_fit_on_a_screen():
     assert too_long({name: text for package in PACKAGES for name, text in sources(package).items()}) == []
 
 
+def missing(source, modules):
+    """The modules of our packages that a script imports and that do not exist."""
+    named = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            named.add(node.module)
+    return sorted(name for name in named - modules if name.split(".")[0] in PACKAGES)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
+def test_scripts_import_modules_that_exist(folder):
+    """A benchmark that needs a GPU or a package that is not here runs in no session: a module that went breaks it."""
+    modules = {module for package in PACKAGES for module in sources(package)}
+    scripts = sorted((ROOT / folder).rglob("*.py"))
+    assert scripts
+    found = {str(path.relative_to(ROOT)): missing(path.read_text("utf-8"), modules) for path in scripts}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_planted_missing_module_is_caught():
+    source = "import os, p\nimport unilora_core.gone\ndef f():\n    from unilora_jax.factors import factors_of"
+    assert missing(source, {"unilora_core", "unilora_jax"}) == ["unilora_core.gone", "unilora_jax.factors"]
+
+
 @pytest.mark.parametrize(
     ("files", "circle"),
     [

@@ -319,7 +319,7 @@ def test_a_d_that_a_map_cannot_have(fields, message):
     ("options", "d", "message"),
     [
         ({"length": 8, "topk": 2, "vectors": 4}, 64, r"length = 8 does not divide the 2 columns of 'v.B'; .* as 2\."),
-        ({"length": 3, "topk": 2, "vectors": 4}, 64, r"length = 3 does not divide the 8 columns of 'v.A'; .* as 1\."),
+        ({"length": 3, "topk": 2, "vectors": 4}, 64, r"length = 3 does not divide the 8 columns of 'v.A'; .* as 2\."),
         ({"length": 2, "topk": 5, "vectors": 4}, 136, "expected topk ≤ vectors = 4, got 5"),
         ({"length": 2, "topk": 2, "vectors": 4}, 64, r"with this codebook d is 136, got 64\."),
         ({"length": 1, "topk": 1, "vectors": 2**26}, 65 * 2**26, "d is 4362076160, more than 2.31; take fewer vectors"),
