@@ -1,6 +1,7 @@
 """The maps beyond the conformance suite: at any size, in slices, on average, and what each is there to show."""
 
 import functools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -168,6 +169,20 @@ def test_the_last_rows_of_the_largest_gaussian_P(namespace):
         [x for j in range(2) for x in definitions._normal(*threefry(k0, k1, i, j))][:3] for i in range(2**31 - 4, 2**31)
     ]
     np.testing.assert_allclose(np.asarray(found) * 2**15.5, np.array(rows) @ theta, rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_vectors_as_a_file_has_logits_are_mixed_in_little_memory():
+    """topk = vectors: the chosen vectors, all at once, are ``length`` times as large as the file."""
+    layout = Layout([(f"m{i}.A", (4, 256)) for i in range(8)])
+    options = (("length", 256), ("topk", 2048), ("vectors", 2048))
+    spec = ProjectionSpec(layout, 2048 * 256 + 32 * 2048, grouping="codebook", options=options)
+    theta = normal(spec.d, dtype=np.float32)
+    tracemalloc.start()
+    found = project(spec, theta)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * 2**20  # all at once: 64 MiB, and the product again
+    np.testing.assert_allclose(found, definitions.theta_D(spec, theta), rtol=1e-4, atol=1e-5)
 
 
 def test_equal_logits_choose_the_first_vectors(namespace):

@@ -5,7 +5,9 @@ map is not linear: it has no transpose, and no start at which an update of it is
 Source: VB-LoRA (arXiv 2405.15179); defaults and starts as in PEFT 0.21.
 """
 
+import functools
 import math
+import operator
 
 import numpy as np
 
@@ -19,6 +21,9 @@ from unilora_core.schema import shown
 __all__ = ["CODEBOOK"]
 
 MOST = 2**31
+
+ENTRIES = 2**20
+"""So many numbers of the vectors that are mixed at a time: a file may ask for as many vectors as it has logits."""
 
 RATE = 2.5
 """VB-LoRA trains its codebook at 1e-3 and its logits at 1e-2 where LoRA has 4e-4 (arXiv 2405.15179, table 9): 2.5 and
@@ -59,9 +64,22 @@ def _project(of: Instance, theta: Array, _: Frozen, start: int, stop: int) -> Ar
     best = xp.take_along_axis(logits, chosen, axis=1)
     weights = xp.exp(best - best[:, :1])
     weights = weights / xp.sum(weights, axis=1, keepdims=True)
-    parts = xp.reshape(xp.take(codebook, xp.reshape(chosen, (-1,)), axis=0), (last - first, topk, length))
-    mixed = xp.sum(parts * weights[:, :, None], axis=1)
-    return xp.reshape(mixed, (-1,))[start - first * length : stop - first * length]
+    return xp.reshape(_mixed(codebook, chosen, weights), (-1,))[start - first * length : stop - first * length]
+
+
+def _mixed(codebook: Array, chosen: Array, weights: Array) -> Array:
+    """The mixtures (n, length) of vectors of the codebook, ``chosen`` and weighed (n, k); some of k at a time."""
+    xp = array_namespace(codebook)
+    n, topk = chosen.shape
+    length = codebook.shape[1]
+    some = max(1, ENTRIES // max(1, n * length))
+
+    def part(first: int) -> Array:
+        last = min(first + some, topk)
+        found = xp.take(codebook, xp.reshape(chosen[:, first:last], (-1,)), axis=0)
+        return xp.sum(xp.reshape(found, (n, last - first, length)) * weights[:, first:last, None], axis=1)
+
+    return functools.reduce(operator.add, map(part, range(0, topk, some)))
 
 
 def _start(of: Instance) -> np.ndarray:
