@@ -11,7 +11,7 @@ from unilora_core import TargetError
 from unilora_torch import Adapter, Target
 from unilora_torch.adapter import NAME
 from unilora_transformers.check import check
-from unilora_transformers.checkpointing import InputGradients
+from unilora_transformers.checkpointing import watch_checkpointing
 from unilora_transformers.output_embeddings import watch_output_embeddings
 from unilora_transformers.quantised_training import TrainableQuantised
 from unilora_transformers.saving import Checkpoints, PretrainedMethods, build_base, find_files
@@ -121,8 +121,7 @@ def from_pretrained(
 
 def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     """What a transformers model and its trainers need once an adapter is on it."""
-    gradients = InputGradients(model)
-    adapter.handles += [gradients, model.register_forward_pre_hook(gradients)]
+    adapter.handles += watch_checkpointing(model)
     adapter.handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter)]
     adapter.handles += watch_output_embeddings(model, adapter)
     return adapter

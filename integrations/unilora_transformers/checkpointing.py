@@ -1,48 +1,151 @@
 """Gradient checkpointing beside a frozen model."""
 
-import threading
+import functools
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-__all__ = ["InputGradients"]
+from unilora_core import TargetError
+
+__all__ = ["watch_checkpointing"]
 
 
-ONE_AT_A_TIME = threading.RLock()
-"""Held while hooks are put on a model, which two threads may train."""
+def watch_checkpointing(model: PreTrainedModel) -> list[Any]:
+    """Handles of what makes reentrant checkpointing give θ_d its gradient; it acts once checkpointing is on.
+
+    Checkpointing may be switched on at any time (the Trainer does so when training begins), so this is looked up in
+    each pass, also in one of a model inside this one.
+    """
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    made = [(each, TrackedCheckpoints(each)) for each in inner]
+    return [handle for each, tracked in made for handle in (tracked, each.register_forward_pre_hook(tracked))]
 
 
-class InputGradients:
-    """A forward pre-hook that lets the embeddings' output require a gradient while checkpointing is on.
+class TrackedCheckpoints:
+    """A forward pre-hook that has a model's layers checkpointed by `tracked`.
 
-    Reentrant checkpointing drops the gradient of a layer of which no input requires one. In a frozen model that is
-    every layer, and θ_d, which reaches them past their inputs, would get none. Checkpointing may be switched on at any
-    time (the Trainer does so when training begins), so the flags are read at each pass.
+    Non-reentrant checkpointing needs nothing, and stays as it is.
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self.ours = False
+        kind = type(model).__name__
+        named = ((f"{kind}.{name}" if name else kind, module) for name, module in model.named_modules())
+        self.layers = {name: module for name, module in named if hasattr(module, "gradient_checkpointing")}
 
     def __call__(self, _module: nn.Module, _args: Any) -> None:
         """Before each forward pass of the model."""
-        if self.ours or not self.model.training or getattr(self.model, "_require_grads_hooks", None):
-            return
-        if any(layer.gradient_checkpointing for layer in self.layers):
-            with ONE_AT_A_TIME:
-                if not self.ours:
-                    self._enable()
-
-    def _enable(self) -> None:
-        try:
-            self.model.enable_input_require_grads()
-        finally:  # an interrupt may come when it is done
-            self.ours = hasattr(self.model, "_require_grads_hooks")
+        for name, layer in self.layers.items():
+            if layer.gradient_checkpointing:
+                function = getattr(layer, "_gradient_checkpointing_func", None)
+                if _may_reenter(function):
+                    layer._gradient_checkpointing_func = functools.partial(tracked, name, function)
 
     def remove(self) -> None:
-        """Leave the model as it was, as the handle of a hook does."""
-        if self.ours:
-            self.model.disable_input_require_grads()
-            self.ours = False
+        """Leave the layers as they were, as the handle of a hook does."""
+        for layer in self.layers.values():
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            if _is_tracked(function):
+                layer._gradient_checkpointing_func = function.args[1]
+
+
+def _is_tracked(function: Any) -> bool:
+    return isinstance(function, functools.partial) and function.func is tracked
+
+
+def _may_reenter(function: Any) -> bool:
+    """Whether it is not known that a function checkpoints without reentering; PyTorch's default is reentrant."""
+    if function is None or _is_tracked(function):
+        return False
+    return not isinstance(function, functools.partial) or function.keywords.get("use_reentrant") is not False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor was in a nested value."""
+
+    index: int
+
+
+def tracked(where: str, checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    """What ``checkpoint(function, *args)`` gives, with all gradients.
+
+    Reentrant checkpointing sees the tensors among the positional arguments and in a flat output, and no others; and
+    where none of the arguments requires a gradient, as in a frozen model, it drops those of what is inside, too. So
+    every tensor is given as an argument, the keywords' included, beside one that requires a gradient, and every tensor
+    of the output comes back in a flat tuple.
+
+    Raises:
+        TargetError: the layer writes into an argument, so that tensors leave it on a way that has no gradient.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return checkpoint(function, *args)
+    keywords = function.keywords if isinstance(function, functools.partial) else {}
+    (packed_args, packed_keywords), tensors = _packed((args, keywords))
+    structure: Any = None
+
+    def run(_always: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        nonlocal structure
+        inputs, named = _mapped((packed_args, packed_keywords), Slot, lambda slot: given[slot.index])
+        before = _contents((inputs, named))
+        output = function(*inputs, **named)
+        if before != _contents((inputs, named)):
+            raise TargetError(
+                f"{where}: this layer hands tensors on in an argument that it changes, and reentrant checkpointing "
+                "would drop their gradients; enable gradient checkpointing with {'use_reentrant': False}."
+            )
+        structure, found = _packed(output)
+        return _differentiable(found)
+
+    found = checkpoint(run, torch.zeros((), requires_grad=True), *tensors)
+    return _mapped(structure, Slot, lambda slot: found[slot.index])
+
+
+def _differentiable(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors; computed again for a backward pass, at least one of them requires a gradient, or PyTorch refuses it:
+    nothing in the layer may be trained.
+    """
+    if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
+        return tuple(
+            tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors
+        )
+    return tuple(tensors)
+
+
+def _packed(value: Any) -> tuple[Any, list[Tensor]]:
+    """A nested value with a `Slot` for each tensor, and the tensors, each once."""
+    slots: dict[int, Slot] = {}
+    tensors: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Slot:
+        if id(tensor) not in slots:
+            slots[id(tensor)] = Slot(len(tensors))
+            tensors.append(tensor)
+        return slots[id(tensor)]
+
+    return _mapped(value, Tensor, pack), tensors
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A nested value in which all that is of a kind is changed. Other objects, such as caches, stay themselves."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: _mapped(each, kind, change) for key, each in value.items()})
+    if type(value) is dict:
+        return {key: _mapped(each, kind, change) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        make = getattr(value, "_make", type(value))  # a named tuple has its own
+        return make(_mapped(each, kind, change) for each in value)
+    return value
+
+
+def _contents(value: Any) -> list[Any]:
+    """What lies in the lists and mappings of a nested value, by identity."""
+    if isinstance(value, MutableMapping):
+        return [(key, id(each), _contents(each)) for key, each in value.items()]
+    return [(id(each), _contents(each)) for each in value] if isinstance(value, tuple | list) else []
