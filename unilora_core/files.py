@@ -2,6 +2,8 @@
 
 What is new is written in a temporary folder beside its place, flushed to the disk, and renamed. The folder is locked by
 its writer while it lives, so that the next writer there can tell the leftovers of dead ones, and takes them away.
+
+What a file system lacks (permissions, locks, links, flushing, renaming) is done without: what is written stays.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,10 +23,18 @@ try:
 except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "new_files", "new_folder", "refuse_filled", "write_file"]
+__all__ = ["alone", "new_files", "new_folder", "try_files", "try_folder", "write_file"]
 
 PREFIX = ".unilora-"
 LEFTOVER = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{16}}")
+KEPT = "unilora-unplaced-"
+"""A folder of files that are whole, where they could not take their places."""
+
+NOT_THERE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
+"""What a file system says of what it does not have, or does not allow."""
+
+NO_RENAME = NOT_THERE | {errno.EXDEV, errno.EBUSY}
+"""The place may be a mounted file, which can only be written over."""
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -42,62 +52,106 @@ def new_files(*paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
 
     Args:
         paths: where the files shall be; a symbolic link stays one, and what it points to is replaced. Who may read and
-            write an old file may do so with the new one.
+            write an old file may do so with the new one, where the file system has permissions.
 
     Raises:
-        OSError: a file cannot be written; it names the path. The old files are as they were.
+        OSError: a file cannot be written; it names the path. The old files are as they were. Where only the last step
+            is refused, the new ones are kept, and it says where.
     """
     places = [Path(os.path.realpath(path)) for path in paths]
     with contextlib.ExitStack() as stack, _naming(*paths):
         folders = {p.parent: stack.enter_context(_temporary(p.parent)) for p in dict.fromkeys(places)}
         new = tuple(folders[place.parent] / place.name for place in places)
+        for place in places:
+            _refuse_folder(place)
         yield new
         for file in new:
             _flush(file)
         *others, last = pairs = list(zip(new, places, strict=True))
-        with alone(places[-1].parent):
+        with alone(places[-1].parent), _kept(*folders.values()):
             for file, place in pairs:
                 _like(place, file)
                 with contextlib.suppress(OSError):  # none there, or no links: else freeing it would take time below
-                    os.link(place, file.with_name(f"old-{secrets.token_hex(8)}"))
+                    os.link(place, file.parent.with_name(f"old-{secrets.token_hex(8)}"))
             if len(others) > 1 or (others and not _same(*last)):
-                places[-1].unlink(missing_ok=True)
+                with _done_without(NO_RENAME):
+                    places[-1].unlink(missing_ok=True)
             for file, place in pairs:
-                os.replace(file, place)
+                _move(file, place)
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill in the ``with``; it takes the place of ``path`` at its end, if no error ends it.
+def new_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
+    """A folder to fill in the ``with``; at its end, if no error ends it, it is what is at ``path``.
+
+    A folder that is there stays the same one, as a mounted or the current one must: it is filled, with the file called
+    ``last`` at last, without which nobody takes it for whole.
 
     Raises:
-        FileExistsError: ``path`` holds something, or is the current folder, which cannot be replaced.
-        OSError: something cannot be written; it names the path. ``path`` is as it was.
+        FileExistsError: ``path`` holds something.
+        OSError: something cannot be written; it names the path. ``path`` is as it was. Where only the last step is
+            refused, what was written is kept, and it says where.
     """
     refuse_filled(path)
     place = Path(os.path.realpath(path))
-    with _naming(path), _temporary(place.parent) as new:
+    there = place.is_dir()
+    with _naming(path), _temporary(place if there else place.parent) as new:
         whole = new / place.name
         whole.mkdir()
         yield whole
         for file in whole.rglob("*"):
             if file.is_file():
                 _flush(file)
-        if place.exists():
-            shutil.copymode(place, whole)
-            place.rmdir()
-        whole.rename(place)
+        with alone(new.parent.parent), _kept(new):
+            if there:
+                refuse_filled(place)  # by another writer, meanwhile
+                _move_into(whole, place, last)
+            else:
+                _move(whole, place, last)
+
+
+def try_files(*paths: str | os.PathLike) -> None:
+    """Refuse what `new_files` could not write, before the work that makes it; nothing stays.
+
+    Raises:
+        OSError: a folder is in the place of a file, or nothing can be written beside it.
+    """
+    with _naming(*paths):
+        for place in (Path(os.path.realpath(path)) for path in paths):
+            with _temporary(place.parent) as new:
+                _refuse_folder(place)
+                (new / place.name).touch()
+
+
+def try_folder(path: str | os.PathLike) -> None:
+    """Refuse what `new_folder` could not make, before the work that fills it; nothing stays.
+
+    Raises:
+        FileExistsError: ``path`` holds something.
+        OSError: it cannot be written.
+    """
+    refuse_filled(path)
+    place = Path(os.path.realpath(path))
+    with _naming(path), _temporary(place if place.is_dir() else place.parent) as new:
+        (new / place.name).mkdir()
 
 
 def refuse_filled(path: str | os.PathLike) -> None:
-    """Refuse a folder that `new_folder` could not make, before the work that would fill it.
+    """Refuse a folder that holds something, whatever made it, but what a file system or a killed writer left there.
 
     Raises:
-        FileExistsError: ``path`` is a file, a folder that is not empty, or the current folder.
+        FileExistsError: ``path`` is a file, or a folder that is not empty.
     """
     place = Path(path)
-    if place.exists() and (not place.is_dir() or any(place.iterdir()) or place.samefile(os.curdir)):
-        raise FileExistsError(f"{path}: exists and is not an empty folder, or is the current one; choose another.")
+    if os.path.lexists(place) and (
+        (place.exists() and not place.is_dir())
+        or (place.is_dir() and any(not _nobodys(entry.name) for entry in place.iterdir()))
+    ):
+        raise FileExistsError(f"{path}: exists and is not an empty folder; choose another.")
+
+
+def _nobodys(name: str) -> bool:
+    return name == "lost+found" or LEFTOVER.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
@@ -106,13 +160,13 @@ def _temporary(parent: Path) -> Iterator[Path]:
 
     What is locked is the outer, so that files can be written in the inner by this module, too.
     """
-    made = not parent.exists()
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     _tidy(parent)
     while True:
         path = parent / f"{PREFIX}{secrets.token_hex(8)}"
         try:
-            path.mkdir()
+            path.mkdir(parents=True)
             with _lock(path):
                 if path.exists():  # else another writer tidied it away before it was locked
                     (path / "new").mkdir()
@@ -120,9 +174,9 @@ def _temporary(parent: Path) -> Iterator[Path]:
                     return
         finally:
             shutil.rmtree(path, ignore_errors=True)
-            if made:
-                with contextlib.suppress(OSError):  # it holds something, as it should
-                    parent.rmdir()
+            with contextlib.suppress(OSError):  # it holds something, as it should
+                for folder in made:
+                    folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -164,16 +218,85 @@ def _lock(folder: Path, *, wait: bool = True, shared: bool = False) -> Iterator[
 
 
 def _flush(file: Path) -> None:
-    with open(file, "rb+") as opened:
+    with _done_without(NOT_THERE), open(file, "rb+" if os.name == "nt" else "rb") as opened:
         os.fsync(opened.fileno())
+
+
+def _refuse_folder(place: Path) -> None:
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
 
 
 def _like(old: Path, new: Path) -> None:
     """Give a new file the permissions of the old one in its place, which must be no folder."""
-    if old.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(old))
-    with contextlib.suppress(FileNotFoundError):
+    _refuse_folder(old)
+    with contextlib.suppress(OSError):  # none there, or a file system without permissions
         shutil.copymode(old, new)
+
+
+def _move(written: Path, place: Path, last: str = "") -> None:
+    """Rename it; where that is refused, write it where it shall be, a folder file by file and the last one at last."""
+    fresh = not place.exists()
+    with _done_without(NO_RENAME):
+        os.replace(written, place)
+        return
+    if written.is_dir():
+        place.mkdir(exist_ok=True)
+        _move_into(written, place, last)
+        return
+    try:
+        shutil.copyfile(written, place)
+    except BaseException:
+        if fresh:
+            place.unlink(missing_ok=True)
+        raise
+
+
+def _move_into(written: Path, place: Path, last: str) -> None:
+    """Move what one folder holds into another, which is empty, and back again if anything stops that."""
+    entries = sorted(written.iterdir(), key=lambda entry: entry.name == last)
+    try:
+        for entry in entries:
+            _move(entry, place / entry.name)
+    except BaseException:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.exists():
+                    _remove(place / entry.name)
+                else:
+                    _move(place / entry.name, entry)
+        raise
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def _kept(*folders: Path) -> Iterator[None]:
+    """Where files that are whole cannot take their places, they stay beside them, and the error says where."""
+    try:
+        yield
+    except OSError as error:
+        kept = []
+        for folder in folders:
+            if any(folder.iterdir()):
+                with contextlib.suppress(OSError):
+                    kept.append(str(folder.rename(folder.parent.with_name(f"{KEPT}{secrets.token_hex(4)}"))))
+        if not kept:
+            raise
+        what = f"{error.strerror or error}; what was written is kept in {', '.join(kept)}"
+        raise (OSError(error.errno, what, error.filename) if error.errno else type(error)(what)) from error
+
+
+@contextlib.contextmanager
+def _done_without(numbers: Collection[int]) -> Iterator[None]:
+    """Go on after an error of the operating system of one of these numbers."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
 
 
 def _same(new: Path, old: Path) -> bool:

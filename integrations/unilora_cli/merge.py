@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 from unilora_cli.console import CommandError, path_of, say
 from unilora_cli.models import AUTO, Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
 from unilora_core import read_adapter
-from unilora_core.files import new_folder, refuse_filled
+from unilora_core.files import new_folder, try_folder
 from unilora_core.header import read_header
 
 __all__ = ["run"]
+
+CONFIG = "config.json"
+"""Without it neither transformers nor timm takes a folder for a model."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -19,10 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         CommandError: the base model is not known or cannot be built; ``--onnx`` without the packages it needs, or for a
             model that torch cannot export.
-        FileExistsError: the output folder is not empty. In each case it is left as it was.
+        FileExistsError: the output folder is not empty.
+        OSError: it cannot be written. In each case it is left as it was.
     """
     folder = path_of(arguments.out)
-    refuse_filled(folder)
+    try_folder(folder)
     header = read_header(arguments.file, read_adapter(arguments.file))
     base = remembered(header, arguments)
     if base.kind == "vit":
@@ -49,7 +54,9 @@ def _merge_transformers(base: Base, arguments: argparse.Namespace, folder: Path)
     if base.kind == "text" and getattr(config_of(base), "pad_token_id", None) is None:
         tokens.pad_token = tokens.pad_token or tokens.eos_token
         config["pad_token_id"] = tokens.pad_token_id  # as in training: decoders find the last token of a text by it
-    with new_folder(folder) as new, readable_errors(f"cannot merge into {base.name!r}"):
+    with new_folder(folder, CONFIG) as new, readable_errors(f"cannot merge into {base.name!r}"):
+        with tempfile.TemporaryDirectory() as trial:
+            tokens.save_pretrained(trial)  # what cannot be saved is said before the work
         merge_checkpoint(
             arguments.file,
             base.name,
@@ -76,7 +83,7 @@ def _merge_timm(base: Base, arguments: argparse.Namespace, folder: Path) -> str:
     model, _ = build(base)
     load_adapter(base, model, arguments.file, arguments.any_rank).detach(merge=True)
     config = {"label_names": list(base.labels)} if base.labels else None
-    with new_folder(folder) as new:
+    with new_folder(folder, CONFIG) as new:
         if arguments.onnx:
             with readable_errors(f"--onnx: cannot export {base.name!r}"):
                 save_onnx(model, new / "model.onnx")

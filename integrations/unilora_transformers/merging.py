@@ -30,12 +30,13 @@ from transformers.core_model_loading import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from unilora_core import CorruptFileError, MismatchError, TargetError, read_adapter
-from unilora_core.files import new_folder, refuse_filled
+from unilora_core.files import new_folder, try_folder
 from unilora_core.header import Header, read_header
 from unilora_torch import Adapter
 from unilora_torch.base import check_base as check_identity
 from unilora_torch.base import identity
 from unilora_torch.checks import check_merged
+from unilora_torch.heads import whole_names
 from unilora_torch.merging import add_update
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.targets import block_of, weight_name
@@ -70,7 +71,8 @@ def merge_checkpoint(
     Args:
         adapter_file: a file that `Adapter.save` wrote.
         base: the base model: a folder with safetensors files, or a name on the hub (fetched into its cache).
-        out: the folder to write; it must not exist, or be empty. It appears when it is whole.
+        out: the folder to write; it must not exist, or be empty. It appears when it is whole; in one that is there (a
+            mounted one, or the current one) ``config.json`` comes last.
         max_shard_size: in bytes.
         check_base: refuse a base with other values than the one that the file was made for.
         any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
@@ -79,12 +81,13 @@ def merge_checkpoint(
 
     Raises:
         FileExistsError: ``out`` holds something.
+        OSError: it cannot be written, which is tried first.
         FileNotFoundError: no safetensors checkpoint in ``base``.
         AdapterFileError: the file is damaged, or does not say which class of model it adapts.
         MismatchError: it belongs to another base, or a weight's place in the checkpoint cannot be known; by name.
         TargetError: the checkpoint is quantised. In each case nothing is written.
     """
-    refuse_filled(out)
+    try_folder(out)
     file, folder = read_adapter(adapter_file), _local(base)
     header = read_header(adapter_file, file)
     checkpoint = _Checkpoint.of(folder)
@@ -95,13 +98,13 @@ def merge_checkpoint(
     if check_base:
         _load_small(model, checkpoint, names)
         check_identity(str(adapter_file), header.base, identity(model, header.modules_to_save))
-    with new_folder(out) as new:
-        _write(new, merged, max_shard_size, progress)
+    with new_folder(out, CONFIG_NAME) as new:
         for path in folder.iterdir():
             if path.suffix in COPIED and path.name not in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
-                shutil.copy(path, new)
+                shutil.copyfile(path, new / path.name)
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(new)
+        model.config.save_pretrained(new)  # before the work of hours, as it may refuse
+        _write(new, merged, max_shard_size, progress)
 
 
 # ---- the checkpoint -------------------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ class _Merged:
         names: _Names,
     ) -> "_Merged":
         """Check that everything in the file has a place in the checkpoint."""
-        trained = {f"{module}.{key}": value for module, state in found.heads.items() for key, value in state.items()}
+        trained = whole_names(found.heads)
         weights = dict.fromkeys(weight_name(target) for target in found.targets)
         _check_values(path, model, names, trained, weights)
         parts = {n: [names.plain[n]] if n in names.plain else names.converted[n] for n in weights}

@@ -25,7 +25,7 @@ def write_all(folder, generation):
         for shard in shards:
             shard.write_bytes(data)
         index.write_text("always the same")
-    with contextlib.suppress(FileExistsError), new_folder(folder / f"folder{generation}") as new:
+    with contextlib.suppress(FileExistsError), new_folder(folder / f"folder{generation}", "b") as new:
         for name in ("a", "b"):
             (new / name).write_bytes(data)
 
@@ -97,12 +97,27 @@ def nobody(folder, _):
     """Write where only root may."""
     with contextlib.suppress(PermissionError):
         os.setuid(65534)
-    for write in (lambda path: write_file(path, b""), lambda path: new_folder(path).__enter__()):
+    for write in (lambda path: write_file(path, b""), lambda path: new_folder(path, "a").__enter__()):
         try:
             write(folder / "a")
         except PermissionError as error:
             say(error.filename)
 
 
+def unlisted(folder, _):
+    """Write where nobody may list."""
+    with contextlib.suppress(PermissionError):
+        os.setuid(65534)
+    write_file(folder / "a", b"")
+    say("written")
+    try:
+        with new_folder(folder, "a"):
+            pass
+    except PermissionError as error:
+        say("listing" if error.filename == str(folder) else error)
+
+
 if __name__ == "__main__":
-    {f.__name__: f for f in (kill, hold, fork, nobody)}[sys.argv[1]](Path(sys.argv[2]), int((*sys.argv, 0)[3]))
+    {f.__name__: f for f in (kill, hold, fork, nobody, unlisted)}[sys.argv[1]](
+        Path(sys.argv[2]), int((*sys.argv, 0)[3])
+    )

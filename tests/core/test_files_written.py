@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from unilora_core import files
-from unilora_core.files import alone, new_files, new_folder, write_file
+from unilora_core.files import alone, new_files, new_folder, try_files, try_folder, write_file
 
 WORKER = Path(__file__).with_name("files_worker.py")
 
@@ -145,7 +145,7 @@ def test_an_error_in_the_middle_leaves_the_old_files(tmp_path, error):
     with pytest.raises(error), new_files(*old_pair(tmp_path)) as (weights, _):
         write_half(weights)
     assert_old(tmp_path)
-    with pytest.raises(error), new_folder(tmp_path / "folder") as new:
+    with pytest.raises(error), new_folder(tmp_path / "folder", "a") as new:
         write_half(new / "a")
     assert_old(tmp_path)
 
@@ -275,9 +275,17 @@ def new_pair(folder):
         config.write_bytes(b"newer")
 
 
-def filled(folder):
-    with new_folder(folder / "folder") as new:
+def new_one(folder):
+    with new_folder(folder / "folder", "a") as new:
         (new / "a").write_bytes(b"new")
+
+
+def filled(folder):
+    (folder / "folder").mkdir()
+    with new_folder(folder / "folder", "a") as new:
+        (new / "a").write_bytes(b"new")
+        (new / "b").mkdir()
+        (new / "b" / "c").write_bytes(b"first")
 
 
 PAIRS = [(b"old", b"old"), (b"old", None), (b"new", None), (b"new", b"newer")]
@@ -285,7 +293,7 @@ FOLDERS = [(b"old", b"old", None), (b"old", b"old", b"new")]
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO")  # opened, and interrupted before it is used
-@pytest.mark.parametrize("action", [new_pair, filled])
+@pytest.mark.parametrize("action", [new_pair, new_one, filled])
 def test_an_interrupt_at_any_line_leaves_nothing(tmp_path, action):
     gc.freeze()  # only what is new is worth collecting
     for number in itertools.count():
@@ -299,6 +307,8 @@ def test_an_interrupt_at_any_line_leaves_nothing(tmp_path, action):
         assert tuple(found[:2]) in PAIRS, at
         assert found[2] in (None, b"new"), at
         assert set(names(folder)) <= {"weights", "config", "folder"}, at
+        if (folder / "folder").exists() and names(folder / "folder"):
+            assert names(folder / "folder") == ["a", "b"][: 2 if action is filled else 1], at
         with files._lock(folder, wait=False) as held:
             assert held, at
         if at is None:
@@ -325,7 +335,7 @@ def test_a_path_of_any_kind(tmp_path, kind):
     with new_files(kind(tmp_path / "b"), kind(tmp_path / "other" / "c")) as (b, c):
         b.write_bytes(b"2")
         c.write_bytes(b"3")
-    with new_folder(kind(tmp_path / "folder" / "new")) as new:
+    with new_folder(kind(tmp_path / "folder" / "new"), "d") as new:
         (new / "d").write_bytes(b"4")
     found = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert found == {"new/a": b"1", "b": b"2", "other/c": b"3", "folder/new/d": b"4"}
@@ -337,34 +347,61 @@ def test_a_file_in_the_current_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path / "here")
     write_file(name, b"1")
     assert names(".") == ["a"]
-    with new_folder(f"{name}b") as new:
+    with new_folder(f"{name}b", "c") as new:
         (new / "c").write_bytes(b"2")
     assert names("ab") == ["c"]
 
 
-def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+def fill_folder(new):
+    for name in ("config.json", "a", "deep/b", "z"):
+        (new / name).parent.mkdir(exist_ok=True)
+        (new / name).write_text(name)
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+FILLED = {name: name for name in ("config.json", "a", "deep/b", "z")}
+
+
+@pytest.mark.parametrize("name", [".", "", "../here", "link"])
+def test_the_current_folder_is_filled_and_stays_the_same(tmp_path, monkeypatch, name):
     """Whoever is in it would be in a folder that is no more."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileExistsError, match="the current one; choose another"), new_folder("."):
-        pass
-    write_file("a", b"")
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    before = here.stat()
+    with new_folder(tmp_path / "link" if name == "link" else name, "config.json") as new:
+        fill_folder(new)
+        monkeypatch.chdir(tmp_path)
+    assert contents(here) == FILLED
+    assert (here.stat().st_ino, here.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert names(here) == ["a", "config.json", "deep", "z"]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_an_empty_folder_is_filled_and_another_refused(tmp_path):
     tmp_path.chmod(0o750)
     (tmp_path / "empty").mkdir(mode=0o700)
-    with new_folder(tmp_path / "empty") as new:
+    inode = (tmp_path / "empty").stat().st_ino
+    try_folder(tmp_path / "empty")
+    with new_folder(tmp_path / "empty", "deep") as new:
         (new / "deep").mkdir()
         (new / "deep" / "a").write_bytes(b"1")
-        assert not list((tmp_path / "empty").iterdir())
+        assert names(tmp_path / "empty") == [path.name for path in files_of(tmp_path / "empty")]
     assert names(tmp_path / "empty" / "deep") == ["a"]
     assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) == 0o700
+    assert (tmp_path / "empty").stat().st_ino == inode
     for taken in (tmp_path / "empty", tmp_path / "empty" / "deep" / "a"):
         with (
             pytest.raises(FileExistsError, match=r"exists and is not an empty folder.*choose another"),
-            new_folder(taken),
+            new_folder(taken, "a"),
         ):
             pass
+        with pytest.raises(FileExistsError, match="choose another"):
+            try_folder(taken)
     assert names(tmp_path) == ["empty"]
 
 
@@ -384,7 +421,7 @@ def test_a_symbolic_link_stays_one(tmp_path, exists):
 def test_the_longest_name(tmp_path, letter):
     name = letter * (255 // len(letter.encode()))
     write_file(tmp_path / name, b"1")
-    with new_folder(tmp_path / f"{name[:-1]}b"):
+    with new_folder(tmp_path / f"{name[:-1]}b", "a"):
         pass
     assert names(tmp_path) == sorted([name, f"{name[:-1]}b"])
 
@@ -403,7 +440,7 @@ def test_permissions_are_those_of_any_other_file(tmp_path, mask):
         (tmp_path / "plain").write_bytes(b"")
         (tmp_path / "folder").mkdir()
         write_file(tmp_path / "a", b"")
-        with new_folder(tmp_path / "new"):
+        with new_folder(tmp_path / "new", "a"):
             pass
     finally:
         os.umask(before)
@@ -418,3 +455,201 @@ def test_an_old_file_keeps_its_permissions(tmp_path, mode):
     write_file(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+# ---- what a file system lacks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """An empty folder that is a file system of its own."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("holds", [(), ("lost+found", ".unilora-0123456789abcdef")])
+def test_a_mounted_folder_is_filled(mounted, holds):
+    for name in holds:
+        (mounted / name).mkdir()
+    try_folder(mounted)
+    with new_folder(mounted, "config.json") as new:
+        fill_folder(new)
+    assert contents(mounted) == FILLED
+    assert names(mounted.parent) == ["mounted"]
+    assert set(names(mounted)) == {"a", "config.json", "deep", "z", *holds[:1]}
+
+
+@pytest.fixture
+def mounted_file(tmp_path):
+    """A file that is mounted by itself, which cannot be renamed over."""
+    for name in ("source", "file"):
+        (tmp_path / name).write_bytes(b"old")
+    if subprocess.run(["mount", "--bind", tmp_path / "source", tmp_path / "file"], capture_output=True).returncode:
+        pytest.skip("this process may not mount a file")
+    yield tmp_path / "file"
+    subprocess.run(["umount", tmp_path / "file"], check=True)
+
+
+def test_a_mounted_file_is_written_over(mounted_file):
+    write_file(mounted_file, b"new")
+    with new_files(mounted_file.with_name("weights"), mounted_file) as (weights, config):
+        weights.write_bytes(b"1")
+        config.write_bytes(b"newer")
+    assert mounted_file.with_name("source").read_bytes() == b"newer"
+    assert names(mounted_file.parent) == ["file", "source", "weights"]
+
+
+LACKING = {
+    "chmod": (["chmod", "fchmod"], errno.EPERM),
+    "chmod of a bucket": (["chmod", "fchmod"], errno.ENOTSUP),
+    "fsync": (["fsync"], errno.EINVAL),
+    "links": (["link"], errno.EPERM),
+    "renaming": (["replace", "rename"], errno.ENOSYS),
+    "renaming to another device": (["replace", "rename"], errno.EXDEV),
+    "all of it": (["chmod", "fchmod", "fsync", "link", "replace", "rename"], errno.ENOTSUP),
+}
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """refuse(names, number): these functions of the operating system raise the error of this number."""
+
+    def apply(functions, number, where=os):
+        for name in functions:
+
+            def refused(*args, **_):
+                raise OSError(number, os.strerror(number), str(args[0]))
+
+            monkeypatch.setattr(where, name, refused)
+
+    return apply
+
+
+@pytest.mark.parametrize(("functions", "number"), LACKING.values(), ids=LACKING)
+def test_what_a_file_system_lacks_costs_no_file(tmp_path, refuse, functions, number):
+    pair = old_pair(tmp_path)
+    (tmp_path / "there").mkdir()
+    refuse(functions, number)
+    with new_files(*pair) as new:
+        write_each(new)
+    for name in ("there", "new"):
+        with new_folder(tmp_path / name, "config.json") as new:
+            fill_folder(new)
+        assert contents(tmp_path / name) == FILLED
+    assert [path.read_bytes() for path in pair] == [b"new", b"new"]
+    assert names(tmp_path) == ["config", "new", "there", "weights"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EBADF])
+def test_without_locks_files_are_written(tmp_path, refuse, number):
+    fcntl = pytest.importorskip("fcntl", reason="locks are those of POSIX")
+    refuse(["flock"], number, where=fcntl)
+    write_file(tmp_path / "a", b"1")
+    with new_folder(tmp_path / "b", "c") as new:
+        (new / "c").write_bytes(b"1")
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_in_a_folder_that_cannot_be_listed():
+    with tempfile.TemporaryDirectory() as outer:
+        os.chmod(outer, 0o711)
+        inner = Path(outer, "unlisted")
+        inner.mkdir()
+        os.chown(inner, 65534, -1) if os.geteuid() == 0 else None
+        inner.chmod(0o300)
+        with worker("unlisted", inner) as process:
+            assert process.communicate(timeout=60)[0].splitlines() == ["written", "listing"]
+        inner.chmod(0o700)
+        assert names(inner) == ["a"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["filled", "new"])
+def test_what_cannot_take_its_place_is_kept_and_said(tmp_path, refuse, monkeypatch, there):
+    """An error that nothing was known of before: a file that is open elsewhere, an unsteady connection."""
+    pair = old_pair(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_with(patch, "replace", errno.EIO)
+        with pytest.raises(OSError, match=r"kept in (.*unilora-unplaced-\w+)") as caught, new_files(*pair) as new:
+            write_each(new)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.filename == str(pair[0])
+    (kept,) = tmp_path.glob("unilora-unplaced-*")
+    assert contents(kept) == {"weights": "new", "config": "new"}
+    assert str(kept) in str(caught.value)
+    (tmp_path / "deep").mkdir()
+    if there:
+        (tmp_path / "deep/folder").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_with(patch, "replace", errno.EIO)
+        with pytest.raises(OSError, match="kept in"), new_folder(tmp_path / "deep/folder", "config.json") as new:
+            fill_folder(new)
+    (kept,) = (tmp_path / "deep").rglob("unilora-unplaced-*")
+    assert contents(kept / "folder") == FILLED
+
+
+def refuse_with(patch, name, number):
+    def refused(*args, **_):
+        raise OSError(number, os.strerror(number), str(args[0]))
+
+    patch.setattr(os, name, refused)
+
+
+def test_a_folder_that_another_writer_filled_meanwhile_is_left_to_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+
+    def fill_both():
+        with new_folder(tmp_path / "folder", "config.json") as new:
+            fill_folder(new)
+            (tmp_path / "folder/other").write_bytes(b"1")
+
+    with pytest.raises(FileExistsError, match=r"choose another\.; what was written is kept in"):
+        fill_both()
+    assert (tmp_path / "folder/other").read_bytes() == b"1"
+    (kept,) = (tmp_path / "folder").glob("unilora-unplaced-*")
+    assert contents(kept / "folder") == FILLED
+
+
+def test_a_move_that_fails_in_the_middle_is_taken_back(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    replace = os.replace
+
+    def stops(old, new):
+        if Path(old).name == "config.json" and "folder/config.json" in str(new) and "unplaced" not in str(new):
+            assert contents(tmp_path / "folder").keys() >= {"a", "deep/b", "z"}  # the one without which it is nothing
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(old))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", stops)
+    with pytest.raises(OSError, match="kept in"), new_folder(tmp_path / "folder", "config.json") as new:
+        fill_folder(new)
+    (kept,) = (tmp_path / "folder").iterdir()
+    assert contents(kept / "folder") == FILLED
+
+
+# ---- tried before the work ------------------------------------------------------------------------------------------
+
+
+def test_trying_leaves_nothing(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    try_files(tmp_path / "a", tmp_path / "new/deep/b")
+    try_folder(tmp_path / "new/deep/c")
+    assert contents(tmp_path) == {"a": "old"}
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_cannot_be_written_is_refused_beforehand(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "folder").mkdir()
+    for place in ("file/a", "folder", "a" * 256):
+        with pytest.raises(OSError, match=place[:4]) as caught:
+            try_files(tmp_path / place)
+        assert str(tmp_path) in str(caught.value.filename), place
+    for place in ("file", "file/a", "a" * 256):
+        with pytest.raises(OSError, match=place[:4]):
+            try_folder(tmp_path / place)
+    assert contents(tmp_path) == {"file": "old"}
+    assert names(tmp_path) == ["file", "folder"]
