@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unilora_core import TargetError
 from unilora_torch.calls import runs_elsewhere
 from unilora_torch.targets import Target
+from unilora_torch.watch import Reach, looked_up
 
 __all__ = ["Entered", "Live", "Numbers", "PerThread", "Scope", "Streamed", "alone"]
 
@@ -113,12 +114,26 @@ class _Here(PerThread):
         factors: those of the pass under way.
         watched: takes what each pass makes of the numbers, by target; None: nobody watches.
         changing: whether the change under way is this thread's.
+        looked_up: whether a parameter of a module was looked up in the pass under way, as far as that is watched.
     """
 
     def __init__(self) -> None:  # each thread's, when it first looks
         self.factors: Mapping[str, Tensor] | None = None
         self.watched: dict[str, list[Tensor]] | None = None
         self.changing = False
+        self.looked_up: Callable[[str], bool] = nobody
+
+
+def nobody(_module: str) -> bool:
+    """Nothing is watched."""
+    return False
+
+
+def mode_of(training: bool, gradients: bool, device: str) -> str:
+    """What may decide which modules a model calls, in words."""
+    return (
+        f"in {'training' if training else 'evaluation'} ({'with' if gradients else 'without'} gradients, on {device})"
+    )
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,8 @@ class Streamed:
 
 class Numbers(Protocol):
     """Where numbers come from: `unilora_torch.vector.Vector`."""
+
+    theta_d: nn.Parameter
 
     @property
     def whole(self) -> bool:
@@ -148,7 +165,7 @@ class Live:
 
     Attributes:
         adapter: where the numbers come from.
-        unreached: the modules of targets that no pass has reached yet.
+        reached: which modules of targets have run, in each mode.
         on: whether it is switched on.
         off: holds where it is disabled.
         merged: whether the weights hold B·A.
@@ -159,7 +176,7 @@ class Live:
     remedy: ClassVar[str] = "Exclude it, or choose other targets."
 
     def __init__(self, adapter: Numbers, modules: Iterable[str]):
-        self.adapter, self.unreached = adapter, set(modules)
+        self.adapter, self.reached = adapter, Reach(modules)
         self.on, self.merged, self.strength = True, False, 1.0
         self.off, self.here = Scope(), _Here()
         self.change: str | None = None
@@ -186,13 +203,25 @@ class Live:
     @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
     def reach(self, module: str) -> None:
         """Note that a module has run."""
-        self.unreached.discard(module)
+        self.reached.note(module)
+
+    def again(self, modules: Iterable[str]) -> None:
+        """Wait once more for these modules to run."""
+        self.reached.again(modules)
 
     def missed(self, modules: tuple[str, ...]) -> list[str]:
-        """Those of the modules that have not run; each is told of once."""
-        missed = [module for module in modules if module in self.unreached]
-        self.unreached.difference_update(missed)
-        return missed
+        """Those of the modules that have run in no mode; see `Reach.missed`."""
+        return self.reached.missed(modules)
+
+    def bypassed(self, modules: tuple[str, ...], compiling: bool) -> tuple[str, list[str]]:
+        """The mode, and those of the modules that it bypasses; of a graph that is traced, all that have not run."""
+        used = self.here.looked_up
+        return self.reached.mode, self.reached.bypassed(modules, (lambda _: True) if compiling else used)
+
+    @torch.compiler.assume_constant_result
+    def begin(self, training: bool, gradients: bool, device: str) -> None:
+        """A pass begins in some mode."""
+        self.reached.begin(mode_of(training, gradients, device))
 
     def chain_of(self, target: Target) -> tuple[Tensor, ...]:
         """The factors of one target in the order in which x meets them, A (r, in) and B (out, r); the last one times
@@ -224,8 +253,10 @@ class Live:
             mine = self.here.watched.setdefault(target.name, [])
             mine += [tensor for tensor in tensors if tensor.requires_grad]
 
-    def open(self, _module: nn.Module, _args: Any) -> None:
+    def open(self, module: nn.Module, _args: Any) -> None:
         """The pre-hook of the model."""
+        if torch.compiler.is_compiling():
+            self.begin(module.training, torch.is_grad_enabled(), self.adapter.theta_d.device.type)
         self.here.factors = self.adapter() if self.acts() and self.adapter.whole else None
 
     def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
@@ -248,11 +279,25 @@ class Live:
         try:
             try:
                 self.here.factors = None
-                return run(module)
+                return self._looking(run, module)
             finally:
                 self.here.factors = before
         finally:
             self.here.factors = before
+
+    def _looking(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+        """A call of the model, in which is watched whose weights are used, as far as its mode is new."""
+        if not self.acts():
+            return run(module)
+        mode = mode_of(module.training, torch.is_grad_enabled(), self.adapter.theta_d.device.type)
+        watched = self.reached.begin(mode)
+        try:
+            with looked_up(module, watched) if watched else contextlib.nullcontext(nobody) as self.here.looked_up:
+                output = run(module)
+        finally:
+            self.here.looked_up = nobody
+        self.reached.ended.add(mode)
+        return output
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Rows: how each row of a batch gets the update of its own adapters. The hooks of `unilora_torch.bank`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -134,11 +134,19 @@ class Rows:
         """Note that a module has run."""
         self.reached.add(module)
 
+    def again(self, modules: Iterable[str]) -> None:
+        """Wait once more for these modules to run."""
+        self.reached.difference_update(modules)
+
     def missed(self, modules: tuple[str, ...]) -> list[str]:
         """Those of the modules that the rows of this batch need, and that have not run."""
         batch = self.batch
         needed = frozenset() if batch is None else batch.modules - self.reached
         return [module for module in modules if module in needed]
+
+    def bypassed(self, *_: Any) -> tuple[str, list[str]]:
+        """None: a bank looks at what has run, whatever the mode."""
+        return "", []
 
     def outside(self, run: Callable[[], Any]) -> Any:
         """The result of a call that no hook of the bank acts on."""

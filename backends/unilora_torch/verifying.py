@@ -1,7 +1,7 @@
-"""Whether every target is reached and lets a gradient through to θ_d, found out by one run."""
+"""Whether every target is reached and lets a gradient through to θ_d, found out by a run in each mode."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,26 +9,72 @@ from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_torch.checks import without_idle_experts
+from unilora_torch.untouched import untouched
 from unilora_torch.vector import Vector
 
-__all__ = ["verify"]
+__all__ = ["train_all_but_chance", "verify"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run shows: the targets through which the outputs have a gradient, and those that ran and let none
+    through.
+    """
+
+    alive: frozenset[str] = frozenset()
+    cut: frozenset[str] = frozenset()
 
 
 def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Run the model once and check every target; see `Adapter.verify`."""
+    """Run the model in evaluation and in training mode and check every target; see `Adapter.verify`."""
     if not vector.live.acts():
         raise TargetError("verify: the adapter is merged or disabled, so no gradient reaches θ_d; unmerge it first.")
-    alive = _alive(vector, args, kwargs)
-    dead = without_idle_experts({target.name: target.name in alive for target in vector.targets})
-    if dead:
+    with vector.alone("verify"):
+        with untouched(vector.model):
+            vector.model.eval()
+            evaluated = _run(vector, args, kwargs)
+        with untouched(vector.model):
+            trained = _in_training(vector, args, kwargs)
+    alive, names = evaluated.alive | trained.alive, [target.name for target in vector.targets]
+    if dead := without_idle_experts({name: name in alive for name in names}):
         raise TargetError(f"{dead[0]}: no gradient reaches θ_d through this target ({len(dead)} such); exclude it.")
+    if cut := [name for name in names if name in trained.cut]:
+        raise TargetError(
+            f"{cut[0]}: in training no gradient reaches θ_d through this target, though one does in evaluation "
+            f"({len(cut)} such); exclude it."
+        )
 
 
-def _alive(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> set[str]:
-    """The names of the targets through whose chains some function of the outputs gets a gradient."""
-    model, loss = vector.model, vector.theta_d.new_zeros((), requires_grad=True)
-    with vector.alone("verify"), torch.enable_grad(), _evaluating(model), vector.live.watching() as seen:
-        output = model(*args, **kwargs)
+def _in_training(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run:
+    """The run in training mode; one of nothing where the model does not train on these inputs (without labels, say):
+    its first pass in training is still watched.
+    """
+    train_all_but_chance(vector.model)
+    try:
+        return _run(vector, args, kwargs)
+    except TargetError:
+        raise
+    except Exception:  # whatever a model raises
+        return _Run()
+
+
+def train_all_but_chance(model: nn.Module) -> None:
+    """Set a model to training mode, but for dropout and the like, batch norms and checkpoints.
+
+    They would make outputs zero by chance, need more than one row, and hide the gradients of what is inside.
+    """
+    for module in model.modules():
+        drops = not module._modules and not module._parameters and not module._buffers
+        module.training = not drops and not isinstance(module, nn.modules.batchnorm._NormBase)
+        for flag in ("gradient_checkpointing", "grad_checkpointing"):  # of transformers, of timm
+            if vars(module).get(flag):
+                setattr(module, flag, False)
+
+
+def _run(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run:
+    loss = vector.theta_d.new_zeros((), requires_grad=True)
+    with torch.enable_grad(), vector.live.watching() as seen:
+        output = vector.model(*args, **kwargs)
         for tensor in _floats(output):
             noise = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).cos()
             loss = loss + (tensor.float() * noise).sum()
@@ -37,26 +83,20 @@ def _alive(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> set[str]:
             names += [name] * len(mine)
             tensors += mine
         grads = torch.autograd.grad(loss, tensors, allow_unused=True) if tensors else ()
-    return {name for name, grad in zip(names, grads, strict=True) if grad is not None and grad.any()}
+    reached = {name for name, grad in zip(names, grads, strict=True) if grad is not None}
+    alive = {name for name, grad in zip(names, grads, strict=True) if grad is not None and grad.any()}
+    return _Run(frozenset(alive), frozenset(() if _is_recomputed(loss) else seen.keys() - reached))
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; the mode of each module is put back."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        try:
-            model.eval()
-            yield
-        finally:
-            _train(training)
-    finally:  # again, where an interrupt kept the first from being done
-        _train(training)
-
-
-def _train(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        module.training = True
+def _is_recomputed(loss: Tensor) -> bool:
+    """Whether a reentrant checkpoint is in the graph, which shows nothing of what is inside it."""
+    todo, known = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            todo += [above for above, _ in node.next_functions]
+    return any(node.name().startswith("CheckpointFunction") for node in known)
 
 
 def _floats(output: Any) -> list[Tensor]:

@@ -1,6 +1,8 @@
 """Never silently dead: a module that must have run, because what calls it ran, and has not is found out at once."""
 
-from collections.abc import Iterable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from unilora_core import TargetError
 
-__all__ = ["CallerHook", "Watched", "by_caller"]
+__all__ = ["CallerHook", "Reach", "Watched", "by_caller", "looked_up"]
 
 
 class Watched(Protocol):
@@ -21,6 +23,9 @@ class Watched(Protocol):
 
     def missed(self, modules: tuple[str, ...]) -> list[str]:
         """Those of the modules that it adapts and that have not run."""
+
+    def bypassed(self, modules: tuple[str, ...], compiling: bool) -> tuple[str, list[str]]:
+        """The mode of this pass, and those that have run in another one, but whose weight this one uses by itself."""
 
 
 class CallerHook:
@@ -36,15 +41,103 @@ class CallerHook:
     def __call__(self, _module: nn.Module, *_: Any) -> None:
         """Check those that it calls."""
         if self.watched.acts():
-            self._check()
+            self._check(torch.compiler.is_compiling())
 
     @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def _check(self) -> None:
+    def _check(self, compiling: bool) -> None:
         if missed := self.watched.missed(self.knows):
             raise TargetError(
                 f"{missed[0]}: the model's forward pass never calls this module ({len(missed)} such), so an adapter "
                 f"would do nothing there; some models use a layer's weight directly. {self.watched.remedy}"
             )
+        mode, bypassed = self.watched.bypassed(self.knows, compiling)
+        if bypassed:
+            raise TargetError(
+                f"{bypassed[0]}: {mode} the model's forward pass does not call this module, but uses its weight "
+                f"directly ({len(bypassed)} such), so an adapter would do nothing there. {self.watched.remedy}"
+            )
+
+
+class Reach:
+    """Which modules have run, in each mode of the model.
+
+    A module that has run in no mode is missed as soon as what calls it has run. One that has run in another mode may
+    be skipped in this one (by stochastic depth, or for a batch without images), and then nobody looks its weight up.
+    So the weights of those that have yet to run in a new mode are watched in its first pass, and in the passes after it
+    those of the modules that were skipped.
+
+    Attributes:
+        never: those that have run in no mode.
+        missing: those that have not run in the mode of the latest pass.
+        skipped: those without which their caller has run.
+        ended: the modes of which a pass has come to its end.
+    """
+
+    def __init__(self, modules: Iterable[str]):
+        self.modules = frozenset(modules)
+        self.never, self.missing, self.skipped = set(self.modules), set(self.modules), set[str]()
+        self.mode, self.modes, self.ended = "", dict[str, set[str]](), set[str]()
+
+    def begin(self, mode: str) -> set[str]:
+        """A pass begins; the modules whose weights are to be watched in it."""
+        if mode != self.mode:
+            self.mode, self.missing = mode, self.modes.setdefault(mode, set(self.modules))
+        return self.skipped & self.missing if mode in self.ended else self.missing - self.never
+
+    def again(self, modules: Iterable[str]) -> None:
+        """Wait once more for these modules to run."""
+        again = set(modules)
+        for waiting in (self.never, self.missing, *self.modes.values()):
+            waiting |= again
+
+    def note(self, module: str) -> None:
+        """A module has run."""
+        self.never.discard(module)
+        self.missing.discard(module)
+
+    def missed(self, modules: Iterable[str]) -> list[str]:
+        """Those of the modules that have run in no mode; each is told of once."""
+        missed = [module for module in modules if module in self.never]
+        self.never.difference_update(missed)
+        self.missing.difference_update(missed)
+        return missed
+
+    def bypassed(self, modules: Iterable[str], used: Callable[[str], bool]) -> list[str]:
+        """Those that have not run in this mode though their weight is ``used``; each is told of once."""
+        missing = [module for module in modules if module in self.missing]
+        self.skipped.update(missing)
+        bypassed = [module for module in missing if used(module)]
+        self.missing.difference_update(bypassed)
+        return bypassed
+
+
+class _Watched(dict):
+    """The parameters of a module, and the threads that have looked one up."""
+
+    def __init__(self, own: Mapping[str, Any]):
+        super().__init__(own)
+        self.threads: set[int] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.threads.add(threading.get_ident())
+        return super().__getitem__(name)
+
+
+@contextlib.contextmanager
+def looked_up(model: nn.Module, names: Iterable[str]) -> Iterator[Callable[[str], bool]]:
+    """Inside the ``with``, what comes back says of a module whether this thread has looked up a parameter of it."""
+    mine, watched = threading.get_ident(), dict[str, _Watched]()
+    try:
+        for name in names:
+            held = vars(model.get_submodule(name))
+            if not isinstance(held["_parameters"], _Watched):  # by another thread
+                held["_parameters"] = _Watched(held["_parameters"])
+            watched[name] = held["_parameters"]
+        yield lambda name: name in watched and mine in watched[name].threads
+    finally:
+        for name in watched:
+            held = vars(model.get_submodule(name))
+            held["_parameters"] = dict(held["_parameters"])
 
 
 def by_caller(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:

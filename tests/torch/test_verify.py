@@ -1,7 +1,10 @@
 """Never silently dead: the check at the first forward pass, and verify."""
 
+import contextlib
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from small_models import adapted, mlp
@@ -164,3 +167,264 @@ def test_verify_sees_what_a_reentrant_checkpoint_drops():
     adapter = unilora_torch.attach(Frozen(), d=9)
     with pytest.raises(TargetError, match=r"^layer: no gradient reaches θ_d"):
         adapter.verify(X)
+
+
+# ---- without a trace ------------------------------------------------------------------------------------------------
+
+
+class Config:
+    """Shared by the modules, as transformers' are."""
+
+    def __init__(self):
+        self.attention, self.nested = "sparse", {"sizes": [1, 2]}
+
+
+class Restless(nn.Module):
+    """Changes all that a module can change in a forward pass; then stops as ``end`` says."""
+
+    def __init__(self, end=None):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.spectral = torch.nn.utils.spectral_norm(nn.Linear(6, 6))
+        self.end, self.config, self.calls, self.cache = end, Config(), 0, {"kept": torch.ones(2)}
+        self.seen, self.kinds, self.length = [], {"a"}, None
+        self.register_buffer("average", torch.zeros(6))
+        self.register_buffer("mask", None)
+        self.gain = nn.Parameter(torch.ones(6))
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        self.calls += 1
+        self.length = len(x)
+        self.seen.append(x)
+        self.kinds.add("b")
+        self.cache["kept"].add_(1)
+        self.cache["new"] = x
+        self.config.attention = self.config.nested["more"] = "full"
+        self.config.nested["sizes"].append(3)
+        self.average.mul_(0.9).add_(x.detach().mean(0))
+        self.mask = torch.ones(len(x))
+        self.late = nn.Linear(1, 1)
+        self.register_buffer("rotary", torch.ones(3), persistent=False)
+        self.norm = nn.Sequential(self.norm) if self.calls == 1 else self.norm
+        self.layer.register_forward_hook(lambda *_: None)
+        self.gain.data.mul_(2)
+        self.gain.requires_grad_(True)
+        self.train()
+        random.random(), np.random.rand(), torch.rand(1), torch.rand(1, generator=self.generator)
+        if self.end is not None:
+            raise self.end
+        return self.norm(self.layer(x)) + self.spectral(x)
+
+
+def held(value, known=None):
+    """Everything that a model holds, as plain values that compare: a deep picture of it."""
+    known = {} if known is None else known
+    if isinstance(value, torch.Tensor):
+        return (id(value), value.detach().clone().tolist(), value.requires_grad)
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if isinstance(value, (dict, list, tuple, set)):
+        items = sorted(value) if isinstance(value, set) else value
+        items = list(items.items()) if isinstance(items, dict) else list(items)
+        return (
+            [(key, held(each, known)) for key, each in items]
+            if isinstance(value, dict)
+            else [held(each, known) for each in items]
+        )
+    if isinstance(value, (nn.Module, Config)):
+        if id(value) in known:
+            return id(value)
+        known[id(value)] = value
+        return (id(value), held({key: each for key, each in vars(value).items() if key != "_call_impl"}, known))
+    return repr(value)
+
+
+def everything(model):
+    """The picture of a model without its adapter, and the state of the shared generators."""
+    adapter = model._modules.pop("unilora")
+    seen = held(model)
+    model._modules["unilora"] = adapter
+    return seen, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("end", [None, ValueError("no"), KeyboardInterrupt()], ids=["ends", "raises", "interrupted"])
+def test_verify_leaves_no_trace(end):
+    model = Restless(end)
+    adapter = unilora_torch.attach(model, ["layer"], d=9)
+    model.eval()
+    model.norm.train()
+    before, keys = everything(model), list(model.state_dict())
+    with contextlib.nullcontext() if end is None else pytest.raises(type(end)):
+        adapter.verify(X)
+    assert everything(model) == before
+    assert list(model.state_dict()) == keys
+    model.end = None
+    model(X)
+    assert everything(model) != before  # the picture shows what a pass changes
+
+
+# ---- in each mode ---------------------------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """A layer that is not called where ``when`` says so: its weight is used directly, or nothing of it."""
+
+    def __init__(self, when, use="weight"):
+        super().__init__()
+        self.block = nn.Sequential()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.when, self.use = when, use
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        if not self.when(self):
+            return self.last(x)
+        if self.use == "weight":
+            return nn.functional.linear(x, self.last.weight, self.last.bias)
+        if self.use == "detached":
+            return x + self.last(x).detach()
+        if self.use == "no_grad":
+            with torch.no_grad():
+                y = self.last(x)
+            return x + y
+        if self.use == "dropped":
+            return x + 0 * self.last(x)
+        return x
+
+
+@pytest.mark.parametrize("use", ["weight", "detached", "no_grad"])
+def test_verify_names_a_target_that_is_dead_in_training_only(use, start):
+    adapter = unilora_torch.attach(Fused(lambda model: model.training, use), d=20, start=start)
+    with pytest.raises(TargetError, match=r"^last: in training .*\(1 such\)"):
+        adapter.verify(X)
+
+
+@pytest.mark.parametrize("use", ["nothing", "dropped"])
+def test_verify_accepts_what_chance_leaves_out_in_training(use):
+    adapter = unilora_torch.attach(Fused(lambda model: model.training, use), d=20)
+    adapter.verify(X)
+
+
+def test_verify_accepts_what_is_there_in_training_only():
+    adapter = unilora_torch.attach(Auxiliary(), d=20)
+    adapter.verify(X)
+
+
+class Auxiliary(nn.Module):
+    """A head that only training has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.extra = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6))
+
+    def forward(self, x):
+        x = self.layer(x)
+        return (x, self.extra(x)) if self.training else x
+
+
+def test_verify_accepts_chance_in_modules_and_norms_of_one_row():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(1.0), nn.Linear(6, 3))
+    unilora_torch.attach(model, d=20).verify(X[:1])
+
+
+class Labelled(Fused):
+    """Trains with labels only."""
+
+    def forward(self, x, labels=None):
+        if self.training and labels is None:
+            raise ValueError("no labels")
+        return super().forward(x)
+
+
+def test_a_model_that_does_not_train_on_the_inputs_is_watched_when_it_trains():
+    model = Labelled(lambda model: model.training)
+    adapter = unilora_torch.attach(model, d=20)
+    adapter.verify(X)
+    with pytest.raises(TargetError, match=r"^last: in training \(with gradients, on cpu\) .* uses its weight directly"):
+        model.train()(X, labels=1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_verify_accepts_checkpoints_of_training(checkpointing):
+    class Saving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = self.first(x)
+            return checkpoint(self.last, x, use_reentrant=checkpointing) if self.training else self.last(x)
+
+    unilora_torch.attach(Saving(), ["last"], d=9).verify(X.clone().requires_grad_())
+    unilora_torch.attach(Saving(), d=20).verify(X)
+
+
+MODES = {
+    "training": (lambda model: model.training, lambda model: model.train()),
+    "evaluation": (lambda model: not model.training, lambda model: model.eval()),
+}
+
+
+@pytest.mark.parametrize("into", MODES)
+def test_a_target_that_another_mode_bypasses_is_found_when_the_mode_comes(into):
+    when, change = MODES[into]
+    model, other = Fused(when), MODES["evaluation" if into == "training" else "training"][1]
+    unilora_torch.attach(model, d=20)
+    other(model)(X)
+    with pytest.raises(TargetError, match=rf"^last: in {into} .* uses its weight directly \(1 such\)"):
+        change(model)(X)
+
+
+def test_a_target_that_is_bypassed_without_gradients_is_found():
+    model = Fused(lambda _: not torch.is_grad_enabled()).eval()
+    unilora_torch.attach(model, d=20).verify(X)
+    with torch.no_grad(), pytest.raises(TargetError, match=r"^last: in evaluation \(without gradients, on cpu\)"):
+        model(X)
+
+
+def test_a_target_that_is_skipped_in_a_mode_is_no_error_until_its_weight_is_used():
+    model = Fused(lambda model: model.training, "nothing")
+    adapter = unilora_torch.attach(model, d=20)
+    adapter.verify(X)
+    model.train()
+    for _ in range(3):
+        model(X)
+    assert adapter.live.reached.missing == {"last"}
+    model.use = "weight"
+    with pytest.raises(TargetError, match=r"^last: in training"):
+        model(X)
+
+
+def test_a_model_that_was_watched_keeps_its_parameters():
+    model = Fused(lambda model: model.training, "nothing")
+    unilora_torch.attach(model, d=20).verify(X)
+    parameters = dict(model.named_parameters())
+    model.train()(X)
+    assert {type(module._parameters) for module in model.modules()} == {dict}
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert len(parameters) == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+def test_a_graph_of_another_mode_is_watched_too():
+    model = Fused(lambda model: model.training)
+    unilora_torch.attach(model, d=20)
+    compiled = torch.compile(model, backend="eager")
+    model.eval()
+    compiled(X)
+    model.train()
+    with pytest.raises(Exception, match=r"last: in training"):
+        compiled(X)
+    torch.compiler.reset()
+
+
+def test_two_adapters_and_checkpoints_are_watched_in_each_mode():
+    model = mlp(checkpointing=False)
+    adapters = [unilora_torch.attach(model, targets, d=20, name=targets[0]) for targets in (["up"], ["down"])]
+    for training in (False, True, False):
+        model.train(training)
+        model(X).sum().backward()
+    for adapter in adapters:
+        assert len(adapter.live.reached.modes) == 2
+        assert not any(adapter.live.reached.modes.values())

@@ -45,7 +45,7 @@ def test_defaults_of_each_family(tiny, name, ends, heads):
     found = {target.name.rsplit(".", 1)[-1] for target in adapter.targets}
     assert found in ends if isinstance(ends, tuple) else found == ends
     assert adapter.modules_to_save == heads
-    assert not adapter.live.unreached
+    assert not adapter.live.reached.never
 
 
 @pytest.mark.parametrize("name", [row[0] for row in FAMILIES])
@@ -143,7 +143,7 @@ def test_a_model_that_cannot_take_made_up_inputs_warns(tiny):
     with pytest.warns(UserWarning, match="give attach a batch: example="):
         unilora_transformers.attach(model).detach()
     adapter = unilora_transformers.attach(model, example={"input_ids": torch.randint(3, 60, (1, 2, 5))})
-    assert not adapter.live.unreached
+    assert not adapter.live.reached.never
 
 
 def test_tied_output_embeddings_are_refused(tiny):
