@@ -139,9 +139,10 @@ class Adapter(Vector):
         The sum is made in float32 and rounded once to the weight's dtype.
 
         Raises:
-            TargetError: a quantised weight, which cannot take the update; or another adapter is merged, whose
-                `unmerge` would take this one's update out as well; or another thread is calling the model, or has the
-                adapter disabled.
+            TargetError: a weight that is quantised, computed from others, tied or elsewhere, which cannot take the
+                update; a layer that was replaced since, or that is not linear in its weight; or another adapter is
+                merged, whose `unmerge` would take this one's update out as well; or another thread is calling the
+                model, or has the adapter disabled.
             ValuesError: θ_d holds NaN or infinity, or the sum does in the weight's dtype. In each case nothing has
                 changed, also after an interrupt.
         """
@@ -151,7 +152,7 @@ class Adapter(Vector):
         """Put the original weights back, bit for bit.
 
         Raises:
-            TargetError: another thread is calling the model.
+            TargetError: another thread is calling the model, or a layer was replaced while merged.
         """
         merging.unmerge(self)
 
@@ -195,10 +196,12 @@ class Adapter(Vector):
                 otherwise every process must call `save` on such a model.
 
         Raises:
-            ValuesError: θ_d holds NaN or infinity; an old file at ``path`` is kept.
+            ValuesError: θ_d holds NaN or infinity.
+            TargetError: a layer was replaced since the adapter was put on. An old file at ``path`` is kept.
         """
         saving.save(self, path, metadata, state)
 
+        self.structure.check("save")
     def export_lora(
         self,
         folder: str | os.PathLike,

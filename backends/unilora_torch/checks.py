@@ -1,23 +1,32 @@
 """What cannot be adapted rightly, refused before anything changes."""
 
+import contextlib
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from unilora_core import TargetError, ValuesError
-from unilora_torch.replaced import convolves, looks_up
+from unilora_torch.replaced import adds, convolves, looks_up
 from unilora_torch.targets import Target, features, is_conv, matrices_in, nearest, weight_name
 
 __all__ = [
+    "REMEDY",
+    "check_adds",
+    "check_initialised",
     "check_merged",
     "check_parameter",
     "check_targets",
+    "check_untied",
+    "computed",
     "is_plain",
     "kind_of",
-    "plain_weight",
+    "own_weight",
+    "owners_of",
     "weight_of",
     "without_idle_experts",
 ]
@@ -33,9 +42,8 @@ def check_targets(model: nn.Module, targets: Iterable[Target], *, loaded: bool =
     Raises:
         TargetError: with the module and the remedy.
     """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    check_initialised(model)
+    owners = owners_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     taken: dict[str, list[Target]] = {}
     for target in targets:
@@ -45,21 +53,58 @@ def check_targets(model: nn.Module, targets: Iterable[Target], *, loaded: bool =
         (_check_layer if target.parameter is None else check_parameter)(module, target)
         taken.setdefault(weight_name(target), []).append(target)
         if loaded:
-            _check_own_values(module, target, owners)
+            _check_own_values(module, target)
+            check_untied(module, target, owners)
     for blocks in taken.values():
         _check_apart(blocks)
 
 
-def _check_own_values(module: nn.Module, target: Target, owners: Mapping[int, list[str]]) -> None:
-    """Refuse a weight that is tied, or has no values. ``owners``: id of a parameter → its names in the model."""
+def check_initialised(model: nn.Module) -> None:
+    """Refuse a model with lazy layers that have not seen an input yet.
+
+    Raises:
+        TargetError: with the first such tensor, and the remedy.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise TargetError(
+                f"{name}: it has no size yet, its module is lazy and learns it from its first input; run the model "
+                "once on an example, then attach."
+            )
+
+
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
+    """`_memory` of each parameter of a model → its names."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(_memory(parameter), []).append(name)
+    return owners
+
+
+def _memory(weight: Tensor) -> int:
+    """What two tensors of one beginning in memory share."""
+    return (weight.data_ptr() if is_plain(weight) else 0) or id(weight)
+
+
+def check_untied(module: nn.Module, target: Target, owners: Mapping[int, list[str]]) -> None:
+    """Refuse a weight that is tied. ``owners``: see `owners_of`.
+
+    Raises:
+        TargetError: with its other names.
+    """
     weight = weight_of(module, target)
-    if weight is not None and len(names := owners.get(id(weight), ())) > 1:
+    if weight is not None and len(names := owners.get(_memory(weight), ())) > 1:
         others = ", ".join(name for name in names if name != weight_name(target))
         raise TargetError(
             f"{target.module}: its weight is tied, it is also {others}; an update of one would change the other. "
             "Exclude it, or untie the weights first (for a transformers model: load it with "
             "tie_word_embeddings=False, and save that copy as the base)."
         )
+
+
+def _check_own_values(module: nn.Module, target: Target) -> None:
+    """Refuse a weight that has no values."""
+    weight = weight_of(module, target)
     offloaded = hasattr(module, "_hf_hook")  # accelerate fetches its weights for each pass
     if not offloaded and any(tensor.is_meta for tensor in ([weight] if weight is not None else module.parameters())):
         raise TargetError(
@@ -83,9 +128,11 @@ def check_parameter(module: nn.Module, target: Target) -> None:
         TargetError: with the remedy.
     """
     try:
-        weight = weight_of(module, target)
+        weight, says = weight_of(module, target), computed(module, target)
     except AttributeError:
-        weight = None
+        weight, says = None, ""
+    if says:
+        raise TargetError(f"{target.name}: {says}, and so cannot be W + B·A; {REMEDY}, or exclude it.")
     if not isinstance(weight, nn.Parameter):
         there = sorted(name for name, parameter in module.named_parameters() if parameter.dim() in (2, 3))
         near = difflib.get_close_matches(target.parameter or "", there, 3) or there[:3]
@@ -106,19 +153,66 @@ def check_parameter(module: nn.Module, target: Target) -> None:
         )
 
 
-def plain_weight(model: nn.Module, target: Target) -> Tensor:
-    """The weight of a target, which B·A can be added to.
+def own_weight(module: nn.Module, target: Target) -> Tensor:
+    """The weight of a target: a parameter that B·A can be added to for good.
 
     Raises:
-        TargetError: the layer keeps it quantised, in integers, in float8 or sharded.
+        TargetError: it is computed from others; the layer keeps it quantised, in integers, in float8 or sharded; or it
+            has no values here, or another shape than it had when it was adapted.
     """
-    weight = weight_of(model.get_submodule(target.module), target)
+    weight, where = weight_of(module, target), weight_name(target)
+    if says := computed(module, target):
+        raise TargetError(f"{where}: {says}, where an update would be lost; {REMEDY}, or leave the adapter unmerged.")
     if weight is None or not is_plain(weight):
         raise TargetError(
             f"{target.module}: a weight of {kind_of(weight)} cannot take the update; merge into an unquantised copy of "
             "the base model: save the adapter, load the base in float32 or bfloat16, whole, and load the adapter there."
         )
+    if weight.is_meta:
+        raise TargetError(
+            f"{where}: it is on the meta device (offloaded), where an update would be lost; save the adapter, load the "
+            "base whole, and load the adapter there."
+        )
+    (_check_layer if target.parameter is None else check_parameter)(module, target)
     return weight
+
+
+def computed(module: nn.Module, target: Target) -> str:
+    """What a target's weight is that is no parameter but has plain values, in words; "" for any other.
+
+    Weight and spectral normalisation, pruning and every other parametrisation, in the old style and the new, compute it
+    in each pass.
+    """
+    owner, name = _place(module, target)
+    weight = weight_of(module, target)
+    if name in owner._parameters or weight is None or not is_plain(weight):
+        return ""
+    of = [key for key, _ in owner.named_parameters() if f"{name}_" in key or f".{name}." in key]
+    return f"the {name} is no parameter of the {type(owner).__name__}" + (
+        f", but computed of {' and '.join(of)} in each pass" if of else ""
+    )
+
+
+def check_adds(module: nn.Module, target: Target) -> None:
+    """Refuse a layer that does more with its weight than to multiply by it: a merge would not give its output with B·A
+    beside it.
+
+    Raises:
+        TargetError: with the remedy.
+    """
+    if not adds(module, target.transposed):
+        raise TargetError(
+            f"{target.name}: the forward pass of this {type(module).__name__} is not linear in its weight, or was "
+            "replaced by another, so a merge would not give what B·A beside it gives; give the target "
+            f'parameter="weight", or leave the adapter unmerged.'
+        )
+
+
+REMEDY = (
+    "take off first what computes it (torch.nn.utils.parametrize.remove_parametrizations, prune.remove, "
+    "remove_weight_norm, remove_spectral_norm)"
+)
+"""Of a weight that is computed."""
 
 
 def check_merged(name: str, before: Tensor, after: Tensor) -> None:
@@ -154,9 +248,32 @@ def without_idle_experts(alive: Mapping[str, bool]) -> list[str]:
 
 def weight_of(module: nn.Module, target: Target) -> Tensor | None:
     """The weight that a target adapts; None where the layer has no tensor of that name."""
-    owner, _, name = ("weight" if target.parameter is None else target.parameter).rpartition(".")
-    weight = getattr(module.get_submodule(owner), name, None)
+    owner, name = _place(module, target)
+    with _evaluating(owner, name):
+        weight = getattr(owner, name, None)
     return weight if isinstance(weight, Tensor) else None
+
+
+def _place(module: nn.Module, target: Target) -> tuple[nn.Module, str]:
+    """The module that holds the weight of a target, and the weight's name there."""
+    owner, _, name = ("weight" if target.parameter is None else target.parameter).rpartition(".")
+    return module.get_submodule(owner), name
+
+
+@contextlib.contextmanager
+def _evaluating(owner: nn.Module, name: str) -> Iterator[None]:
+    """Inside the ``with``, a parametrised weight can be read and nothing changes: in training mode spectral
+    normalisation takes a step with each look at it.
+    """
+    inside = owner.parametrizations[name].modules() if is_parametrized(owner, name) else ()
+    training = [module for module in inside if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def kind_of(weight: Tensor | None) -> str:
@@ -174,6 +291,10 @@ def _check_layer(module: nn.Module, target: Target) -> None:
             f"{target.first_row + target.out_features}, {type(module).__name__} has {width} and {height}."
         )
     weight = weight_of(module, target)
+    if weight is not None and weight.is_complex():
+        raise TargetError(
+            f"{target.module}: its weight holds {weight.dtype}, and the numbers of B·A are real; exclude it."
+        )
     if isinstance(module, nn.Embedding):
         _check_embedding(module, target)
     elif is_conv(module) and not convolves(module):

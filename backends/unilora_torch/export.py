@@ -77,6 +77,7 @@ def _check_exportable(vector: Vector, parameters: Iterable[str], engine: str | N
             f"export_lora: the frame {vector.spec.frame!r} makes whole weights, which no plain LoRA holds; merge the "
             "adapter into the base model instead."
         )
+    vector.structure.check("export_lora")
     vector.check_finite("export_lora")
     if engine is not None and (adapted := list(parameters)):
         raise AdapterFileError(

@@ -77,6 +77,8 @@ def project(theta_d: Tensor, groups: Tensor, scale: Tensor, origin: Tensor | Non
         ValuesError: ``theta_d`` has another shape than ``scale``, or is not floating point.
     """
     _check(theta_d, scale.shape, "project: theta_d")
+    if torch.jit.is_tracing():  # TorchScript saves no function of Python's
+        return scaled(theta_d, scale, origin).index_select(0, groups)
     return _Project.apply(theta_d, groups, scale, origin)
 
 

@@ -1,8 +1,11 @@
 """On and off: the hooks of an adapter, its name in the model, and what trains."""
 
+import contextlib
+
 from unilora_torch.calls import surround
 from unilora_torch.merging import merge, unmerge
 from unilora_torch.paths import add_paths
+from unilora_torch.structure import StructureHook
 from unilora_torch.vector import Vector, attached
 from unilora_torch.watch import CallerHook, by_caller
 
@@ -32,6 +35,9 @@ def _register(vector: Vector) -> None:
     """The hooks, each with its handle in ``handles`` as soon as it is there."""
     model, live, handles = vector.model, vector.live, vector.handles
     handles.append(surround(model, live))
+    for caller in vector.structure.levels:
+        hook = StructureHook(vector.structure, caller or None)
+        handles.append(model.get_submodule(caller).register_forward_pre_hook(hook))
     handles.append(model.register_forward_pre_hook(live.open))
     add_paths(live, model, vector.targets, handles)
     for caller, modules in by_caller(model, dict.fromkeys(target.module for target in vector.targets)).items():
@@ -65,5 +71,6 @@ def _take_off(vector: Vector) -> None:
         model.get_parameter(name).requires_grad_(False)
     if not others:
         for name in vector.trained_before:
-            model.get_parameter(name).requires_grad_(True)
+            with contextlib.suppress(AttributeError):  # of a module that was replaced
+                model.get_parameter(name).requires_grad_(True)
     vector.originals, vector.live.merged = {}, False

@@ -4,21 +4,23 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unilora_core import TargetError, UniLoraError
-from unilora_torch.checks import check_merged, plain_weight
+from unilora_torch.checks import check_adds, check_merged, check_untied, own_weight, owners_of
 from unilora_torch.live import Entered
+from unilora_torch.paths import BesideHook
 from unilora_torch.targets import Target, block_of, weight_name
 from unilora_torch.vector import Vector, attached
 
-__all__ = ["add_update", "disabled", "merge", "unmerge"]
+__all__ = ["add_update", "check_unmerge", "disabled", "merge", "unmerge"]
 
 
 def merge(vector: Vector) -> None:
     """Add the update of each target to its weight, once; see `Adapter.merge`."""
     if vector.live.merged:
         return
+    vector.structure.check("merge")
     vector.check_finite("merge")
     for name, other in attached(vector.model).items():
         if other.live.merged:
@@ -26,7 +28,7 @@ def merge(vector: Vector) -> None:
     if vector.live.off.open:
         raise TargetError("merge: it is disabled inside a `with`, which promises the base; leave that first.")
     with vector.alone("merge"):
-        weights = {weight_name(target): plain_weight(vector.model, target) for target in vector.targets}
+        weights = _weights(vector)
         originals = {name: weight.detach().clone() for name, weight in weights.items()}
         try:
             vector.originals = originals
@@ -40,6 +42,34 @@ def merge(vector: Vector) -> None:
             raise
 
 
+def _weights(vector: Vector) -> dict[str, Tensor]:
+    """The weights that the update is added to, by name, once nothing speaks against that."""
+    weights, owners = {}, owners_of(vector.model)
+    for target in vector.targets:
+        module = vector.structure.modules[target.module]
+        weights[weight_name(target)] = own_weight(module, target)
+        check_untied(module, target, owners)
+        if target.parameter is None:
+            _check_first(module, target)
+            check_adds(module, target)
+    return weights
+
+
+def _check_first(module: nn.Module, target: Target) -> None:
+    """Refuse a layer of which somebody else's hook takes the output before B·A is added: merged, it would take the sum.
+
+    Raises:
+        TargetError: with the hook.
+    """
+    first = next(iter(module._forward_hooks.values()), None)
+    if not isinstance(first, BesideHook):
+        raise TargetError(
+            f"{target.name}: the forward hook {first!r} takes the layer's output before B·A is added, so the merged "
+            "model would be another; register it after the adapter was put on, without prepend=True. Nothing was "
+            "changed."
+        )
+
+
 @torch.no_grad()
 def add_update(weight: Tensor, target: Target, update: Tensor) -> None:
     """Add what `Vector.delta_weight` gives to a target's block of a weight, in float32, rounded once."""
@@ -50,8 +80,21 @@ def add_update(weight: Tensor, target: Target, update: Tensor) -> None:
 def unmerge(vector: Vector) -> None:
     """Put the original weights back, bit for bit; see `Adapter.unmerge`."""
     if vector.live.merged:
+        check_unmerge(vector, "unmerge")
         with vector.alone("unmerge"):
             _restore(vector)
+
+
+def check_unmerge(vector: Vector, what: str) -> None:
+    """Refuse to put the original weights where they do not belong any more: a layer was replaced while merged.
+
+    Raises:
+        TargetError: with ``what`` was to be done.
+    """
+    if vector.live.merged:
+        vector.structure.check(what)
+        for target in vector.targets:
+            own_weight(vector.structure.modules[target.module], target)
 
 
 def _restore(vector: Vector) -> None:
@@ -65,9 +108,9 @@ def _restore(vector: Vector) -> None:
 
 @torch.no_grad()
 def _copy_originals(vector: Vector) -> None:
+    places = {weight_name(target): (vector.structure.modules[target.module], target) for target in vector.targets}
     for name, original in vector.originals.items():
-        owner, _, key = name.rpartition(".")
-        getattr(vector.model.get_submodule(owner), key).copy_(original)
+        own_weight(*places[name]).copy_(original)
     vector.live.merged = False
     vector.originals = {}
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from unilora_core import TargetError
 from unilora_torch.calls import Handle, surround
 from unilora_torch.chains import joined, product
+from unilora_torch.checks import REMEDY
 from unilora_torch.live import Live
 from unilora_torch.replaced import IN_PLACE, Copies, forward_with, is_bound
 from unilora_torch.targets import Target, is_conv, shaped
 
-__all__ = ["ConvPath", "EmbeddingPath", "LowRankPath", "StreamedPath", "WeightPath", "add_paths"]
+__all__ = ["BesideHook", "ConvPath", "EmbeddingPath", "LowRankPath", "StreamedPath", "WeightPath", "add_paths"]
 
 
 def add_paths(live: Live, model: nn.Module, targets: Iterable[Target], handles: list[Handle]) -> None:
@@ -31,9 +32,17 @@ def add_paths(live: Live, model: nn.Module, targets: Iterable[Target], handles: 
             handles.append(module.register_forward_hook(inside.close, always_call=True))
         else:
             handles.append(module.register_forward_hook(_kind(live, module)(live, tuple(parts)), with_kwargs=True))
+            _put_first(module)
 
 
-def _kind(live: Live, module: nn.Module) -> type["_Beside"]:
+def _put_first(module: nn.Module) -> None:
+    """Let the paths see what the layer itself gives, before the hooks of others: those then see what a merge gives."""
+    others = [key for key, hook in module._forward_hooks.items() if not isinstance(hook, BesideHook)]
+    for key in others:
+        module._forward_hooks.move_to_end(key)
+
+
+def _kind(live: Live, module: nn.Module) -> type["BesideHook"]:
     if isinstance(module, nn.Embedding):
         return EmbeddingPath
     if is_conv(module):
@@ -48,7 +57,7 @@ class _Path:
         self.live, self.targets = live, targets
 
 
-class _Beside(_Path):
+class BesideHook(_Path):
     """The forward hook of a layer: adds to its outputs what the chain makes of its inputs."""
 
     def __init__(self, live: Live, targets: tuple[Target, ...]):
@@ -56,6 +65,16 @@ class _Beside(_Path):
         self.rows = tuple(target.first_row for target in self.targets)
         first, last = self.targets[0], self.targets[-1]
         self.module, self.width, self.needed = last.module, first.out_features, last.first_row + last.out_features
+
+    def __call__(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> Tensor | None:
+        """The new output, or None where the adapter is off: then also for those who moved the hook to a layer of theirs
+        without its keyword arguments.
+        """
+        return self.added(module, args, *kwargs_and_output) if self.live.acts() else None
+
+    def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """The output with B·A·x."""
+        raise NotImplementedError
 
     def chain(self, module: nn.Module, height: int) -> tuple[Tensor, ...]:
         """The chain of all targets, (height, in) as a product; see `chains.joined`."""
@@ -77,16 +96,14 @@ class _Beside(_Path):
             )
 
 
-class LowRankPath(_Beside):
+class LowRankPath(BesideHook):
     """The forward hook of a linear layer: adds the chain's product with x, factor by factor.
 
     Only the input and the output of the layer are used, so its weight may be quantised, or kept under any name.
     """
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The new output, or None where the adapter is off."""
-        if not self.live.acts():
-            return None
+    def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """See `BesideHook`."""
         x = args[0] if args else next(iter(kwargs.values()))
         hidden = x
         for factor in self.chain(module, output.size(-1)):
@@ -94,13 +111,11 @@ class LowRankPath(_Beside):
         return output + hidden.to(output.dtype)
 
 
-class StreamedPath(_Beside):
+class StreamedPath(BesideHook):
     """The forward hook of a linear layer whose ΔW is never made: adds x·ΔWᵀ, which is computed in blocks."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The new output, or None where the adapter is off."""
-        if not self.live.acts():
-            return None
+    def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """See `BesideHook`."""
         x = args[0] if args else next(iter(kwargs.values()))
         self.reach(module, output.size(-1))
         for target in self.targets:
@@ -110,16 +125,14 @@ class StreamedPath(_Beside):
         return output
 
 
-class EmbeddingPath(_Beside):
+class EmbeddingPath(BesideHook):
     """The forward hook of an embedding: adds what the chain makes of the columns F_1[:, ids].
 
     They are what the embedding itself gives with F_1ᵀ as its weight, and so have the scale that some embeddings apply.
     """
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The new output, or None where the adapter is off."""
-        if not self.live.acts():
-            return None
+    def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """See `BesideHook`."""
         first, *rest = self.chain(module, output.size(-1))
         hidden = forward_with(module, {"weight": first.T.to(output.dtype)}, *args, **kwargs)
         for factor in rest:
@@ -127,17 +140,15 @@ class EmbeddingPath(_Beside):
         return output + hidden.to(output.dtype)
 
 
-class ConvPath(_Beside):
+class ConvPath(BesideHook):
     """The forward hook of a convolution: adds the convolution with F_1, then 1×1 convolutions with the other factors.
 
     The rows of F_1 are kernels of the shape of the layer's own, which the layer's class applies: stride, padding and
     dilation are its business.
     """
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The new output, or None where the adapter is off."""
-        if not self.live.acts():
-            return None
+    def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """See `BesideHook`."""
         kernel = module.kernel_size
         first, *rest = self.chain(module, output.size(-1 - len(kernel)))
         x = args[0] if args else next(iter(kwargs.values()))
@@ -180,6 +191,11 @@ class WeightPath(_Path):
         for target in self.targets:
             path, name = _place(target)
             owner = module.get_submodule(path)
+            if name not in owner._parameters:
+                raise TargetError(
+                    f"{target.name}: the {name} of this {type(owner).__name__} is no parameter any more, and so cannot "
+                    f"be W + B·A; {REMEDY}, or exclude it."
+                )
             owner.__dict__[name] = _sum(getattr(owner, name), self.live.chain_of(target), target)
 
     def close(self, module: nn.Module, _args: Any = None, _output: Any = None) -> None:

@@ -2,11 +2,15 @@
 
 import operator
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = ["IN_PLACE", "Copies", "call_with", "convolves", "forward_with", "is_bound", "looks_up"]
 
@@ -93,15 +97,41 @@ def _stays(module: nn.Module, name: str) -> bool:
 
 def forward_with(module: nn.Module, replaced: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
     """What the module's class computes with other parameters, without its hooks."""
+    if is_parametrized(module):
+        return _without_parametrizations(module, replaced, *args, **kwargs)
     if torch.compiler.is_compiling():  # which has no threads, and traces neither the copy's way back nor an interrupt
-        return _in_place(module, replaced, *args, **kwargs)
+        return _in_place(module, type(module).forward, replaced, *args, **kwargs)
     with Copies(module) as copies:
-        vars(copies.top).update(replaced)
-        return type(module).forward(copies.top, *args, **kwargs)
+        return _in_place(copies.top, type(module).forward, replaced, *args, **kwargs)
+
+
+@torch.compiler.disable  # which would trace a module that changes its class
+def _without_parametrizations(module: nn.Module, replaced: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward_with` for a class whose parameters are properties, which would win over what stands in ``__dict__``."""
+    own: Mapping[str, Any] = {name: getattr(module, name) for name in module.parametrizations if name not in replaced}
+    with Copies(module) as copies:
+        copies.top.__class__ = kind = type_before_parametrizations(module)
+        return _in_place(copies.top, kind.forward, {**own, **replaced}, *args, **kwargs)
+
+
+def _in_place(
+    module: nn.Module, forward: Callable[..., Any], replaced: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    own = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
+    module.__dict__.update(replaced)
+    try:
+        return forward(module, *args, **kwargs)
+    finally:
+        for name in replaced:
+            del module.__dict__[name]
+        module.__dict__.update(own)
 
 
 def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """As `torch.func.functional_call`, which is not for threads: the tensors of a module's state are others."""
+    """As `torch.func.functional_call`, which is not for threads: the tensors of a module's state are others.
+
+    The module's own hooks are left to the call that this one is a part of, but for those that compute its weights.
+    """
     if torch.compiler.is_compiling():
         return torch.func.functional_call(module, dict(state), args, kwargs)
     copies = Copies(module, (name.rpartition(".")[0] for name in state))
@@ -112,24 +142,65 @@ def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwarg
         for name, value in state.items():
             owner, _, key = name.rpartition(".")
             vars(copies.at(owner))[key] = value
-        return copies.top(*args, **kwargs)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, COMPUTES):
+                hook(copies.top, args)
+        return copies.top.forward(*args, **kwargs)
 
 
-def _in_place(module: nn.Module, replaced: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
-    own = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
-    module.__dict__.update(replaced)
+COMPUTES = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""The hooks of normalised and pruned weights in the old style."""
+
+
+def adds(module: nn.Module, transposed: bool = False) -> bool:
+    """Whether forward(x; W + U) is forward(x; W) and what B·A beside the layer would give for U: then it can be merged.
+
+    PyTorch's own layers are linear in their weight; a class or an instance with another forward pass is tried.
+    """
+    bound = is_bound([module])
+    if (type(module).forward in PLAIN and not bound) or hasattr(module, "_hf_hook"):  # accelerate's moves tensors
+        return True
+    W = module.weight.detach()
+    U, beside = _wave(*W.shape).to(W) * W.abs().mean(), {"bias": None, "training": False}
     try:
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        for name in replaced:
-            del module.__dict__[name]
-        module.__dict__.update(own)
+        with torch.no_grad():
+            if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+                x = _seen(module).to(W.device)
+                update = forward_with(module, {"weight": U, **beside}, x)
+            else:
+                x = _wave(4, W.shape[0 if transposed else 1]).to(W)
+                x = torch.cat([x, -x])  # one of which a ReLU, say, cuts off
+                update = x @ (U if transposed else U.T)
+            base, both = (_of_itself(module, {"weight": w, "training": False}, x) for w in (W, W + U))
+            return bool((both - base - update).norm() <= 0.05 * update.norm())
+    except Exception:  # whatever another forward pass raises on such an input
+        return False
+
+
+PLAIN = tuple(kind.forward for kind in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+"""What computes nothing but the product with the weight, and adds the bias."""
+
+
+def _of_itself(module: nn.Module, replaced: Mapping[str, Any], x: Tensor) -> Tensor:
+    """What the module computes with other attributes, also where its ``forward`` is its own; without its hooks."""
+    if not is_bound([module]):
+        return forward_with(module, replaced, x)
+    with IN_PLACE:
+        return _in_place(module, lambda module, *args: module.forward(*args), replaced, x)
+
+
+def _seen(module: nn.Module) -> Tensor:
+    """An input of an embedding or a convolution."""
+    if isinstance(module, nn.Embedding):
+        return torch.arange(min(3, module.num_embeddings))[None]
+    size = [2 * dilation * length for dilation, length in zip(module.dilation, module.kernel_size, strict=True)]
+    return _wave(1, module.in_channels, *size).to(module.weight.dtype)
 
 
 def looks_up(embedding: nn.Embedding) -> bool:
     """Whether forward(X)·M = forward(X·M) for the weight X: then B·A can be applied after the lookup, and merged."""
     X = _wave(embedding.num_embeddings, 2).to(embedding.weight)
-    ids, m = torch.arange(min(3, embedding.num_embeddings))[None].to(X.device), M.to(X)
+    ids, m = _seen(embedding).to(X.device), M.to(X)
     try:
         narrow, wide = forward_with(embedding, {"weight": X}, ids), forward_with(embedding, {"weight": X @ m}, ids)
     except Exception:  # whatever another forward pass raises on a weight of another width
@@ -146,8 +217,7 @@ def convolves(module: nn.Module) -> bool:
     if module.groups > 1 or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return module.groups == 1
     device = "cpu" if module.weight.is_meta else module.weight.device
-    size = [2 * dilation * length for dilation, length in zip(module.dilation, module.kernel_size, strict=True)]
-    x = _wave(1, module.in_channels, *size).to(device)
+    x = _seen(module).float().to(device)
     K, m = _wave(2, module.in_channels, *module.kernel_size).to(device), M.to(device)
     try:
         narrow = forward_with(module, {"weight": K, "bias": None}, x)

@@ -51,6 +51,7 @@ def _swap(vector: Vector, path: str | os.PathLike) -> None:
         raise TargetError("swap: the adapter is merged; unmerge it first.")
     found = open_file(path, vector.model, any_rank=True)  # of the same layout, or refused
     _check_alike(path, vector, found)
+    vector.structure.check("swap")
     check_base(str(path), found.header.base, vector.base)
     vector.reseed(found.spec, found.frozen)
     fill(vector, found)

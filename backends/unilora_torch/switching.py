@@ -7,7 +7,7 @@ from torch import nn
 from unilora_core import TargetError
 from unilora_torch.heads import check_apart
 from unilora_torch.live import alone
-from unilora_torch.merging import unmerge
+from unilora_torch.merging import check_unmerge, unmerge
 from unilora_torch.vector import Vector, attached, check_name
 
 __all__ = ["rename", "switch"]
@@ -24,8 +24,8 @@ def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> N
             base model alone.
 
     Raises:
-        TargetError: there is no adapter of that name, two of them save one module, or another thread is calling the
-            model. Nothing has changed then.
+        TargetError: there is no adapter of that name, two of them save one module, a layer was replaced since one was
+            put on, or another thread is calling the model. Nothing has changed then.
     """
     weights = {to: 1.0} if isinstance(to, str) else dict(to) if isinstance(to, Mapping) else dict.fromkeys(to, 1.0)
     there = attached(model)
@@ -33,6 +33,10 @@ def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> N
         if name not in there:
             raise TargetError(f"switch: the model has no adapter {name!r}; it has {list(there) or 'none'}.")
     check_apart({name: there[name].modules_to_save for name in weights})
+    for name, vector in there.items():
+        check_unmerge(vector, "switch")
+        if name in weights:
+            vector.structure.check("switch")
     with alone(model, (vector.live for vector in there.values()), "switch"):
         try:
             _switch(there, weights)

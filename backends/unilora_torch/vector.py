@@ -24,6 +24,7 @@ from unilora_torch.live import Live, Streamed, alone
 from unilora_torch.projection import Projection
 from unilora_torch.streamed import Computed, Place
 from unilora_torch.targets import Target, shaped
+from unilora_torch.structure import Structure
 
 __all__ = ["Vector", "attached", "check_name", "device_of"]
 
@@ -40,6 +41,7 @@ class Vector(nn.Module):
         placed: the device of what these two are made of; None before it is known.
         live: what its hooks look at.
         handles: what `detach` removes, in this order.
+        structure: the modules of its targets, and what has their names now.
         kept_heads: the state of the modules to save, while it is switched off.
         originals: the weights as they were before `merge`, by name; empty while not merged.
         taken_out: the claim on the model of a merged adapter that is disabled.
@@ -69,6 +71,7 @@ class Vector(nn.Module):
         self._settle()
         self.live = Live(self, (target.module for target in targets))
         self.kept_heads: dict[str, Tensor] | None = None
+        self.structure = Structure(self.live, model, (target.module for target in targets))
         self.originals: dict[str, Tensor] = {}
         # read here once: torch.compile cannot trace the cached properties' lock
         self._slices, self._shapes, self._whole = spec.layout.slices, spec.layout.shapes, [slice(0, spec.D)]
@@ -146,11 +149,22 @@ class Vector(nn.Module):
 
     def delta_weight(self, target: Target) -> Tensor:
         """The update of one target, B·A, in the orientation of its weight, float32, no gradient."""
-        weight = weight_of(self.model.get_submodule(target.module), target)
+        weight = weight_of(self.structure.modules[target.module], target)
         with torch.no_grad():
             return shaped(product(self.live.chain_of(target)), target, weight)
 
     def heads(self) -> dict[str, Tensor]:
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks for.
+
+        Raises:
+            TargetError: TorchScript has no hooks that are objects.
+        """
+        raise TargetError(
+            "torch.jit.script: the hooks of an adapter cannot be scripted; merge it first by detach(merge=True), or "
+            "use torch.jit.trace or torch.export, which keep the adapted outputs."
+        )
+
         """The state of the modules to save, under its names in the model's `state_dict`, also while switched off."""
         if self.kept_heads is not None:
             return self.kept_heads
