@@ -1,14 +1,25 @@
-"""A chat as tokens, by the tokenizer's own template, and which of them the assistant says."""
+"""A chat as tokens, by the tokenizer's own template: which of them are learnt, and what the template leaves out."""
 
+import dataclasses
+import inspect
+import json
 import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from unilora_cli.console import CommandError
-from unilora_cli.data_corpus import Chat
+from unilora_cli.data_chats import Chat, Turn
 from unilora_cli.models import readable_errors
 from unilora_core.schema import shown
 
-__all__ = ["chat_tokens", "check_template"]
+__all__ = ["chat_tokens", "check_template", "fitted", "left_out"]
+
+OWN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"tools", "documents"}
+"""What a record may not set."""
 
 
 def check_template(tokenizer: Any, name: str) -> None:
@@ -19,9 +30,23 @@ def check_template(tokenizer: Any, name: str) -> None:
     """
     if not tokenizer.chat_template:
         raise CommandError(
-            f"the tokenizer of {name} has no chat template, so it is not known how 'messages' become a text; use a "
+            f"the tokenizer of {name} has no chat template, so it is not known how chats become a text; use a "
             "model made for chats, or set tokenizer.chat_template and save the tokenizer beside the model."
         )
+
+
+def fitted(chat: Chat, tokenizer: Any) -> Chat:
+    """The chat with the arguments of its calls as the template writes them: objects, or JSON text where it adds them to
+    its own words.
+    """
+    calls = [call["function"]["arguments"] for turn in chat.turns for call in turn.get("tool_calls", ())]
+    if not calls:
+        return chat
+    try:
+        text = _text(tokenizer, chat)
+    except Exception:  # a template may raise anything; what is wrong beside the arguments is said by `chat_tokens`
+        return _with_json(chat)
+    return _with_json(chat) if any(arguments and str(arguments) in text for arguments in calls) else chat
 
 
 def chat_tokens(
@@ -31,38 +56,126 @@ def chat_tokens(
     words that let it begin; and what it says there.
 
     Raises:
-        CommandError: the template refuses the chat, or does not tell which tokens are the assistant's.
+        CommandError: the template refuses the chat, or does not tell which tokens are a turn's.
     """
-    last = max(i for i, turn in enumerate(chat) if turn["role"] == "assistant")
-    with readable_errors(f"{where}: the chat template cannot take {shown(chat)}"):
+    if own := OWN & chat.options.keys():
+        raise CommandError(f"{where}: chat_template_kwargs: {min(own)!r} is not for a record to set.")
+    last = chat.answers[-1]
+    with readable_errors(f"{where}: the chat template cannot take {shown(chat.turns)}"):
         tokens = _tokens(tokenizer, chat)
-        prompt = _tokens(tokenizer, chat[:last], add_generation_prompt=True) if last else []
-        silent = _silent(chat, tokens, tokenizer, where) if response_only else [False] * len(tokens)
-    return tokens, silent, prompt, chat[last]["content"]
+        prompt = _tokens(tokenizer, chat, last, add_generation_prompt=True) if last else []
+        silent = _silent(chat, tokens, tokenizer, where, response_only)
+    return tokens, silent, prompt, chat.turns[last]["content"]
 
 
-def _silent(chat: Chat, tokens: list[int], tokenizer: Any, where: str) -> list[bool]:
-    """By the template's own marks, if it has them; else by what each turn of the assistant adds to the tokens."""
-    if re.search(r"{%-?\s*generation", tokenizer.chat_template):
-        return [not mark for mark in _applied(tokenizer, chat, return_assistant_tokens_mask=True)["assistant_masks"]]
-    silent = [True] * len(tokens)
-    for i, turn in enumerate(chat):
-        if turn["role"] == "assistant":
-            before = _tokens(tokenizer, chat[:i], add_generation_prompt=True) if i else []
-            after = _tokens(tokenizer, chat[: i + 1])
-            if tokens[: len(before)] != before or tokens[: len(after)] != after:
-                raise CommandError(
-                    f"{where}: the chat template changes earlier turns when later ones follow, so it is not known "
-                    "which tokens are the assistant's; leave --response-only out, or use a template with "
-                    "{% generation %}."
-                )
-            silent[len(before) : len(after)] = [False] * (len(after) - len(before))
+def left_out(chat: Chat, tokenizer: Any, where: str) -> Counter[str]:
+    """What the text of a chat lacks, in words, and how often.
+
+    Raises:
+        CommandError: with that, a turn of the assistant that is learnt would say nothing.
+    """
+    with readable_errors(f"{where}: the chat template cannot take {shown(chat.turns)}"):
+        text = _text(tokenizer, chat)
+    found: Counter[str] = Counter()
+    for name in sorted(chat.options):
+        rest = {key: value for key, value in chat.options.items() if key != name}
+        found[f"chats have {name!r}"] += _same(tokenizer, dataclasses.replace(chat, options=rest), text)
+    for i, (turn, unheard) in enumerate(_unheard(chat, tokenizer, text)):
+        if unheard and i in chat.answers and not _says(turn, unheard):
+            raise CommandError(
+                f"{where}, turn {i + 1}: the chat template leaves out {' and '.join(map(repr, unheard))}, and the "
+                "assistant says nothing else there; use a model whose template takes it, or leave such chats out."
+            )
+        for name in unheard:
+            found[f"turns of the {turn['role']}" if name == "content" else f"turns have {name!r}"] += 1
+    return +found
+
+
+def _unheard(chat: Chat, tokenizer: Any, text: str) -> Iterator[tuple[Turn, list[str]]]:
+    """Each turn, and which of its keys the text would be the same without."""
+    at = 0
+    for i, turn in enumerate(chat.turns):
+        unheard = []
+        for name in [key for key, value in turn.items() if value and key != "role"]:
+            if name == "content" and (here := text.find(turn[name].strip(), at)) >= 0:
+                at = here
+                continue
+            rest = {key: value for key, value in turn.items() if key != name} | (
+                {name: ""} if name == "content" else {}
+            )
+            if _same(tokenizer, dataclasses.replace(chat, turns=[*chat.turns[:i], rest, *chat.turns[i + 1 :]]), text):
+                unheard.append(name)
+        yield turn, unheard
+
+
+def _says(turn: Turn, unheard: Collection[str]) -> bool:
+    return any(value for key, value in turn.items() if key != "role" and key not in unheard)
+
+
+def _same(tokenizer: Any, chat: Chat, text: str) -> bool:
+    try:
+        return _text(tokenizer, chat) == text
+    except Exception:  # the template misses what was taken away
+        return False
+
+
+def _silent(chat: Chat, tokens: list[int], tokenizer: Any, where: str, response_only: bool) -> list[bool]:
+    """Which tokens have no loss: all but those of the answers, or those of the turns of weight 0 alone."""
+    turns = chat.answers if response_only else sorted(chat.silent)
+    silent = [response_only] * len(tokens)
+    for start, end in _spans(chat, turns, tokens, tokenizer, where) if turns else ():
+        silent[start:end] = [not response_only] * (end - start)
     return silent
 
 
-def _tokens(tokenizer: Any, chat: Chat, **options: Any) -> list[int]:
-    return list(_applied(tokenizer, chat, **options)["input_ids"])
+def _spans(chat: Chat, turns: Sequence[int], tokens: list[int], tokenizer: Any, where: str) -> list[tuple[int, int]]:
+    """Where the tokens of some turns are: by the template's own marks, if it has them, else by what each adds."""
+    if re.search(r"{%[-+]?\s*generation", tokenizer.get_chat_template(tools=chat.options.get("tools"))):
+        marks = _applied(tokenizer, chat, return_assistant_tokens_mask=True)["assistant_masks"]
+        runs = [[i for i, _ in run] for mark, run in groupby(enumerate(marks), lambda pair: pair[1]) if mark]
+        spans = [(run[0], run[-1] + 1) for run in runs]
+        if list(turns) == chat.said:
+            return spans
+        if len(spans) == len(chat.said):
+            return [span for i, span in zip(chat.said, spans, strict=True) if i in turns]
+    return [_span(chat, i, tokens, tokenizer, where) for i in turns]
+
+
+def _span(chat: Chat, i: int, tokens: list[int], tokenizer: Any, where: str) -> tuple[int, int]:
+    begins = {"add_generation_prompt": True} if chat.turns[i]["role"] == "assistant" else {}
+    before = _tokens(tokenizer, chat, i, **begins) if i else []
+    after = _tokens(tokenizer, chat, i + 1)
+    if tokens[: len(before)] != before or tokens[: len(after)] != after:
+        what = "--response-only" if i not in chat.silent else "turns of weight 0"
+        raise CommandError(
+            f"{where}: the chat template changes earlier turns when later ones follow, so it is not known "
+            f"which tokens are those of turn {i + 1}; leave {what} out, or use a template with {{% generation %}}."
+        )
+    return len(before), len(after)
+
+
+def _with_json(chat: Chat) -> Chat:
+    """The chat with the arguments of all calls as JSON text."""
+
+    def written(call: Any) -> Any:
+        inner = call["function"]
+        return {**call, "function": {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}}
+
+    turns = [
+        {**turn, "tool_calls": [written(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
+        for turn in chat.turns
+    ]
+    return dataclasses.replace(chat, turns=turns)
+
+
+def _text(tokenizer: Any, chat: Chat) -> str:
+    return tokenizer.apply_chat_template(chat.turns, tokenize=False, **chat.options)
+
+
+def _tokens(tokenizer: Any, chat: Chat, end: int | None = None, **options: Any) -> list[int]:
+    """The tokens of a chat, or of its turns before ``end``."""
+    return list(_applied(tokenizer, dataclasses.replace(chat, turns=chat.turns[:end]), **options)["input_ids"])
 
 
 def _applied(tokenizer: Any, chat: Chat, **options: Any) -> Any:
-    return tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+    return tokenizer.apply_chat_template(chat.turns, tokenize=True, return_dict=True, **chat.options, **options)

@@ -2,16 +2,17 @@
 
 import argparse
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, path_of
-from unilora_cli.data_records import load_tables, opened, suffix
+from unilora_cli.data_chats import CHATS, OPTIONS, Chat, read_chat, without_none
+from unilora_cli.data_records import load_tables, nfc, opened, suffix
 from unilora_core.schema import shown
 
-__all__ = ["Chat", "Corpus", "read_corpora"]
+__all__ = ["Corpus", "read_corpora"]
 
 DIALOGUES = (
     ("prompt", "response"),
@@ -23,22 +24,22 @@ DIALOGUES = (
 """Columns that hold a prompt and its response; ``input`` may stand beside ``instruction``."""
 
 ALPACA = "### Instruction:\n{instruction}\n\n{context}### Response:\n"
-ROLES = ("system", "user", "assistant", "tool")
-
-Chat = list[dict[str, str]]
-"""Turns: ``{"role": ..., "content": ...}``."""
-
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Whole texts, pairs of a prompt and a response, or chats, from one source."""
+    """Whole texts, pairs of a prompt and a response, or chats, from one source.
+
+    Attributes:
+        unused: the columns that none of them is made of.
+    """
 
     where: str
     texts: Sequence[str] = ()
     pairs: Sequence[tuple[str, str]] = ()
     chats: Sequence[Chat] = ()
+    unused: Sequence[str] = ()
 
 
 def read_corpora(arguments: argparse.Namespace) -> tuple[Corpus, Corpus | None]:
@@ -75,29 +76,43 @@ def _wants_dialogues(arguments: argparse.Namespace) -> str | None:
 
 
 def _corpus(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -> Corpus:
+    if hasattr(rows, "features"):  # a table of `datasets`
+        rows = [without_none(row) | dict.fromkeys(row.keys() - without_none(row).keys()) for row in rows]
     if arguments.prompt:
-        return Corpus(where, pairs=_filled_in(rows, arguments, where))
+        pairs, used = _filled_in(rows, arguments, where)
+        return Corpus(where, pairs=pairs, unused=_others(rows, used))
     columns = _columns(rows[0], arguments, where)
-    if columns == ("messages",):
-        return Corpus(where, chats=[_chat(row["messages"], f"{where}, record {i + 1}") for i, row in enumerate(rows)])
-    values = []
-    for i, row in enumerate(rows):
-        parts = _words(row, columns, f"{where}, record {i + 1}")
-        if columns[0] == "instruction":
-            context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
-            parts[0] = ALPACA.format(instruction=parts[0], context=context)
-        values.append(parts)
+    if columns[0] in CHATS or isinstance(rows[0][columns[0]], list):
+        chats = [read_chat(row, columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
+        return Corpus(where, chats=chats, unused=_others(rows, (*columns, *OPTIONS)))
+    values = [_words(row, columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
+    if columns[0] == "instruction":
+        for i, (row, parts) in enumerate(zip(rows, values, strict=True)):
+            (given,) = _words({"input": row.get("input") or ""}, ("input",), f"{where}, record {i + 1}")
+            parts[0] = ALPACA.format(instruction=parts[0], context=f"### Input:\n{given}\n\n" if given else "")
+    unused = _others(rows, (*columns, *(("input",) if columns[0] == "instruction" else ())))
     if len(columns) == 1:
-        return Corpus(where, texts=[text for (text,) in values])
-    return Corpus(where, pairs=[(_closed(prompt, response), response) for prompt, response in values])
+        return Corpus(where, texts=[text for (text,) in values], unused=unused)
+    return Corpus(where, pairs=[(_closed(prompt, response), response) for prompt, response in values], unused=unused)
+
+
+def _others(rows: Sequence[Row], used: Collection[str]) -> list[str]:
+    """The columns that were not used and that hold something."""
+    return [name for name in rows[0] if name not in used and any(row[name] not in (None, "", [], {}) for row in rows)]
 
 
 def _columns(row: Row, arguments: argparse.Namespace, where: str) -> tuple[str, ...]:
     """The columns that count, from those that there are."""
-    known = ((arguments.text_column,),) if arguments.text_column else (("messages",), *DIALOGUES, ("text",))
+    chats = [(name,) for name in CHATS]
+    known = ((nfc(arguments.text_column),),) if arguments.text_column else (*chats, *DIALOGUES, ("text",))
     for columns in known:
         if set(columns) <= row.keys():
             return columns
+    if {"chosen", "rejected"} <= row.keys():
+        raise CommandError(
+            f"{where}: 'chosen' and 'rejected' are for learning from preferences, which this is not; to learn what was "
+            "chosen, call that column 'messages' if it holds chats, else --prompt '{prompt}' --response-column chosen."
+        )
     wanted = " or ".join("+".join(columns) for columns in known)
     raise CommandError(f"{where}: expected the columns {wanted}; it has {', '.join(map(repr, row))}.")
 
@@ -105,12 +120,15 @@ def _columns(row: Row, arguments: argparse.Namespace, where: str) -> tuple[str, 
 def _words(row: Row, columns: Sequence[str], where: str) -> list[str]:
     parts = [part for name in columns if isinstance(part := row[name], str)]
     if len(parts) < len(columns):
-        raise CommandError(f"{where}: expected a text in {' and '.join(map(repr, columns))}.")
+        other = next(row[name] for name in columns if not isinstance(row[name], str))
+        raise CommandError(f"{where}: expected a text in {' and '.join(map(repr, columns))}, got {shown(other)}.")
     return parts
 
 
-def _filled_in(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -> list[tuple[str, str]]:
-    """Pairs of ``--prompt``, filled in from the columns that it names in braces, and the response.
+def _filled_in(
+    rows: Sequence[Row], arguments: argparse.Namespace, where: str
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Pairs of ``--prompt``, filled in from the columns that it names in braces, and the response; and those columns.
 
     ``{prompt}`` and the response are found by name where the data call them otherwise.
     """
@@ -120,10 +138,10 @@ def _filled_in(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -
         raise CommandError(f"--prompt: {error}; write {{column}}, and {{{{ for a plain brace.") from error
     if formatted := [name for _, name, format_, conversion in pieces if name is not None and (format_ or conversion)]:
         raise CommandError(f"--prompt: expected the name of a column alone in {{{formatted[0]}…}}, as {{column}}.")
-    names = [name for _, name, *_ in pieces if name is not None]
+    names = [nfc(name) for _, name, *_ in pieces if name is not None]
     usual = next((pair for pair in DIALOGUES if set(pair) <= rows[0].keys()), DIALOGUES[0])
     columns = [usual[0] if name == "prompt" else name for name in names]
-    columns.append(arguments.response_column or usual[1])
+    columns.append(nfc(arguments.response_column or usual[1]))
     if missing := [name for name in columns if name not in rows[0]]:
         raise CommandError(
             f"{where}: there is no column {missing[0]!r} for --prompt or --response-column; it has "
@@ -133,8 +151,8 @@ def _filled_in(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -
     for i, row in enumerate(rows):
         *parts, response = _words(row, columns, f"{where}, record {i + 1}")
         said: dict[str | None, str] = {**dict(zip(names, parts, strict=True)), None: ""}
-        found.append(("".join(before + said[name] for before, name, *_ in pieces), response))
-    return found
+        found.append(("".join(before + said[name and nfc(name)] for before, name, *_ in pieces), response))
+    return found, columns
 
 
 def _closed(prompt: str, response: str) -> str:
@@ -142,23 +160,13 @@ def _closed(prompt: str, response: str) -> str:
     return prompt if prompt[-1:].isspace() or response[:1].isspace() or not prompt else f"{prompt}\n"
 
 
-def _chat(turns: Any, where: str) -> Chat:
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise CommandError(f"{where}: expected a list of turns in 'messages', got {shown(turns)}.")
-    for i, turn in enumerate(turns):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if role not in ROLES:
-            raise CommandError(f"{where}, turn {i + 1}: the role {shown(role)} is none of {', '.join(ROLES)}.")
-        if not isinstance(content, str):
-            raise CommandError(f"{where}, turn {i + 1}: expected a text as the content, got {shown(content)}.")
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise CommandError(f"{where}: there is no turn of the assistant, so there is nothing to learn.")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
 def _read(source: str) -> Corpus:
     path = path_of(source)
     if not path.is_file():
         raise CommandError(f"{source}: no such file.")
     with opened(path) as file:
-        return Corpus(source, texts=[file.read()])
+        text = file.read()
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise CommandError(f"{source}, line {line}: it holds a null character, which no text has.")
+    return Corpus(source, texts=[text])

@@ -1,14 +1,15 @@
 """Texts for a causal language model as tokens: one stream cut into blocks, or prompts with responses."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from unilora_cli.chat import chat_tokens
+from unilora_cli.chat import chat_tokens, fitted, left_out
 from unilora_cli.console import CommandError
 from unilora_cli.data_corpus import Corpus
-from unilora_cli.data_records import draw, split_off
+from unilora_cli.data_records import draw, in_both, split_off
 from unilora_cli.packing import pack
 
 __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
@@ -61,9 +62,13 @@ def encode_corpora(
     for corpus in (train, held_out):
         if corpus and bool(corpus.texts) != bool(train.texts):
             raise CommandError(f"{corpus.where}: expected whole texts or none, as in {arguments.data}.")
+    notes: list[tuple[str, Any]] = [
+        ("columns left out", f"{', '.join(map(repr, corpus.unused))} of {corpus.where}")
+        for corpus in (train, held_out)
+        if corpus and corpus.unused
+    ]
     if train.texts:
-        return _texts(train, held_out, arguments, tokenizer, length)
-    notes: list[tuple[str, Any]] = []
+        return _texts(train, held_out, arguments, tokenizer, length, notes)
     learnt = _dialogues(train, tokenizer, length, arguments, notes)
     if held_out is not None:
         apart = _dialogues(held_out, tokenizer, length, arguments, notes)
@@ -72,6 +77,8 @@ def encode_corpora(
         learnt, apart = [learnt[i] for i in kept], [learnt[i] for i in others]
     examples = [learnt[i][0] for i in draw(len(learnt), arguments.limit, arguments.seed)]
     tested, prompts = [example for example, _ in apart], [prompt for _, prompt in apart]
+    if leak := in_both(map(_key, examples), map(_key, tested)):
+        notes.append(("seen in training", leak))
     if not arguments.packing:
         return Language(examples, tested, prompts, notes=notes)
     packed = pack(examples, length, IGNORED)
@@ -79,14 +86,25 @@ def encode_corpora(
     return Language(packed, pack(tested, length, IGNORED), prompts, examples, notes)
 
 
+def _key(example: Example) -> tuple[int, ...]:
+    return tuple(example["input_ids"])
+
+
 def _texts(
-    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int
+    train: Corpus,
+    held_out: Corpus | None,
+    arguments: argparse.Namespace,
+    tokenizer: Any,
+    length: int,
+    notes: list[tuple[str, Any]],
 ) -> Language:
+    if held_out is not None and (leak := in_both(train.texts, held_out.texts)):
+        notes.append(("seen in training", leak.replace("examples", "texts")))
     blocks = _blocks(train, tokenizer, length)
     blocks, apart = (
         _cut(blocks, arguments, length) if held_out is None else (blocks, _blocks(held_out, tokenizer, length))
     )
-    return Language([blocks[i] for i in draw(len(blocks), arguments.limit, arguments.seed)], apart)
+    return Language([blocks[i] for i in draw(len(blocks), arguments.limit, arguments.seed)], apart, notes=notes)
 
 
 def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
@@ -127,25 +145,38 @@ def _dialogues(
     corpus: Corpus, tokenizer: Any, length: int, arguments: argparse.Namespace, notes: list[tuple[str, Any]]
 ) -> list[tuple[Example, Prompt]]:
     """Prompts with their responses, without those that leave no room for a response."""
-    sources: Sequence[Any] = corpus.pairs or corpus.chats
-    tokenise: Callable = _pair if corpus.pairs else chat_tokens
-    found = []
-    for source in sources:
-        tokens, silent, prompt, response = tokenise(source, tokenizer, corpus.where, arguments.response_only)
+    found, count, cut = [], 0, 0
+    for tokens, silent, prompt, response in _tokenised(corpus, tokenizer, arguments.response_only, notes):
         labels = [IGNORED if skip else token for token, skip in zip(tokens, silent, strict=True)][:length]
+        count += 1
         if len(prompt) < length and any(label != IGNORED for label in labels[1:]):
             example = {"input_ids": tokens[:length], "attention_mask": [1] * len(labels), "labels": labels}
             found.append((example, Prompt(prompt, response)))
+            cut += len(tokens) > length
     if not found:
         raise CommandError(f"{corpus.where}: every prompt fills the {length} tokens of --length; use a greater one.")
-    if lost := len(sources) - len(found):
+    if lost := count - len(found):
         notes.append(("left out", f"{lost:,} of {corpus.where}: the prompt alone fills {length} tokens (--length)"))
+    if cut:
+        notes.append(("cut off", f"the ends of {cut:,} of {corpus.where}, after {length} tokens (--length)"))
     return found
 
 
-def _pair(
-    source: tuple[str, str], tokenizer: Any, _where: str, response_only: bool
-) -> tuple[list[int], list[bool], list[int], str]:
+def _tokenised(
+    corpus: Corpus, tokenizer: Any, response_only: bool, notes: list[tuple[str, Any]]
+) -> Iterator[tuple[list[int], list[bool], list[int], str]]:
+    """Of each pair or chat: tokens, which of them are silent, those of the prompt, and the response."""
+    yield from (_pair(pair, tokenizer, response_only) for pair in corpus.pairs)
+    lost: Counter[str] = Counter()
+    for i, chat in enumerate(corpus.chats):
+        where = f"{corpus.where}, record {i + 1}"
+        chat = fitted(chat, tokenizer)
+        yield chat_tokens(chat, tokenizer, where, response_only)
+        lost += left_out(chat, tokenizer, where)
+    notes += [("left out", f"{count:,} {what} of {corpus.where}, by the chat template") for what, count in lost.items()]
+
+
+def _pair(source: tuple[str, str], tokenizer: Any, response_only: bool) -> tuple[list[int], list[bool], list[int], str]:
     """Prompt, response and the end-of-text token; which tokens are silent; the prompt's tokens; the response."""
     prompt, response = source
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

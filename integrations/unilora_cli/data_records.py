@@ -1,21 +1,38 @@
-"""Tables of records from a file (.tsv, .csv, .jsonl, .parquet), a folder, or the hub; and splitting them."""
+"""Tables of records from a file (.tsv, .csv, .jsonl, .json, .parquet), a folder, or the hub; and splitting them."""
 
 import argparse
+import codecs
 import contextlib
 import csv
 import gzip
+import io
 import json
 import random
+import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from unilora_cli.console import CommandError, path_of
 from unilora_cli.models import readable_errors
+from unilora_core.schema import shown
 
-__all__ = ["Tables", "column", "draw", "is_local", "load_tables", "opened", "split_off", "suffix"]
+__all__ = [
+    "Tables",
+    "class_notes",
+    "column",
+    "draw",
+    "in_both",
+    "is_local",
+    "load_tables",
+    "nfc",
+    "opened",
+    "some",
+    "split_off",
+    "suffix",
+]
 
 HELD_OUT = ("validation", "valid", "val", "dev", "validation_matched", "test")
 """The held-out split of a data set that has several: the first of these."""
@@ -84,7 +101,7 @@ def column(rows: Sequence[Mapping[str, Any]], wanted: str | None, usual: Sequenc
         CommandError: there is none; the message lists the columns.
     """
     present = list(rows[0])
-    for name in [wanted] if wanted else usual:
+    for name in [nfc(wanted)] if wanted else usual:
         if name in present:
             return name
     asked = repr(wanted) if wanted else " or ".join(map(repr, usual))
@@ -100,16 +117,55 @@ def is_local(source: str) -> bool:
     )
 
 
-def split_off(n: int, part: float, seed: int) -> tuple[list[int], list[int]]:
+def split_off(n: int, part: float, seed: int, classes: Sequence[Hashable] = ()) -> tuple[list[int], list[int]]:
     """Indices to train on, and at least one index held out, drawn at random and in order.
 
+    Args:
+        classes: the class of each example; of each class one example stays to train on.
+
     Raises:
-        CommandError: fewer than two examples.
+        CommandError: fewer than two examples, or no class has two.
     """
     if n < 2:
         raise CommandError("there is one example only; nothing is left to hold out (give --eval-data).")
     held_out = set(draw(n, min(n - 1, max(1, round(n * part))), seed))
+    learnt = {name for i, name in enumerate(classes) if i not in held_out}
+    for i in sorted(held_out) if classes else ():
+        if classes[i] not in learnt:
+            learnt.add(classes[i])
+            held_out.remove(i)
+    if not held_out:
+        raise CommandError("what would be held out are the only examples of their classes; give --eval-data.")
     return [i for i in range(n) if i not in held_out], sorted(held_out)
+
+
+def in_both(train: Iterable[Hashable], held_out: Iterable[Hashable]) -> str:
+    """A line about held-out examples that are in the training data too; none where none is."""
+    known, apart = set(train), list(held_out)
+    count = sum(example in known for example in apart)
+    return f"{count:,} of the {len(apart):,} held-out examples, equal to one to train on" if count else ""
+
+
+def class_notes(classes: Sequence[str], train: Iterable[Any], held_out: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Lines about classes of which there is nothing to train on, or nothing held out, or of nearly the same name.
+
+    Args:
+        train, held_out: the class of each example, an index into ``classes``.
+    """
+    notes: list[tuple[str, Any]] = []
+    for what, labels in (("to train on", set(train)), ("held out", set(held_out))):
+        if lacking := [repr(name) for i, name in enumerate(classes) if i not in labels]:
+            notes.append(("classes without", f"{len(lacking):,}, nothing {what}: {some(lacking)}"))
+    folded: dict[str, list[str]] = {}
+    for name in classes:
+        folded.setdefault(name.casefold(), []).append(repr(name))
+    notes += [("classes apart", f"by capitals alone: {some(names)}") for names in folded.values() if len(names) > 1]
+    return notes
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of a list."""
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def draw(n: int, size: int | None, seed: int) -> list[int]:
@@ -143,7 +199,18 @@ def _load_with_datasets(source: str, path: Path, subset: str | None) -> dict[str
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(str(path) if path.is_dir() else source, subset)
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {LONE: found}
+        splits = dict(found) if isinstance(found, datasets.DatasetDict) else {LONE: found}
+        return {name: _composed(rows) for name, rows in splits.items()}
+
+
+def nfc(text: str) -> str:
+    """A name in one spelling: "é" is one character or two, and both look the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _composed(rows: Any) -> Any:
+    names = {name: nfc(name) for name in rows.column_names if name != nfc(name)}
+    return rows.rename_columns(names) if names else rows
 
 
 def _split(source: str, splits: Mapping[str, Any], name: str) -> Any:
@@ -180,36 +247,72 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_separated(path: Path, **dialect: Any) -> list[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
+    rows: list[dict[str, Any]] = []
     with opened(path) as file:
-        reader = csv.DictReader(file, strict=True, **dialect)
-        rows: list[dict[str, Any]] = []
+        reader = csv.reader(file, strict=True, **dialect)
         try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise CommandError(
-                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields, as in the "
-                        "header, got more or fewer."
-                    )
-                rows.append(row)
+            filled = (fields for fields in reader if fields)
+            names = _header(next(filled, []), path, reader.dialect.delimiter)
+            for fields in filled:
+                where = f"{path}, line {reader.line_num}"
+                if len(fields) != len(names):
+                    raise CommandError(f"{where}: expected {len(names)} fields, as in the header, got {len(fields)}.")
+                if any("\0" in field for field in fields):
+                    raise CommandError(f"{where}: it holds a null character, which no text has.")
+                if stray := [i for i, name in enumerate(names) if i and not name and fields[i].strip()]:
+                    raise CommandError(f"{where}: column {stray[0] + 1} has no name in the header, but a value here.")
+                rows.append({name: field for name, field in zip(names, fields, strict=True) if name})
         except csv.Error as error:
-            raise CommandError(f"{path}, line {reader.line_num}: {error}.") from error
+            hint = "; is there a quote that is not closed?" if "end of data" in str(error) else "."
+            raise CommandError(f"{path}, line {reader.line_num}: {error}{hint}") from error
     return rows
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _header(fields: list[str], path: Path, delimiter: str) -> list[str]:
+    """The names of the columns; "" where there is none, as above the row numbers that pandas writes."""
+    names = [nfc(name) if name.strip() else "" for name in fields]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        places = " and ".join(str(i + 1) for i, name in enumerate(names) if name == twice[0])
+        raise CommandError(f"{path}: the columns {places} are both called {twice[0]!r}; rename or remove one.")
+    other = next((mark for mark in SEPARATORS if len(names) == 1 and mark in names[0] and mark != delimiter), None)
+    if other:
+        raise CommandError(
+            f"{path}: one column only, {names[0]!r}: the fields are separated by {other!r}, and expected by "
+            f"{delimiter!r}; save it with commas as .csv, or with tabs as .tsv."
+        )
+    return names
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """A record per line, or one list of records."""
     with opened(path) as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise CommandError(f"{path}, line {line}: not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise CommandError(f"{path}, line {line}: expected an object {{...}}, got {text.strip():.40}.")
-            rows.append(row)
-    return _even(rows)
+        first = next((text for text in file if text.strip()), "")
+        file.seek(0)
+        if first.lstrip().startswith("["):
+            rows = [(row, f"{path}, record {i}") for i, row in enumerate(_parsed(file.read(), str(path)), 1)]
+        else:
+            places = ((text, f"{path}, line {line}") for line, text in enumerate(file, 1) if text.strip())
+            rows = [(_parsed(text, where), where) for text, where in places]
+    for row, where in rows:
+        if not isinstance(row, dict):
+            raise CommandError(f"{where}: expected an object {{...}}, got {shown(row)}.")
+    return _even([row for row, _ in rows])
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"{where}: not JSON ({error}).") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two equal keys Python would take the last without a word."""
+    found = {name if name.isascii() else nfc(name): value for name, value in pairs}
+    if len(found) < len(pairs):
+        names = [nfc(name) for name, _ in pairs]
+        raise ValueError(f"the key {shown(max(names, key=names.count))} stands twice in an object")
+    return found
 
 
 def _even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,29 +322,52 @@ def _even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def suffix(path: Path) -> str:
-    """The kind of a file by its name; .tsv for a .tsv.gz."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    """The kind of a file by its name, in small letters; .tsv for a .tsv.gz."""
+    return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[TextIO]:
-    """A text file, compressed or not.
+    """A text file, compressed or not, whose lines end in a line feed, however the file ends them.
 
     Raises:
         CommandError: not UTF-8, or a damaged compressed file.
     """
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
-                yield file
-        else:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                yield file
+        with _bytes(path) as raw:
+            head = raw.read(4096)
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+            raise CommandError(f"{path}: not UTF-8 text, but UTF-16 or no text at all; save it as UTF-8.")
+        with _bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
+            yield file
     except UnicodeDecodeError as error:
-        raise CommandError(f"{path}: not UTF-8 text ({error}).") from error
+        raise CommandError(f"{path}{_bad_line(path)}: not UTF-8 text ({error.reason}); save it as UTF-8.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CommandError(f"{path}: a damaged .gz file ({error}).") from error
 
 
-READERS = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json"}
+def _bytes(path: Path) -> Any:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _bad_line(path: Path) -> str:
+    """Where the first byte is that is not UTF-8."""
+    with _bytes(path) as raw:
+        for number, line in enumerate(raw, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f", line {number}"
+    return ""
+
+
+SEPARATORS = (";", "\t", "|", ",")
+
+READERS = {
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unilora_cli.console import CommandError
-from unilora_cli.data_records import Tables, column, draw, load_tables, split_off
+from unilora_cli.data_records import Tables, class_notes, column, draw, in_both, load_tables, nfc, split_off
 from unilora_core.schema import shown
 
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
@@ -28,6 +28,7 @@ class LabelledTexts:
     Attributes:
         classes: the names of the classes; empty for ``--regression``.
         train, held_out: pairs of the texts (one, or two for a task on pairs) and the class, or the number.
+        notes: lines about the data for the printed plan.
     """
 
     def __init__(self, arguments: argparse.Namespace, tables: Tables):
@@ -40,17 +41,23 @@ class LabelledTexts:
         self._target: Callable[[Any, str, int], int | float] = _label_number
         if not arguments.regression:
             values = [_plain(row[self.label], where, i) for i, row in enumerate(tables.train)]
-            self.classes = tables.names.get(self.label) or _classes(values, where, self.label)
+            self.classes = tuple(map(nfc, tables.names.get(self.label, ()))) or _classes(values, where, self.label)
             self._named = self.label in tables.names
             self._target = self._class
         train = self._pairs(tables.train, where)
         if tables.held_out is None:
-            kept, apart = split_off(len(train), arguments.holdout, arguments.seed)
+            classes = [label for _, label in train] if self.classes else []
+            kept, apart = split_off(len(train), arguments.holdout, arguments.seed, classes)
             self.train, self.held_out = [train[i] for i in kept], [train[i] for i in apart]
         else:
             self.train = train
             self.held_out = self._pairs(tables.held_out, arguments.eval_data or where)
         self.train = [self.train[i] for i in draw(len(self.train), arguments.limit, arguments.seed)]
+        self.notes = class_notes(
+            self.classes, (label for _, label in self.train), (label for _, label in self.held_out)
+        )
+        if leak := in_both((texts for texts, _ in self.train), (texts for texts, _ in self.held_out)):
+            self.notes.append(("seen in training", leak))
 
     def _pairs(self, rows: Sequence[Mapping[str, Any]], where: str) -> list[Labelled]:
         for name in (*self.columns, self.label):
@@ -138,7 +145,7 @@ def _plain(value: Any, where: str, index: int) -> str:
             f"{where}, record {index + 1}: expected a word or an integer as the label, got {shown(value)}."
         )
     missing = value is None or value != value  # NaN, which is what a table of floats has where there is nothing
-    text = "" if missing else str(value).strip()
+    text = "" if missing else nfc(str(value).strip())
     if not text:
         raise CommandError(f"{where}, record {index + 1}: the label is missing.")
     return text

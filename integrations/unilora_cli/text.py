@@ -45,7 +45,7 @@ def task(arguments: argparse.Namespace) -> Task:
         options["modules_to_save"] = (*adapter.modules_to_save, *extra)
         adapter = unilora_transformers.attach(model, example=example, **options)
     classes = ", ".join(texts.classes[:8]) + (" …" if len(texts.classes) > 8 else "")
-    notes = [("classes", classes) if texts.classes else ("labels", "numbers")]
+    notes = [("classes", classes) if texts.classes else ("labels", "numbers"), *texts.notes]
     if extra:
         notes.append(("trained as well", f"{', '.join(extra)}: not in the checkpoint"))
     return Task(

@@ -156,9 +156,9 @@ def test_kinds_of_text_files(text, sentences, tmp_path, name):
 
 
 def test_quotes_of_a_tsv_are_plain_characters(text, tmp_path):
-    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"the film\t1\nthe " plot\t0\n')
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"the film\t1\nthe " plot\t0\n' + "a story\t0\n" * 2)
     assert text("--data", tmp_path / "a.tsv").code == 0
-    assert counts() == (1, 1)
+    assert counts() == (3, 1)
 
 
 def test_pairs_of_texts(text, sentences, tmp_path):
@@ -195,7 +195,7 @@ def test_texts_that_cannot_be_used(text, tsv, tmp_path):
         (tmp_path / "bad.tsv").write_text(data)
         refused(text("--data", tmp_path / "bad.tsv"), message)
     (tmp_path / "bad.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
-    refused(text("--data", tmp_path / "bad.tsv"), "bad.tsv: not UTF-8 text")
+    refused(text("--data", tmp_path / "bad.tsv"), "bad.tsv, line 2: not UTF-8 text")
     (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": 1}\n{"text": \n')
     refused(text("--data", tmp_path / "bad.jsonl"), "bad.jsonl, line 2: not JSON")
     (tmp_path / "bad.tsv.gz").write_bytes(gzip.compress(b"sentence\tlabel\n" * 99)[:30])
@@ -255,7 +255,10 @@ def test_prompt_and_response(tokenizer, parsed, tmp_path):
 
     whole = encoded(parsed(*line))
     assert (len(whole.train), len(whole.held_out)) == (2, 1)
-    assert whole.notes == [("left out", f"3 of {path}: the prompt alone fills 16 tokens (--length)")]
+    assert whole.notes == [
+        ("left out", f"3 of {path}: the prompt alone fills 16 tokens (--length)"),
+        ("seen in training", "1 of the 1 held-out examples, equal to one to train on"),
+    ]
     tokens = whole.train[0]["input_ids"]
     assert tokenizer.decode(tokens) == "the film was very good [EOS]"
     assert whole.train[0]["labels"] == tokens
@@ -285,7 +288,7 @@ def test_language_that_cannot_be_used(lm, tmp_path, tsv):
     refused(lm("--data", tmp_path / "a.txt"), "it fills one block of 16 tokens only")
     refused(lm("--data", tmp_path / "a.txt", "--response-only"), "it holds whole texts")
     refused(lm("--data", tmp_path / "a.txt", "--eval-data", tsv), "train.tsv: expected a .txt file")
-    refused(lm("--data", tsv), "expected the columns messages or prompt+response", "it has 'sentence', 'label'")
+    refused(lm("--data", tsv), "expected the columns messages or conversations", "it has 'sentence', 'label'")
     path = write(tmp_path / "a.jsonl", [{"prompt": "the plot " * 20, "response": "bad"}] * 3)
     refused(lm("--data", path), "every prompt fills the 16 tokens of --length")
 

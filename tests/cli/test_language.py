@@ -86,7 +86,7 @@ def test_chats_that_cannot_be_used(unilora, llama, tmp_path):
         return unilora("finetune", "lm", "--model", llama, "--data", path, "--out", "run", *words).err
 
     bad = [{**CHAT[0], "role": "bot"}]
-    assert "a.jsonl, record 2, turn 1: the role 'bot' is none of system, user, assistant, tool." in result(
+    assert "a.jsonl, record 2, turn 1: the role 'bot' is none of system, developer, user, assistant, tool." in result(
         [{"messages": CHAT}, {"messages": bad}]
     )
     assert "record 1, turn 1: expected a text as the content, got None" in result([{"messages": [{"role": "user"}]}])
