@@ -17,7 +17,7 @@ from unilora_torch.vector import Vector
 
 __all__ = ["untouched"]
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 NOT_LOOKED_INTO = (Vector, Live, type, types.FunctionType, types.MethodType, types.ModuleType)
 """What has attributes, and is no state of a model."""
