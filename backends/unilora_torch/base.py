@@ -42,7 +42,7 @@ def identity(model: nn.Module, exclude: Iterable[str] = ()) -> BaseIdentity | No
     embeddings = {name: value for name, value in named.items() if name in tables and value.dim() == 2}
     return BaseIdentity(
         kind=type(model).__name__,
-        name=getattr(model, "name_or_path", "") or None,
+        name=str(getattr(model, "name_or_path", "") or "").encode(errors="replace").decode() or None,
         embeddings=tuple(sorted((len(value), value.shape[1]) for value in embeddings.values())),
         values=_pack(_sample(vectors, VECTORS) + _sample(embeddings, EMBEDDINGS)),
     )

@@ -110,9 +110,7 @@ def _differentiable(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     nothing in the layer may be trained.
     """
     if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
-        return tuple(
-            tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors
-        )
+        return tuple(tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors)
     return tuple(tensors)
 
 

@@ -40,6 +40,7 @@ from unilora_torch.heads import whole_names
 from unilora_torch.merging import add_update
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.targets import block_of, weight_name
+from unilora_transformers.class_names import Classes, read_classes
 from unilora_transformers.saving import model_class, refuse_kernels
 
 __all__ = ["merge_checkpoint"]
@@ -91,7 +92,7 @@ def merge_checkpoint(
     file, folder = read_adapter(adapter_file), _local(base)
     header = read_header(adapter_file, file)
     checkpoint = _Checkpoint.of(folder)
-    model = _on_meta(header, folder, dict(config or {}))
+    model = _on_meta(header, folder, dict(config or {}), read_classes(header, file.metadata))
     names = _Names.of(model, checkpoint)
     found = open_file(adapter_file, model, file=file, any_rank=any_rank, loaded=False)
     merged = _Merged.of(adapter_file, found, model, checkpoint, names)
@@ -198,33 +199,36 @@ class _Names:
         return cls({name: key for name, key in plain.items() if name in known}, converted)
 
 
-def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
+def _on_meta(header: Header, folder: Path, changes: dict[str, Any], classes: Classes) -> PreTrainedModel:
     """The model that the file adapts, of the checkpoint's config and without values."""
     config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | changes)
     refuse_kernels(header.where, config)
     if getattr(config, "quantization_config", None) is not None:
         raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
-    if labels := header.labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
+    if classes.count is not None:
+        config.num_labels = classes.count
     architectures = [*(config.architectures or ()), ""]
     kind = header.base_class or (header.base.kind if header.base else architectures[0])
     cls = model_class(header.where, kind)
     try:
         with torch.device("meta"):
-            return cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
+            model = cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
     except Exception as error:  # whatever a class raises on the config of another
         raise MismatchError(
             f"{header.where}: it adapts a {kind}, which cannot be built of the config of {folder} "
             f"({type(config).__name__}: {error!r:.300}); is it the base that the adapter was trained on?"
         ) from error
+    classes.put_in(model.config)
+    return model
 
 
 def _load_small(model: PreTrainedModel, checkpoint: _Checkpoint, names: _Names) -> None:
-    """Values for the vectors and embeddings, which tell one base from another."""
-    small = [name for name, value in model.named_parameters() if value.dim() == 1]
-    small += [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    state = {name: checkpoint.read(names.plain[name]) for name in small if name in names.plain}
+    """Values for the vectors and embeddings, which tell one base from another; not of a head of another size."""
+    small = {name: value for name, value in model.named_parameters() if value.dim() == 1}
+    tables = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    small |= {name: module.weight for name, module in tables}
+    there = {name: names.plain[name] for name in small if name in names.plain}
+    state = {name: checkpoint.read(key) for name, key in there.items() if checkpoint.shapes[key] == small[name].shape}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
 

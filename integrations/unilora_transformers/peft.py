@@ -279,7 +279,7 @@ def _heads(model: nn.Module, config: _Config) -> tuple[str, ...]:
 def _config(adapter: Adapter) -> dict[str, Any]:
     spec = adapter.spec
     return {
-        "base_model_name_or_path": getattr(adapter.model, "name_or_path", None),
+        "base_model_name_or_path": str(getattr(adapter.model, "name_or_path", None) or "") or None,
         "bias": "none",
         "fan_in_fan_out": any(target.transposed for target in adapter.targets),
         "inference_mode": True,

@@ -7,7 +7,9 @@ nothing else. They are attributes of that one model; no class is changed.
 import functools
 import json
 import os
+import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
 from unilora_core.files import new_files
-from unilora_core.header import FROZEN, read_header
+from unilora_core.header import FROZEN, Header, read_header
 from unilora_core.methods import METHODS, method_of
 from unilora_core.schema import shown
 from unilora_torch.adapter import NAME, Adapter, adapters
 from unilora_torch.chains import Frozen
 from unilora_torch.frozen import frozen_in_file, tensors_of
+from unilora_transformers.class_names import Classes, read_classes, write_classes
 
 __all__ = [
     "Checkpoints",
@@ -43,6 +46,12 @@ __all__ = [
 
 PLACE = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"}
 """The options of `from_pretrained` that say where a base lies, or whether its code may run."""
+
+NAMING = {"config", "id2label", "label2id", "num_labels"}
+"""The options of `from_pretrained` by which the caller decides what the classes are."""
+
+HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+"""A name on the hub, and no path or text that the YAML of a model card would take for more."""
 
 SPEC = "spec"
 """Beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
@@ -70,8 +79,10 @@ def save_pretrained(
     Raises:
         ValuesError: θ_d holds NaN or infinity, or is spread over processes by ZeRO-3; an old file is kept.
     """
-    live = trained(model)
-    state = {name: _whole(name, (live if state_dict is None else state_dict)[name]) for name in live}
+    if state_dict is not None and not state_dict:  # as the Trainer has it where DeepSpeed writes the values itself
+        warnings.warn(f"unilora: no adapter is written to {save_directory}: the state_dict is empty.", stacklevel=2)
+        return
+    state = {name: _whole(name, tensor) for name, tensor in _values(model, state_dict).items()}
     if is_main_process is False:
         return
     folder = Path(save_directory)
@@ -148,7 +159,8 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         AdapterFileError: the file does not say what its base model is, names what is no class of transformers, or
             states a setting that is the caller's to give (`unilora_core.header.SETTINGS` are those that a file may).
     """
-    header = read_header(path, read_adapter(path))
+    file = read_adapter(path)
+    header = read_header(path, file)
     name = header.base_model
     kind = header.base_class or (header.base.kind if header.base else "")
     if not name or not kind:
@@ -157,18 +169,14 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
             f"base_class = {kind!r}); build the base model and give it: from_pretrained(…, model=model)."
         )
     cls = model_class(path, kind)
-    said = header.settings(options)
-    if said.get("problem_type") == "regression":
-        said = {"ignore_mismatched_sizes": True} | said
-    if labels := header.labels:
-        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        said |= {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names
+    classes = read_classes(header, file.metadata)
+    said = _settings(header, classes, options)
     given = {"trust_remote_code": False} | dict(options)
     try:
         if not given["trust_remote_code"] and not given.keys() & {"config", "attn_implementation"}:
             config = AutoConfig.from_pretrained(name, **{key: given[key] for key in given.keys() & PLACE})
             refuse_kernels(path, config)
-        return cls.from_pretrained(name, **said | given)
+        model = cls.from_pretrained(name, **said | given)
     except (AdapterFileError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers raises on a base that does not fit its class or its settings
@@ -176,6 +184,19 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
             f"{path}: the base model that it names, {name!r}, cannot be built as {kind} ({error!r:.800}); build the "
             "base model and give it: from_pretrained(…, model=model)."
         ) from error
+    if not options.keys() & NAMING:
+        classes.put_in(model.config)
+    return model
+
+
+def _settings(header: Header, classes: Classes, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says of its base, where the caller does not; a config that is given says all but this one thing."""
+    said = header.settings(options)
+    if said.get("problem_type") == "regression" or classes.count is not None:
+        said = {"ignore_mismatched_sizes": True} | said
+    if classes.count is not None and not options.keys() & NAMING:
+        said["num_labels"] = classes.count
+    return said if "config" not in options else {k: v for k, v in said.items() if k == "ignore_mismatched_sizes"}
 
 
 def model_class(path: str | os.PathLike, name: str) -> type[PreTrainedModel]:
@@ -214,20 +235,29 @@ def base_metadata(model: PreTrainedModel) -> dict[str, str]:
     """What an adapter file says of its base model: its name, its class, and the names of the classes it tells apart."""
     kind = type(model).__name__.removeprefix("FSDP")  # fully_shard changes the class, and its name so
     metadata = {"base_class": kind, "written_by": f"unilora {__version__}"}
-    if model.name_or_path:
-        metadata["base_model"] = model.name_or_path
+    if base := _name(model):
+        metadata["base_model"] = base
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         metadata["task"] = "lm"
     if kind.endswith("ForSequenceClassification"):
         metadata["task"] = "text"
-    if "Classification" in kind:
-        metadata["labels"] = json.dumps([model.config.id2label[i] for i in range(model.config.num_labels)])
-    return metadata
+    return metadata | write_classes(model)
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Of the base, or its path; empty where it has none, or one that is no text in UTF-8."""
+    name = str(model.name_or_path or "")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        warnings.warn(f"unilora: the name of the base model, {name!r}, is left out of what is saved.", stacklevel=2)
+        return ""
+    return name
 
 
 def model_card(model: PreTrainedModel) -> str:
     """A README for the hub: what the adapter is, what it needs, how it is used."""
-    base, there = model.name_or_path, adapters(model)
+    base, there = _name(model), adapters(model)
     methods = {name: method_of(adapter.spec) or adapter.spec.frame for name, adapter in there.items()}
     rows = [
         f"| {name} | {methods[name]} | {a.spec.d:,} | {a.spec.D:,} | {len(a.targets)} | {a.spec.seed} "
@@ -235,7 +265,7 @@ def model_card(model: PreTrainedModel) -> str:
         for name, a in there.items()
     ]
     header = ["---", "library_name: unilora", "tags:", "- unilora", "- lora", "- adapter"]
-    if base and not Path(base).exists():
+    if HUB.fullmatch(base) and not os.path.exists(base):
         header += [f"base_model: {base}", "base_model_relation: adapter"]
     return "\n".join(
         [
@@ -340,6 +370,15 @@ class Checkpoints:
         """As the handle of a hook."""
         for handle in self.handles:
             handle.remove()
+
+
+def _values(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The trained tensors out of a state_dict, which a wrapper (torch.compile, DDP) may have put under longer names."""
+    live = trained(model)
+    first = f"{next(iter(adapters(model)))}.theta_d"
+    found = (key.removesuffix(first) for key in state_dict or () if f".{key}".endswith(f".{first}"))
+    prefix = next(found, "")
+    return {name: (state_dict or {}).get(prefix + name, tensor) for name, tensor in live.items()}
 
 
 def _file_of(name: str) -> str:

@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +255,44 @@ def test_what_cannot_be_loaded(tiny, tmp_path):
         unilora_transformers.from_pretrained(tmp_path / "a")
     with pytest.raises(TypeError, match=r"\['dtype'\] are for loading the base"):
         unilora_transformers.from_pretrained(tmp_path / "a", tiny("LlamaForCausalLM"), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["caf\udce9/base", Path("a") / "path", "x" * 5000, "nul\0byte", "a: [yaml"])
+def test_no_name_of_a_base_costs_what_was_trained(llama, tiny, tmp_path, name):
+    model = llama()
+    model.name_or_path = name
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="unilora: the name of the base model")
+        model.save_pretrained(tmp_path, is_main_process=True)
+    loaded = unilora_transformers.from_pretrained(tmp_path, tiny("LlamaForCausalLM"))
+    assert torch.equal(loaded.unilora.theta_d, model.unilora.theta_d)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("base_model:" in card) == (name == Path("a/path"))
+
+
+def test_a_name_that_is_no_text_is_said_to_be_left_out(llama, tmp_path):
+    model = llama()
+    model.name_or_path = "caf\udce9"
+    with pytest.warns(UserWarning, match=r"the name of the base model, 'caf\\udce9', is left out"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_saved(llama, tmp_path, wrap):
+    model = llama()
+    with torch.no_grad():
+        model.unilora.theta_d.mul_(2)
+    state = wrap(model).state_dict()
+    assert "unilora.theta_d" not in state
+    model.save_pretrained(tmp_path, state_dict=state, is_main_process=True)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["unilora.theta_d"], model.unilora.theta_d)
+
+
+def test_an_empty_state_dict_writes_nothing_and_says_so(llama, tmp_path):
+    """As the Trainer has it where DeepSpeed keeps the values to itself."""
+    with pytest.warns(UserWarning, match=r"no adapter is written to .*: the state_dict is empty"):
+        llama().save_pretrained(tmp_path / "none", state_dict={}, is_main_process=True)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_diverged_adapter_is_not_saved(llama, tmp_path):
