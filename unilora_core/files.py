@@ -63,7 +63,7 @@ def new_files(*paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
         folders = {p.parent: stack.enter_context(_temporary(p.parent)) for p in dict.fromkeys(places)}
         new = tuple(folders[place.parent] / place.name for place in places)
         for place in places:
-            _refuse_folder(place)
+            _refuse_other(place)
         yield new
         for file in new:
             _flush(file)
@@ -114,12 +114,12 @@ def try_files(*paths: str | os.PathLike) -> None:
     """Refuse what `new_files` could not write, before the work that makes it; nothing stays.
 
     Raises:
-        OSError: a folder is in the place of a file, or nothing can be written beside it.
+        OSError: in the place of a file is a folder or a device, or nothing can be written beside it.
     """
     with _naming(*paths):
         for place in (Path(os.path.realpath(path)) for path in paths):
             with _temporary(place.parent) as new:
-                _refuse_folder(place)
+                _refuse_other(place)
                 (new / place.name).touch()
 
 
@@ -222,14 +222,17 @@ def _flush(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _refuse_folder(place: Path) -> None:
+def _refuse_other(place: Path) -> None:
+    """Refuse a place that holds what is no file: as root one would put a file there instead."""
     if place.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
+    if place.exists() and not place.is_file():
+        raise FileExistsError(errno.EEXIST, "a device, a pipe or a socket is there, and no file", str(place))
 
 
 def _like(old: Path, new: Path) -> None:
-    """Give a new file the permissions of the old one in its place, which must be no folder."""
-    _refuse_folder(old)
+    """Give a new file the permissions of the old one in its place, which must be a file."""
+    _refuse_other(old)
     with contextlib.suppress(OSError):  # none there, or a file system without permissions
         shutil.copymode(old, new)
 

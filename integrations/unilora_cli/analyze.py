@@ -12,6 +12,7 @@ from unilora_cli.console import CommandError, number, path_of, say, table
 from unilora_cli.outputs import blank_figure, write_csv, write_png
 from unilora_core import analyze
 from unilora_core.analysis import Analysis, Projection
+from unilora_core.files import try_files
 
 __all__ = ["draw_support", "run", "table_of", "write_figures"]
 
@@ -32,12 +33,14 @@ def run(arguments: argparse.Namespace) -> None:
         SpecError: a method that there is not, or one that these targets cannot have.
         FileNotFoundError, CorruptFileError: the file.
         CommandError: an option that no method takes.
+        OSError: nothing can be written, which is tried first.
     """
+    folder = path_of(arguments.out) if arguments.out else None
+    if folder:
+        try_files(folder / "analysis.csv", folder / "support.png")
     found = [(case, analyze(case.spec, case.targets, case.frozen)) for case in _cases(arguments)]
     say(table(table_of(found)))
-    if arguments.out:
-        folder = path_of(arguments.out)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder:
         write_figures(folder / "analysis.csv", found)
         draw_support(folder / "support.png", [case for case, _ in found])
         say(f"also written: analysis.csv, support.png in {folder}")

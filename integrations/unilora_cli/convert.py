@@ -9,11 +9,12 @@ from unilora_cli.console import CommandError, path_of, say
 from unilora_cli.models import Base, build, load_adapter, remembered
 from unilora_core import read_adapter
 from unilora_core.engines import check, read_lora
+from unilora_core.files import try_files
 from unilora_core.header import BaseArguments, Header, read_header
 
 __all__ = ["run"]
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KINDS = {"SEQ_CLS": "text", "CAUSAL_LM": "lm"}
 
 
@@ -22,6 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         CommandError: the source does not fit the wanted format.
+        OSError: the result cannot be written, which is tried first.
     """
     source = path_of(arguments.source)
     if not source.exists():
@@ -31,6 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"{arguments.source}: --to {arguments.to} starts from {wanted}.")
     if arguments.to != "lora" and (arguments.engine or arguments.rank):
         raise CommandError(f"--engine and --rank go with --to lora, not with --to {arguments.to}.")
+    out = path_of(arguments.out)
+    try_files(*([out] if source.is_dir() else [out / WEIGHTS, out / CONFIG]))
     (_from_peft if source.is_dir() else _from_file)(source, arguments)
 
 

@@ -17,6 +17,7 @@ from unilora_cli.plan import plan_of, rows_of
 from unilora_cli.report import ADAPTER, Recorder
 from unilora_cli.task import Task
 from unilora_core import __version__
+from unilora_core.files import try_files
 
 __all__ = ["run"]
 
@@ -102,21 +103,31 @@ def _save_memory_or_time(task: Task, arguments: argparse.Namespace) -> None:
 
 
 def _output_folder(arguments: argparse.Namespace) -> Path:
-    """The folder to write to; no adapter is overwritten unless asked.
+    """The folder to write to, which is tried; no adapter is overwritten unless asked.
 
     Raises:
         CommandError: there is an adapter in it, or its name is a file's; ``--resume`` without ``--out``.
+        OSError: nothing can be written there.
     """
-    if arguments.resume and arguments.out is None:
+    folder = _new_folder(arguments) if arguments.out is None else _given_folder(arguments)
+    try_files(folder / ADAPTER)
+    return folder
+
+
+def _new_folder(arguments: argparse.Namespace) -> Path:
+    if arguments.resume:
         raise CommandError("--resume wants the folder of the interrupted run: --out FOLDER.")
-    if arguments.out is None:
-        names = (Path(arguments.model).name, Path(arguments.data).stem)
-        stem = "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in name) for name in names)
-        folder, number = Path("runs", stem), 1
-        while folder.exists():
-            number += 1
-            folder = Path("runs", f"{stem}-{number}")
-        return folder
+    names = (Path(arguments.model).name, Path(arguments.data).stem)
+    stem = "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in name) for name in names)
+    stem = stem.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
+    folder, number = Path("runs", stem), 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{stem}-{number}")
+    return folder
+
+
+def _given_folder(arguments: argparse.Namespace) -> Path:
     folder = path_of(arguments.out)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{arguments.out}: this is a file; --out wants a folder.")

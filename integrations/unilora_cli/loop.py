@@ -17,6 +17,7 @@ from unilora_cli.console import CommandError, one_line
 from unilora_cli.metrics import Outcome
 from unilora_cli.report import ADAPTER, Recorder
 from unilora_cli.task import Task
+from unilora_core import ValuesError
 
 __all__ = ["Settings", "TrainingError", "conclude", "evaluate", "fit", "parameter_groups", "steps_of"]
 
@@ -100,7 +101,8 @@ def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, A
                 _advance(bar, batches, loss=f"{loss:.4f}", rate=f"{rate:.2e}")
                 if step == steps:
                     break
-            scores = evaluate(task, settings)
+            with keeper.saving_first():
+                scores = evaluate(task, settings)
             keeper.check(scores["loss"], step, "the held-out loss")
             with _above(bar):
                 recorder.epoch(epoch, step, scores)
@@ -143,7 +145,8 @@ def conclude(task: Task, settings: Settings, recorder: Recorder) -> None:
             with torch.no_grad(), _precision(settings):
                 return task.model(inputs.to(settings.device)).float().cpu()
 
-        recorder.also_written += task.look(logits, recorder.folder)
+        with recorder.beside("predictions and pictures"):
+            recorder.also_written += task.look(logits, recorder.folder)
 
 
 def parameter_groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
@@ -166,6 +169,20 @@ class _Keeper:
     def __init__(self, trained: list[nn.Parameter], recorder: Recorder):
         self.trained, self.recorder, self.epoch_saved = trained, recorder, False
         self.good: list[Tensor] | None = None
+
+    @contextlib.contextmanager
+    def saving_first(self) -> Iterator[None]:
+        """What ends an evaluation does not take with it what was trained before: the adapter is saved then, unless the
+        file has the best so far.
+        """
+        try:
+            yield
+        except BaseException:
+            if self.recorder.keep == "last" or not self.epoch_saved:
+                with contextlib.suppress(ValuesError):  # θ_d is not finite, and no adapter
+                    self.recorder.save()
+                    self.recorder.tell(f"  evaluation failed; the adapter is in {self.recorder.folder / ADAPTER}")
+            raise
 
     def check(self, loss: float, step: int, what: str = "the loss") -> None:
         if math.isfinite(loss):

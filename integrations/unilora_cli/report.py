@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import math
+import secrets
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from unilora_cli import checkpoint
-from unilora_cli.console import number, say, table
+from unilora_cli.console import CommandError, number, one_line, say, table
 from unilora_cli.distributed import only_first
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
 from unilora_cli.task import Task
@@ -32,6 +35,7 @@ class Recorder:
         also_written: names of further files in the folder.
         skipped: steps that were not taken because the gradient overflowed float16.
         stopped_early: why training ended before its last step; empty unless it did.
+        unwritten: what stands beside the adapter and could not be written, and why.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Recorder:
         self.also_written = ["metrics.csv", "summary.csv", "metrics.json", "loss.png"]
         self.skipped = resumed["skipped"] if resumed else 0
         self.stopped_early = ""
+        self.unwritten: dict[str, str] = {}
         self.began = time.perf_counter() - (resumed["seconds"] if resumed else 0)
         self._since = len(self.losses)
         self._file: IO[str] | None = None
@@ -55,6 +60,10 @@ class Recorder:
         if fresh:  # --overwrite: an old adapter must not pass for this run's
             for name in (ADAPTER, checkpoint.FILE):
                 (self.folder / name).unlink(missing_ok=True)
+        self._begin_steps()
+
+    def _begin_steps(self) -> None:
+        """Write metrics.csv as far as it goes, to be gone on with."""
         rows: list[list[object]] = [["step", "loss", "rate"], *(_csv_step(*row) for row in self.losses)]
         write_csv(self.folder / "metrics.csv", rows)
         self._file = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8", buffering=1)
@@ -63,18 +72,35 @@ class Recorder:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._file:
             with contextlib.suppress(OSError):  # of a line that could not be written, which was said
                 self._file.close()
+        self._file = None
+
+    @contextlib.contextmanager
+    def beside(self, what: str) -> Iterator[None]:
+        """What cannot be written beside the adapter, or drawn, ends no training: it is said now, and by `finish`."""
+        try:
+            yield
+        except Exception as error:
+            why = (error.strerror if isinstance(error, OSError) else "") or f"{type(error).__name__}: {error}"
+            if what not in self.unwritten:
+                self.tell(f"  {what} cannot be written ({one_line(why, 200)}); going on")
+            self.unwritten[what] = one_line(why, 200)
+        else:
+            self.unwritten.pop(what, None)
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """One step: its loss, and the rate of θ_d that it used."""
         self.losses.append((step, loss, rate))
         if self._file:
-            try:
+            with self.beside("metrics.csv"):
                 self._file.write(csv_text([_csv_step(step, loss, rate)]))
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self._file.name) from error
+            if self.unwritten.get("metrics.csv"):
+                self._close()  # and begin again at the next evaluation
 
     def epoch(self, epoch: int, step: int, scores: Mapping[str, float]) -> None:
         """Save the adapter, if it is to be kept, and what is known so far, and print a line."""
@@ -89,7 +115,13 @@ class Recorder:
         self.write("running")
         name = f"epoch {epoch}" if epoch else "before"
         before = f"training loss {number(row['train_loss'])}, " if recent else ""
-        say(f"  {name}: {before}held out: " + ", ".join(f"{key} {number(value)}" for key, value in scores.items()))
+        held_out = ", ".join(f"{key} {number(value)}" for key, value in scores.items())
+        self.tell(f"  {name}: {before}held out: {held_out}")
+
+    def tell(self, line: str) -> None:
+        """Print a line; training goes on where nobody reads it any more, or what it is written to is full."""
+        with contextlib.suppress(OSError):
+            say(line)
 
     @property
     def keeps(self) -> str:
@@ -120,7 +152,8 @@ class Recorder:
     def _best(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The first of the best by the task's first metric."""
         metric = self.task.metrics[0]
-        return (max if metric.higher else min)(rows, key=lambda row: row[metric.name])
+        sign = 1 if metric.higher else -1
+        return max(rows, key=lambda row: -math.inf if math.isnan(row[metric.name]) else sign * row[metric.name])
 
     @only_first
     def checkpoint(self, state: Mapping[str, Any]) -> None:
@@ -128,12 +161,28 @@ class Recorder:
         losses = [list(row) for row in self.losses]
         known = {"epochs": self.epochs, "losses": losses, "skipped": self.skipped, "seconds": self._seconds()}
         made_for = checkpoint.made_for(self.about["settings"], self.task.adapter.spec)
-        checkpoint.write(self.folder, {**state, **known, **made_for})
+        with self.beside(checkpoint.FILE):
+            checkpoint.write(self.folder, {**state, **known, **made_for})
 
     @only_first
     def save(self) -> None:
-        """Write the adapter file."""
-        self.task.adapter.save(self.folder / ADAPTER, metadata=self.task.base.metadata())
+        """Write the adapter file.
+
+        Raises:
+            CommandError: it cannot be written in the folder; it says where else it is.
+            OSError: nor anywhere else.
+        """
+        metadata = self.task.base.metadata()
+        try:
+            self.task.adapter.save(self.folder / ADAPTER, metadata=metadata)
+        except OSError as error:
+            other = Path(tempfile.gettempdir(), f"unilora-{secrets.token_hex(8)}.safetensors")
+            try:
+                self.task.adapter.save(other, metadata=metadata)
+            except OSError:
+                raise error from None
+            why = f"{self.folder / ADAPTER}: {error.strerror or error}"
+            raise CommandError(f"{why}; the adapter of this epoch is in {other}.") from error
 
     def failed(self, why: str) -> None:
         """Write down why training ended early."""
@@ -141,15 +190,25 @@ class Recorder:
 
     @only_first
     def finish(self) -> None:
-        """Write the last outputs, and print the table."""
-        _draw(self.folder / "loss.png", self.losses, self.epochs, self.task.metrics[0].name)
+        """Write the last outputs, and print the table.
+
+        Raises:
+            CommandError: something beside the adapter could not be written.
+        """
+        with self.beside("loss.png"):
+            _draw(self.folder / "loss.png", self.losses, self.epochs, self.task.metrics[0].name)
         self.write("finished")
-        (self.folder / checkpoint.FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.folder / checkpoint.FILE).unlink()
         say("\nresult\n" + table(self._summary()))
+        self.unwritten.pop(checkpoint.FILE, None)  # which is of no use any more
+        if self.unwritten:
+            lost = "; ".join(f"{what} ({why})" for what, why in self.unwritten.items())
+            raise CommandError(f"the adapter is in {self.folder / ADAPTER}, but this could not be written: {lost}.")
 
     @only_first
     def write(self, status: str) -> None:
-        """Write metrics.json and summary.csv."""
+        """Write metrics.json and summary.csv, and metrics.csv again where it is gone."""
         final = {key: value for key, value in self.kept().items() if key != "seconds"}
         contents = self.about | {
             "status": status,
@@ -161,8 +220,14 @@ class Recorder:
             "bytes": self._bytes(),
             "seconds": self._seconds(),
         }
-        write_file(self.folder / "metrics.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
-        write_csv(self.folder / "summary.csv", self._epoch_rows())
+        with self.beside("metrics.json"):
+            write_file(self.folder / "metrics.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
+        with self.beside("summary.csv"):
+            write_csv(self.folder / "summary.csv", self._epoch_rows())
+        if self._file is None or not (self.folder / "metrics.csv").exists():
+            with self.beside("metrics.csv"):
+                self._close()
+                self._begin_steps()
 
     def _epoch_rows(self) -> list[list[object]]:
         """A line per evaluation, with the columns that timm's own training script has."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unilora_core import TargetError
-from unilora_core.files import new_files
+from unilora_core.files import new_files, try_files
 from unilora_timm.attach import example_of
 from unilora_torch.adapter import adapters
 
@@ -55,9 +55,10 @@ def save_onnx(model: nn.Module, path: str | os.PathLike, example: Tensor | None 
         ModuleNotFoundError: onnx or onnxscript is not installed.
         TargetError, ValuesError: as `merged`.
         RuntimeError: torch cannot export the model, or not for any batch size. Nothing is written then.
-        OSError: a file cannot be written; it names the path.
+        OSError: a file cannot be written, which is tried first; it names the path.
     """
     check_onnx()
+    try_files(path)
     plain = (merged(model) if adapters(model) else copy.deepcopy(model)).eval()
     for module in plain.modules():
         if hasattr(module, "fused_attn"):  # as timm's exportable=True: torch cannot export that of BEiT

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -203,3 +205,157 @@ def test_the_schedule_rises_then_falls_to_zero():
         assert values[:11] == sorted(values[:11])
         assert values[10:] == sorted(values[10:], reverse=True)
         assert values[100] == pytest.approx(0)
+
+
+# ---- what goes wrong beside the adapter, or after it is trained ------------------------------------------------------
+
+
+@pytest.fixture
+def short(unilora, bert, tsv):
+    """A run of two epochs of five steps in the folder run."""
+    words = ("finetune", "text", "--model", bert, "--data", tsv, "--epochs", 2, "--batch-size", 8, "--device", "cpu")
+    return lambda *more: unilora(*words, "--out", "run", *more)
+
+
+def at_epoch(monkeypatch, number, action):
+    """Do this after the evaluation of an epoch, before anything is written."""
+    from unilora_cli import report
+
+    begin = report.Recorder.epoch
+
+    def epoch(recorder, *arguments):
+        if arguments[0] == number:
+            action(recorder)
+        begin(recorder, *arguments)
+
+    monkeypatch.setattr(report.Recorder, "epoch", epoch)
+
+
+def test_an_evaluation_that_fails_does_not_lose_the_epoch(short, monkeypatch):
+    import torch
+
+    from unilora_cli import loop
+
+    seen = []
+
+    def fails(task, settings):
+        seen.append(task.adapter.theta_d.detach().clone())
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(loop, "evaluate", fails)
+    result = short()
+    assert result.code == 1
+    assert "evaluation failed; the adapter is in run/adapter.safetensors\n" in result.out
+    assert result.err.startswith("unilora: error: out of memory (no memory)")
+    assert torch.equal(torch.from_numpy(read_adapter("run/adapter.safetensors").theta_d), seen[0])
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'matplotlib'"), OSError(28, "No space left")])
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(short, monkeypatch, error):
+    from unilora_cli import report
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(report, "_draw", fails)
+    result = short()
+    assert result.code == 1
+    assert "held-out accuracy" in result.out.split("result")[1]
+    assert result.err.startswith("unilora: error: the adapter is in run/adapter.safetensors, but this could not be wri")
+    assert "loss.png (" in result.err
+    assert result.err.count("\n") == 1
+    assert json.loads(Path("run/metrics.json").read_text())["status"] == "finished"
+    assert read_adapter("run/adapter.safetensors").spec.d
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_made_again(short, monkeypatch):
+    at_epoch(monkeypatch, 2, lambda recorder: shutil.rmtree(recorder.folder))
+    result = short()
+    assert result.code == 0, result.err
+    assert {path.name for path in Path("run").iterdir()} == {
+        *("adapter.safetensors", "loss.png", "metrics.csv", "metrics.json", "summary.csv")
+    }
+    assert len(Path("run/metrics.csv").read_text().splitlines()) == 11
+
+
+def test_an_adapter_that_finds_no_place_is_kept_elsewhere(short, monkeypatch):
+    import torch
+
+    seen = []
+
+    def replaced(recorder):
+        seen.append(recorder.task.adapter.theta_d.detach().clone())
+        shutil.rmtree(recorder.folder)
+        recorder.folder.write_text("a file")
+
+    at_epoch(monkeypatch, 2, replaced)
+    result = short()
+    assert result.code == 1
+    says = r"unilora: error: run/adapter\.safetensors: .*; the adapter of this epoch is in (.*)\.\n"
+    found = re.fullmatch(says, result.err)
+    assert found, result.err
+    kept = Path(found[1])
+    assert torch.equal(torch.from_numpy(read_adapter(kept).theta_d), seen[0])
+    kept.unlink()
+
+
+def test_what_cannot_be_written_beside_the_adapter_ends_no_training(short, monkeypatch):
+    """A disk that has room for the adapter only, and none for the state of the run."""
+    from unilora_cli import checkpoint, outputs, report
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    begin = report.Recorder._open
+
+    def then_full(recorder, fresh):
+        begin(recorder, fresh)
+        recorder._file.close()
+        recorder._file = Full()
+        for module in (checkpoint, outputs, report):
+            monkeypatch.setattr(module, "write_file", full)
+
+    class Full:
+        write, close = staticmethod(full), staticmethod(full)
+
+    monkeypatch.setattr(report.Recorder, "_open", then_full)
+    result = short()
+    assert result.code == 1
+    assert result.out.count("metrics.csv cannot be written (No space left on device); going on") == 1
+    for name in ("metrics.csv", "metrics.json", "summary.csv", "loss.png"):
+        assert f"{name} (No space left on device)" in result.err
+    assert "training.pt" not in result.err
+    assert "epoch 2" in result.out
+    assert read_adapter("run/adapter.safetensors").spec.d
+
+
+def test_nobody_has_to_read_what_is_printed(short, monkeypatch):
+    from unilora_cli import report
+
+    def closed(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(report, "say", closed)
+    assert short().err == "unilora: error: Broken pipe\n"
+    assert json.loads(Path("run/metrics.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("file", "this is a file; --out wants a folder"), ("file/run", "file"), ("a" * 256, "File name too long")],
+)
+def test_the_place_is_tried_before_the_model_is_loaded(short, out, message, tmp_path):
+    Path(tmp_path, "file").touch()
+    result = short("--model", "there-is-none", "--out", out)
+    assert result.code == 1
+    assert message in result.err
+    assert "there-is-none" not in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_long_name_of_model_and_data_makes_a_folder(unilora, bert, tsv, tmp_path):
+    data = tmp_path / f"{'ä' * 120}.tsv"
+    data.write_bytes(tsv.read_bytes())
+    assert unilora("finetune", "text", "--model", bert, "--data", data, "--max-steps", 1, "--device", "cpu").code == 0
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("bert-ää")

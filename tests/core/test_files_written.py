@@ -633,6 +633,16 @@ def test_a_move_that_fails_in_the_middle_is_taken_back(tmp_path, monkeypatch):
 # ---- tried before the work ------------------------------------------------------------------------------------------
 
 
+def test_a_device_is_not_replaced(tmp_path):
+    """As root one would put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for write in (try_files, functools.partial(write_file, data=b"")):
+        with pytest.raises(FileExistsError, match="a device, a pipe or a socket is there"):
+            write(tmp_path / "link")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
 def test_trying_leaves_nothing(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     try_files(tmp_path / "a", tmp_path / "new/deep/b")
