@@ -5,14 +5,14 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from unilora_cli.console import CommandError
-from unilora_cli.data_chats import Chat, Turn
+from unilora_cli.data_chats import Chat
 from unilora_cli.models import readable_errors
 from unilora_core.schema import shown
 
@@ -68,48 +68,49 @@ def chat_tokens(
     return tokens, silent, prompt, chat.turns[last]["content"]
 
 
-def left_out(chat: Chat, tokenizer: Any, where: str) -> Counter[str]:
-    """What the text of a chat lacks, in words, and how often.
+def left_out(chat: Chat, tokenizer: Any, where: str) -> Counter[tuple[str, str]]:
+    """What the text of a chat lacks, in words before the number and after it; and the number.
 
     Raises:
         CommandError: with that, a turn of the assistant that is learnt would say nothing.
     """
     with readable_errors(f"{where}: the chat template cannot take {shown(chat.turns)}"):
         text = _text(tokenizer, chat)
-    found: Counter[str] = Counter()
+    found: Counter[tuple[str, str]] = Counter()
     for name in sorted(chat.options):
         rest = {key: value for key, value in chat.options.items() if key != name}
-        found[f"chats have {name!r}"] += _same(tokenizer, dataclasses.replace(chat, options=rest), text)
-    for i, (turn, unheard) in enumerate(_unheard(chat, tokenizer, text)):
-        if unheard and i in chat.answers and not _says(turn, unheard):
+        found[f"{name!r} of", "chats"] += _same(tokenizer, dataclasses.replace(chat, options=rest), text)
+    for i, turn in enumerate(chat.turns):
+        unheard = [name for name in turn if name != "role" and _unheard(name, i, chat, tokenizer, text)]
+        if unheard and i in chat.answers and not any(turn[name] for name in turn.keys() - {"role", *unheard}):
             raise CommandError(
                 f"{where}, turn {i + 1}: the chat template leaves out {' and '.join(map(repr, unheard))}, and the "
                 "assistant says nothing else there; use a model whose template takes it, or leave such chats out."
             )
         for name in unheard:
-            found[f"turns of the {turn['role']}" if name == "content" else f"turns have {name!r}"] += 1
+            found[("", f"turns of the {turn['role']}") if name == "content" else (f"{name!r} of", "turns")] += 1
+        if turn["role"] == "assistant" and "content" not in unheard and not _holds(text, turn["content"]):
+            found["a part of", "turns of the assistant"] += 1
     return +found
 
 
-def _unheard(chat: Chat, tokenizer: Any, text: str) -> Iterator[tuple[Turn, list[str]]]:
-    """Each turn, and which of its keys the text would be the same without."""
-    at = 0
-    for i, turn in enumerate(chat.turns):
-        unheard = []
-        for name in [key for key, value in turn.items() if value and key != "role"]:
-            if name == "content" and (here := text.find(turn[name].strip(), at)) >= 0:
-                at = here
-                continue
-            rest = {key: value for key, value in turn.items() if key != name} | (
-                {name: ""} if name == "content" else {}
-            )
-            if _same(tokenizer, dataclasses.replace(chat, turns=[*chat.turns[:i], rest, *chat.turns[i + 1 :]]), text):
-                unheard.append(name)
-        yield turn, unheard
+def _unheard(name: str, i: int, chat: Chat, tokenizer: Any, text: str) -> bool:
+    """Whether the text would be the same without something of a turn."""
+    turn = chat.turns[i]
+    if turn[name] in ("", [], {}) or (name == "content" and _told(turn[name].strip(), chat, text)):
+        return False
+    rest = {key: value for key, value in turn.items() if key != name} | ({"content": ""} if name == "content" else {})
+    return _same(tokenizer, dataclasses.replace(chat, turns=[*chat.turns[:i], rest, *chat.turns[i + 1 :]]), text)
 
 
-def _says(turn: Turn, unheard: Collection[str]) -> bool:
-    return any(value for key, value in turn.items() if key != "role" and key not in unheard)
+def _told(words: str, chat: Chat, text: str) -> bool:
+    """Whether a text has long words as often as the turns, which is quicker to know than to leave them out."""
+    return len(words) > 20 and text.count(words) >= sum(turn["content"].count(words) for turn in chat.turns)
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether words are in a text, but for white space."""
+    return words.strip() in text or "".join(words.split()) in "".join(text.split())
 
 
 def _same(tokenizer: Any, chat: Chat, text: str) -> bool:
@@ -136,7 +137,7 @@ def _spans(chat: Chat, turns: Sequence[int], tokens: list[int], tokenizer: Any, 
         spans = [(run[0], run[-1] + 1) for run in runs]
         if list(turns) == chat.said:
             return spans
-        if len(spans) == len(chat.said):
+        if len(spans) == len(chat.said) and set(turns) <= set(chat.said):
             return [span for i, span in zip(chat.said, spans, strict=True) if i in turns]
     return [_span(chat, i, tokens, tokenizer, where) for i in turns]
 

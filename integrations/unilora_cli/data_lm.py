@@ -167,13 +167,15 @@ def _tokenised(
 ) -> Iterator[tuple[list[int], list[bool], list[int], str]]:
     """Of each pair or chat: tokens, which of them are silent, those of the prompt, and the response."""
     yield from (_pair(pair, tokenizer, response_only) for pair in corpus.pairs)
-    lost: Counter[str] = Counter()
+    lost: Counter[tuple[str, str]] = Counter()
     for i, chat in enumerate(corpus.chats):
         where = f"{corpus.where}, record {i + 1}"
         chat = fitted(chat, tokenizer)
         yield chat_tokens(chat, tokenizer, where, response_only)
         lost += left_out(chat, tokenizer, where)
-    notes += [("left out", f"{count:,} {what} of {corpus.where}, by the chat template") for what, count in lost.items()]
+    if lost:
+        what = ", ".join(f"{before} {count:,} {after}".strip() for (before, after), count in lost.items())
+        notes.append(("left out", f"by the chat template, of {corpus.where}: {what}"))
 
 
 def _pair(source: tuple[str, str], tokenizer: Any, response_only: bool) -> tuple[list[int], list[bool], list[int], str]:
