@@ -29,6 +29,7 @@ from unilora_torch.live import Entered
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.rows import Batch, Block, HeadHook, LayerHook, Pairs, Rows
 from unilora_torch.targets import Target, is_conv
+from unilora_torch.structure import Structure
 from unilora_torch.vector import attached, device_of
 from unilora_torch.watch import CallerHook, by_caller
 
@@ -77,6 +78,7 @@ class Bank:
         families: spec and targets → what the adapters that have them share.
         live: what its hooks look at.
     """
+        structure: the hooked modules, and what has their names now.
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -84,6 +86,7 @@ class Bank:
         self.families: dict[tuple[ProjectionSpec, tuple[Target, ...]], Family] = {}
         self.live = Rows()
         self._numbers = itertools.count(1)
+        self.structure = Structure(self.live, model, ())
         self._lock = threading.RLock()
         self._hooked: tuple[set[Family], set[str]] = (set(), set())
         self._hooks: dict[tuple[type[Hook], str], tuple[Hook, Handle]] = {}
@@ -128,11 +131,13 @@ class Bank:
         Raises:
             AdapterFileError: the file is damaged or of an unknown version.
             MismatchError: the file belongs to another model.
-            TargetError: a layer that cannot be adapted by row, or the model has an adapter attached.
+            TargetError: a layer that cannot be adapted by row, or that was replaced since the bank has hooks on it; or
+                the model has an adapter attached.
             ValuesError: the name is taken, or θ_d holds NaN. In each case nothing has changed.
         """
         self._check_bare()
         if not isinstance(name, str) or not name:
+        self.structure.check("Bank.add")
             raise ValuesError(f"Bank.add: expected a name, got {name!r}.")
         if name in self.entries and not replace:
             raise ValuesError(f"Bank.add: {name!r} is taken; give replace=True to put another adapter in its place.")
@@ -190,11 +195,13 @@ class Bank:
             ValuesError: an unknown name, no row, a weight that is no finite number, or a mixture of adapters of which
                 one saves modules (a weighted sum of updates says nothing of them). Also by the model's forward pass:
                 inputs of which the first axis is not the named rows.
-            TargetError: the model has an adapter attached; by the forward pass: a layer or a head is never called.
+            TargetError: the model has an adapter attached, or a layer or head was replaced; by the forward pass: one is
+                never called.
         """
         self._check_bare()
         scope, entered = self.live.scope, Entered(self.live.scope, _read(self.entries, names, copies))
         try:
+        self.structure.check("Bank.rows")
             try:
                 scope.begin(entered)
                 if not self._hooks_for(entered.value):  # another thread's `add` or `remove` is under way
@@ -255,8 +262,11 @@ class Bank:
                 self._hooks[kind, module][0].knows = knows
             else:
                 hook: Any = kind(self.live, module, knows)
-                handle = self.model.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
-                self._hooks[kind, module] = hook, handle
+                first = kind is not CallerHook  # before the hooks of others, which then see what a merge gives
+                layer = self.model.get_submodule(module)
+                self._hooks[kind, module] = hook, layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
+        with contextlib.suppress(TargetError):  # of what was replaced: `rows` and `add` tell
+            self.structure.take(name for kind, name in wanted if kind is not CallerHook)
 
 
 # ---- what is named --------------------------------------------------------------------------------------------------

@@ -44,10 +44,16 @@ class Structure:
 
     def __init__(self, watched: Watched, model: nn.Module, names: Iterable[str]):
         self.watched, self.model = watched, model
-        self.modules = {name: model.get_submodule(name) for name in names}
-        self._known = {path: model.get_submodule(path) for name in self.modules for path in _paths(name)}
+        self.modules: dict[str, nn.Module] = {}
         self.levels: dict[str, list[Level]] = {}
-        self._callers: dict[str, str] = {}
+        self._known: dict[str, nn.Module] = {}
+        self.take(names)
+
+    def take(self, names: Iterable[str]) -> None:
+        """Watch the modules of these names, and no others; those that are watched already stay who they are."""
+        self.modules = {name: self.modules.get(name) or self.model.get_submodule(name) for name in names}
+        paths = (path for name in self.modules for path in _paths(name))
+        self._known = {path: self._known.get(path) or self.model.get_submodule(path) for path in paths}
         self.look("attach")
 
     def check(self, what: str) -> None:
@@ -91,7 +97,7 @@ class Structure:
                     levels.setdefault(caller, []).append((each, dict(each._modules)))
         if gone:
             raise TargetError(_gone(what, gone))
-        before, self.levels, self._callers = self.levels, levels, callers
+        before, self.levels = self.levels, levels
         self.watched.again(name for name, caller in callers.items() if levels.get(caller) != before.get(caller))
 
     def _follow(self, name: str) -> tuple[list[tuple[str, nn.Module]], nn.Module | None]:
