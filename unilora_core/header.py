@@ -84,12 +84,16 @@ class BaseIdentity:
         name: its name or path; None where it has none.
         embeddings: the shapes of its embeddings.
         values: some of its values, bfloat16 in base64.
+        ends: likewise, of the last rows of its embeddings; empty in older files.
+        fresh: some of the values of each weight that no checkpoint gave values, and that is not in the file, by name.
     """
 
     kind: str
     name: str | None
     embeddings: tuple[tuple[int, int], ...]
     values: str
+    ends: str = ""
+    fresh: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
     return Header(
         targets=_targets(path, file),
         modules_to_save=_names(f"{path}: modules_to_save", entry("modules_to_save", tuple[str, ...], ())),
-        base=read_identity(said["base"], f"{path}: base") if "base" in said else None,
+        base=read_identity(said["base"], f"{path}: base", said.get("base_more")) if "base" in said else None,
         base_model=said.get("base_model"),
         base_class=said.get("base_class"),
         task=None if task is None else typed(Literal["vit", "text", "lm"], task, f"{path}: task"),
@@ -269,26 +273,34 @@ def _setting(where: str, name: str, value: Any) -> Any:
 
 
 def write_identity(base: BaseIdentity | None) -> dict[str, str]:
-    """The header's entry for what tells the base model apart; empty for None."""
+    """The header's entries for what tells the base model apart; empty for None.
+
+    What older readers do not know is an entry of its own, which they pass by.
+    """
     if base is None:
         return {}
     facts = {"class": base.kind, "name": base.name, "embeddings": base.embeddings, "values": base.values}
-    return {"base": json.dumps(facts)}
+    more = {"ends": base.ends, "fresh": base.fresh}
+    return {"base": json.dumps(facts)} | ({"base_more": json.dumps(more)} if any(more.values()) else {})
 
 
-def read_identity(text: str, where: str) -> BaseIdentity:
-    """The entry ``base``, as the PyTorch backend writes it.
+def read_identity(text: str, where: str, more: str | None = None) -> BaseIdentity:
+    """The entry ``base``, as the PyTorch backend writes it, and the entry ``base_more``.
 
     Raises:
         CorruptFileError: it has another structure.
     """
     said = typed(dict[str, Any], parse_json(text, where), where)
+    rest = typed(dict[str, Any], parse_json(more, f"{where}_more"), f"{where}_more") if more is not None else {}
     names = {"class": "kind", "kind": "class"}  # a keyword of Python
-    identity = typed(BaseIdentity, {names.get(key, key): value for key, value in said.items()}, where)
-    try:
-        whole = len(base64.b64decode(identity.values, validate=True)) % 2 == 0
-    except ValueError:
-        whole = False
-    if not whole:
+    identity = typed(BaseIdentity, {names.get(key, key): value for key, value in (said | rest).items()}, where)
+    if not all(map(_in_pairs, (identity.values, identity.ends, *identity.fresh.values()))):
         raise CorruptFileError(f"{where}: its values are not pairs of bytes in base64.")
     return identity
+
+
+def _in_pairs(text: str) -> bool:
+    try:
+        return len(base64.b64decode(text, validate=True)) % 2 == 0
+    except ValueError:
+        return False

@@ -11,6 +11,7 @@ from unilora_core import rates
 from unilora_core.methods import method_of
 from unilora_torch import hooking, merging, saving, swapping, switching, verifying
 from unilora_torch.export import export_lora
+from unilora_torch.heads import listed
 from unilora_torch.targets import Target
 from unilora_torch.vector import Vector
 
@@ -116,7 +117,8 @@ class Adapter(Vector):
         what = "LoRA parameters" if spec.frame == "pair" else f"({method_of(spec) or spec.frame})"
         return (
             f"θ_d: {spec.d:,} numbers for D = {spec.D:,} {what} of {len(self.targets)} targets"
-            + (f"; {', '.join(self.modules_to_save)}: {head:,}" if head else "")
+            + (f"; {listed(self.modules_to_save)}: {head:,}" if head else "")
+            + (f"; random, frozen and in no file: {listed(self.base.fresh)}" if self.base and self.base.fresh else "")
             + f"; trained: {trained:,} of {total:,} ({trained / total:.3%})"
         )
 
@@ -199,9 +201,9 @@ class Adapter(Vector):
             ValuesError: θ_d holds NaN or infinity.
             TargetError: a layer was replaced since the adapter was put on. An old file at ``path`` is kept.
         """
+        self.structure.check("save")
         saving.save(self, path, metadata, state)
 
-        self.structure.check("save")
     def export_lora(
         self,
         folder: str | os.PathLike,

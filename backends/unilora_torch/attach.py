@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable
 from typing import Literal
 
-import torch
 from torch import nn
 
 from unilora_core import Layout, ProjectionSpec, TargetError
@@ -14,10 +13,10 @@ from unilora_torch import base
 from unilora_torch.adapter import NAME, Adapter, adapters
 from unilora_torch.chains import Frozen, sizes_of
 from unilora_torch.checks import check_targets
-from unilora_torch.heads import check_apart, check_heads, submodule
+from unilora_torch.heads import check_apart, check_heads, inside, part_of, state_of, submodule
 from unilora_torch.opened import open_file
 from unilora_torch.swapping import fill, swap
-from unilora_torch.targets import Target, find_targets
+from unilora_torch.targets import Target, find_targets, weight_name
 from unilora_torch.vector import check_name
 
 __all__ = ["attach", "layout_of", "load", "swap"]
@@ -58,7 +57,7 @@ def attach(
         start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)), or
             ``"zero"``; by default the method's.
         bound: of θ_d⁰; by default as large as LoRA's A for the identity, else 0.02.
-        modules_to_save: names of modules that train in full, such as ``("classifier",)``.
+        modules_to_save: names of modules that train in full, such as ``("classifier",)``; or of single parameters.
         name: the adapter's name among the model's submodules.
         **options: of the method, such as ``vectors=64`` of VB-LoRA; docs/framework.md has them.
 
@@ -110,15 +109,17 @@ def load(
     found = open_file(path, model, any_rank=any_rank)
     heads = found.header.modules_to_save
     if check_base:
-        base.check_base(str(path), found.header.base, base.identity(model, (*heads, *adapters(model))))
-    before = {module: _values(model, module) for module in heads}
+        ours = base.identity(model, (*heads, *adapters(model)), found.fresh)
+        base.check_base(str(path), found.header.base, ours)
+    before = {name: value.clone() for head in heads for name, value in state_of(model, head).items()}
     adapter = _install(model, found.spec, found.targets, heads, name, found.frozen)
+    adapter.base = base.with_fresh(adapter.base, model, found.fresh)
     try:
         fill(adapter, found)
     except BaseException:  # nothing is left half done
         adapter.detach()
-        for module, state in before.items():
-            model.get_submodule(module).load_state_dict(state)
+        for name, value in adapter.heads().items():
+            value.copy_(before[name])
         raise
     return adapter
 
@@ -140,19 +141,17 @@ def _resolve(
     modules_to_save: tuple[str, ...],
 ) -> tuple[Target, ...]:
     for name in modules_to_save:
-        submodule(model, name, "modules_to_save", TargetError)
+        try:
+            part_of(model, name)
+        except AttributeError:
+            submodule(model, name, "modules_to_save", TargetError)
     check_heads(model, modules_to_save)
     chosen = find_targets(model, targets, exclude=exclude)
-    inside = tuple(f"{name}." for name in modules_to_save)
-    kept = tuple(target for target in chosen if not f"{target.module}.".startswith(inside or ("\0",)))
+    kept = tuple(target for target in chosen if not inside(weight_name(target), modules_to_save))
     if not kept:
         raise TargetError(f"every target lies inside modules_to_save = {modules_to_save}; nothing is left to adapt.")
     check_targets(model, kept)
     return kept
-
-
-def _values(model: nn.Module, module: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.get_submodule(module).state_dict().items()}
 
 
 def _install(

@@ -25,11 +25,12 @@ from unilora_torch import base
 from unilora_torch.calls import Handle
 from unilora_torch.chains import Chains
 from unilora_torch.gather import Gather
+from unilora_torch.heads import check_modules
 from unilora_torch.live import Entered
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.rows import Batch, Block, HeadHook, LayerHook, Pairs, Rows
-from unilora_torch.targets import Target, is_conv
 from unilora_torch.structure import Structure
+from unilora_torch.targets import Target, is_conv
 from unilora_torch.vector import attached, device_of
 from unilora_torch.watch import CallerHook, by_caller
 
@@ -77,20 +78,20 @@ class Bank:
         entries: name → what is stored.
         families: spec and targets → what the adapters that have them share.
         live: what its hooks look at.
-    """
         structure: the hooked modules, and what has their names now.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.entries: dict[str, Entry] = {}
         self.families: dict[tuple[ProjectionSpec, tuple[Target, ...]], Family] = {}
         self.live = Rows()
-        self._numbers = itertools.count(1)
         self.structure = Structure(self.live, model, ())
+        self._numbers = itertools.count(1)
         self._lock = threading.RLock()
         self._hooked: tuple[set[Family], set[str]] = (set(), set())
         self._hooks: dict[tuple[type[Hook], str], tuple[Hook, Handle]] = {}
-        self._identities: dict[tuple[str, ...], BaseIdentity | None] = {}
+        self._identities: dict[tuple[tuple[str, ...], tuple[str, ...]], BaseIdentity | None] = {}
 
     def __repr__(self) -> str:
         return f"Bank(adapters: {len(self.entries):,}, specs: {len(self.families):,}, bytes: {self.nbytes:,})"
@@ -136,15 +137,16 @@ class Bank:
             ValuesError: the name is taken, or θ_d holds NaN. In each case nothing has changed.
         """
         self._check_bare()
-        if not isinstance(name, str) or not name:
         self.structure.check("Bank.add")
+        if not isinstance(name, str) or not name:
             raise ValuesError(f"Bank.add: expected a name, got {name!r}.")
         if name in self.entries and not replace:
             raise ValuesError(f"Bank.add: {name!r} is taken; give replace=True to put another adapter in its place.")
         where, given = (f"adapter {name!r}", file) if isinstance(file, AdapterFile) else (str(file), None)
         found = open_file(where, self.model, file=given, any_rank=any_rank, known=self.families)
+        check_modules(self.model, found.heads, where)
         if check_base:
-            base.check_base(where, found.header.base, self._identity(found.header.modules_to_save))
+            base.check_base(where, found.header.base, self._identity(found))
         family = self.families.get((found.spec, found.targets))
         family = family or _family(where, self.model, found, next(self._numbers))
         theta_d, heads = found.theta_d.to(family.projection.device), _like(self.model, found.heads)
@@ -199,9 +201,9 @@ class Bank:
                 never called.
         """
         self._check_bare()
+        self.structure.check("Bank.rows")
         scope, entered = self.live.scope, Entered(self.live.scope, _read(self.entries, names, copies))
         try:
-        self.structure.check("Bank.rows")
             try:
                 scope.begin(entered)
                 if not self._hooks_for(entered.value):  # another thread's `add` or `remove` is under way
@@ -218,11 +220,12 @@ class Bank:
         if attached(self.model):
             raise TargetError("Bank: the model has an adapter attached, whose update would be added; detach it first.")
 
-    def _identity(self, heads: tuple[str, ...]) -> BaseIdentity | None:
+    def _identity(self, found: Opened) -> BaseIdentity | None:
         """`base.identity`, taken once for all adapters that save the same heads."""
-        if heads not in self._identities:
-            self._identities[heads] = base.identity(self.model, heads)
-        return self._identities[heads]
+        key = found.header.modules_to_save, found.fresh
+        if key not in self._identities:
+            self._identities[key] = base.identity(self.model, *key)
+        return self._identities[key]
 
     @property
     def handles(self) -> list[Handle]:

@@ -2,10 +2,12 @@
 
 Targets are checked by name and width, but a fine-tuned, permuted or reinitialised base has those, too. So a file keeps
 the shapes of the base's embeddings and some two hundred of its values: of vectors (norms, biases) and embeddings, which
-quantisation leaves alone. Rounding to bfloat16 or float16 moves a value by less than `TOLERANCE`.
+quantisation leaves alone. Rounding to bfloat16 or float16 moves a value by less than `TOLERANCE`. Of a weight that no
+checkpoint gave values, and that stays as it is, it keeps a few values too: another run makes others.
 """
 
 import base64
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 from unilora_core import MismatchError
 from unilora_core.header import BaseIdentity
 from unilora_core.schema import shown
+from unilora_torch.heads import inside
 
-__all__ = ["check_base", "identity"]
+__all__ = ["check_base", "identity", "with_fresh"]
 
 TOLERANCE = 2**-7
 """Two roundings to bfloat16, relative to the value."""
@@ -24,16 +27,18 @@ VECTORS, EMBEDDINGS = 64, 4
 """How many of each are sampled, spread evenly over their names in order."""
 
 
-def identity(model: nn.Module, exclude: Iterable[str] = ()) -> BaseIdentity | None:
+def identity(model: nn.Module, exclude: Iterable[str] = (), fresh: Iterable[str] = ()) -> BaseIdentity | None:
     """What tells a base model apart, for files; None where values are on other processes (FSDP, ZeRO-3).
 
     Takes a few small copies from the device, and no pass over the weights.
 
     Args:
-        exclude: modules whose values are not the base's, such as a trained head.
+        exclude: modules and parameters whose values are not the base's, such as a trained head.
+        fresh: the names of weights that no checkpoint gave values, of which each is to be told apart; those that the
+            model has, and that are not excluded, are.
     """
-    inside = tuple(f"{name}." for name in exclude)
-    named = {name: value for name, value in model.named_parameters() if not name.startswith(inside)}
+    exclude = tuple(exclude)
+    named = {name: value for name, value in model.named_parameters() if not inside(name, exclude)}
     if any(value.numel() == 0 or hasattr(value, "full_tensor") for value in named.values()):
         return None
     modules = ((f"{name}.weight", module) for name, module in model.named_modules())
@@ -45,7 +50,19 @@ def identity(model: nn.Module, exclude: Iterable[str] = ()) -> BaseIdentity | No
         name=str(getattr(model, "name_or_path", "") or "").encode(errors="replace").decode() or None,
         embeddings=tuple(sorted((len(value), value.shape[1]) for value in embeddings.values())),
         values=_pack(_sample(vectors, VECTORS) + _sample(embeddings, EMBEDDINGS)),
+        ends=_pack(_sample({name: value[-1] for name, value in embeddings.items()}, EMBEDDINGS)),
+        fresh=_fresh(model, (name for name in fresh if not inside(name, exclude))),
     )
+
+
+def with_fresh(base: BaseIdentity | None, model: nn.Module, names: Iterable[str]) -> BaseIdentity | None:
+    """The identity of a model that also tells these weights apart, which no checkpoint gave values."""
+    return base and dataclasses.replace(base, fresh=_fresh(model, names))
+
+
+def _fresh(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {name: _pack(_few(named[name].detach().flatten(), 16)) for name in names if name in named}
 
 
 def check_base(where: str, theirs: BaseIdentity | None, ours: BaseIdentity | None) -> None:
@@ -72,13 +89,32 @@ def _difference(theirs: BaseIdentity, ours: BaseIdentity) -> str:
     a, b = _unpack(theirs.values), _unpack(ours.values)
     if a.shape != b.shape:
         return f"it has {a.size} values to compare there, {b.size} here (other norms or biases)"
+    if wrong := _others(a, b):
+        return f"{wrong} of {a.size} values of its norms, biases and embeddings are others"
+    if theirs.ends and ours.ends and _others(_unpack(theirs.ends), _unpack(ours.ends)):
+        return "the last rows of its embeddings are others (those of added tokens are made anew by each run)"
+    made_anew = [name for name, values in theirs.fresh.items() if _unlike(values, ours.fresh.get(name))]
+    if made_anew:
+        return (
+            f"{', '.join(made_anew[:4])}, which no checkpoint gave values and which is not in the file, is another "
+            "(each run makes it anew; to train and save it, name it in modules_to_save as the adapter is attached)"
+        )
+    return ""
+
+
+def _unlike(theirs: str, ours: str | None) -> bool:
+    return ours is None or _others(_unpack(theirs), _unpack(ours)) > 0
+
+
+def _others(a: np.ndarray, b: np.ndarray) -> int:
+    """How many values of one are not those of the other, as far as both are known; all, where there are not as many."""
+    if a.shape != b.shape:
+        return a.size + b.size
     known = np.isfinite(a) & np.isfinite(b)
     with np.errstate(invalid="ignore"):  # infinity - infinity, which is not known
         distance = np.abs(a - b)
     far = distance > TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
-    if wrong := int(np.count_nonzero(far & known)):
-        return f"{wrong} of {int(known.sum())} values of its norms, biases and embeddings are others"
-    return ""
+    return int(np.count_nonzero(far & known))
 
 
 def _name(base: BaseIdentity) -> str:
@@ -92,10 +128,10 @@ def _sample(tensors: Mapping[str, Tensor], count: int) -> list[float]:
     return [value for name in chosen for value in _few(tensors[name].detach())]
 
 
-def _few(tensor: Tensor) -> list[float]:
+def _few(tensor: Tensor, count: int = 2) -> list[float]:
     if tensor.dim() == 2:
         tensor = tensor[_places(len(tensor), 8)]
-    values = tensor[..., _places(tensor.shape[-1], 2)].flatten()
+    values = tensor[..., _places(tensor.shape[-1], count)].flatten()
     return [float("nan")] * values.numel() if tensor.is_meta else values.float().tolist()
 
 

@@ -16,6 +16,7 @@ from unilora_core.files import new_files
 from unilora_core.lora import Block, lora_config, lora_names, lora_state
 from unilora_torch.chains import product
 from unilora_torch.export_parameters import parameter_state, parameters_of, rank_of
+from unilora_torch.heads import check_modules
 from unilora_torch.targets import Target, features, is_conv
 from unilora_torch.vector import Vector
 
@@ -77,6 +78,7 @@ def _check_exportable(vector: Vector, parameters: Iterable[str], engine: str | N
             f"export_lora: the frame {vector.spec.frame!r} makes whole weights, which no plain LoRA holds; merge the "
             "adapter into the base model instead."
         )
+    check_modules(vector.model, vector.modules_to_save, "export_lora")
     vector.structure.check("export_lora")
     vector.check_finite("export_lora")
     if engine is not None and (adapted := list(parameters)):

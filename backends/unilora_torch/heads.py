@@ -1,6 +1,9 @@
-"""Modules that train in full beside the adapter, such as a new classifier: which can, and their saved values."""
+"""What trains in full beside the adapter, such as a new classifier: which modules and parameters can, and their saved
+values.
+"""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -11,27 +14,91 @@ from unilora_core import MismatchError, TargetError, ValuesError
 from unilora_torch.checks import is_plain
 from unilora_torch.targets import nearest
 
-__all__ = ["check_apart", "check_heads", "head_states", "submodule"]
+__all__ = [
+    "check_apart",
+    "check_heads",
+    "check_modules",
+    "head_states",
+    "inside",
+    "listed",
+    "parameters_of",
+    "part_of",
+    "state_of",
+    "submodule",
+    "whole_names",
+]
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """The module or the parameter of a name.
+
+    Raises:
+        AttributeError: there is neither.
+    """
+    owner, _, last = name.rpartition(".")
+    parameter = model.get_submodule(owner)._parameters.get(last)
+    return model.get_submodule(name) if parameter is None else parameter
+
+
+def state_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The state of a module, or a parameter, under its names in the model's `state_dict`."""
+    part = part_of(model, name)
+    return part.state_dict(prefix=f"{name}.") if isinstance(part, nn.Module) else {name: part.detach()}
+
+
+def whole_names(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `head_states` found, under the names in the model's `state_dict`."""
+    return {f"{name}.{key}".removesuffix("."): value for name, state in states.items() for key, value in state.items()}
+
+
+def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of a module, or a parameter, under their names in the model."""
+    part = part_of(model, name)
+    return dict(part.named_parameters(name)) if isinstance(part, nn.Module) else {name: part}
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or a parameter lies in one of these, or is one."""
+    return f"{name}.".startswith(tuple(f"{module}." for module in modules))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: those that differ in a number only as one, and no more than eight."""
+    alike = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    return ", ".join(alike[:8]) + (f" and {len(alike) - 8} more" if len(alike) > 8 else "")
+
+
+def check_modules(model: nn.Module, names: Iterable[str], what: str) -> None:
+    """Refuse a parameter that trains by itself, where only modules can be had.
+
+    Raises:
+        TargetError: with ``what`` was to be done.
+    """
+    for name in names:
+        if isinstance(part_of(model, name), nn.Parameter):
+            raise TargetError(
+                f"{what}: {name} is a parameter that was trained in full by itself, which has no place there; merge "
+                "the adapter into its base model, or attach with the module around it in modules_to_save."
+            )
 
 
 def check_heads(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a module that cannot train beside a frozen base.
+    """Refuse a module or a parameter that cannot train beside a frozen base.
 
     Raises:
         TargetError: a weight that is tied to one outside, that has no values, or that is quantised.
     """
     names = tuple(names)
-    inside = tuple(f"{name}." for name in names)
     owners: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(parameter_name)
     for name in names:
-        for parameter_name, parameter in model.get_submodule(name).named_parameters(name):
-            outside = [other for other in owners[id(parameter)] if not other.startswith(inside)]
+        for parameter_name, parameter in parameters_of(model, name).items():
+            outside = [other for other in owners[id(parameter)] if not inside(other, names)]
             if outside:
                 raise TargetError(
                     f"modules_to_save: {parameter_name} is tied, it is also {', '.join(outside)}; training one would "
-                    "change the other. Leave it out, or untie the weights first."
+                    "change the other. Name both, leave it out, or untie the weights first."
                 )
             if parameter.is_meta:
                 raise TargetError(
@@ -69,26 +136,34 @@ def check_apart(heads: Mapping[str, Iterable[str]]) -> None:
 def head_states(
     where: str | os.PathLike, model: nn.Module, names: Iterable[str], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, Tensor]]:
-    """The saved state of each module, checked against the model's.
+    """The saved state of each module, checked against the model's; that of a parameter has one entry, called "".
 
     Args:
-        names: of the modules.
+        names: of the modules and parameters.
         tensors: by name inside the whole model, NumPy.
 
     Raises:
         MismatchError: no such module, other shapes, or integers where the model has numbers.
         ValuesError: a value that the model's dtype cannot hold.
     """
-    expected = {name: submodule(model, name, str(where)).state_dict() for name in names}
+    expected = {name: _state(where, model, name) for name in names}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in expected}
     lengths = {len(name) for name in expected}
     for key, array in tensors.items():
-        for name in (key[:length] for length in lengths if key[length : length + 1] == "."):
+        for name in (key[:length] for length in lengths if f"{key}."[length : length + 1] == "."):
             if name in states:
                 states[name][key[len(name) + 1 :]] = torch.from_numpy(array)
     for name, state in states.items():
         _check_state(where, name, state, expected[name])
     return states
+
+
+def _state(where: str | os.PathLike, model: nn.Module, name: str) -> dict[str, Tensor]:
+    try:
+        part = part_of(model, name)
+    except AttributeError:
+        part = submodule(model, name, str(where))
+    return part.state_dict() if isinstance(part, nn.Module) else {"": part}
 
 
 def _check_state(

@@ -38,6 +38,11 @@ class Opened:
     heads: dict[str, dict[str, Tensor]]
     frozen: Frozen | None
 
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """The names of the weights that no checkpoint gave values and that the file does not hold, but tells apart."""
+        return tuple(self.header.base.fresh) if self.header.base else ()
+
 
 def open_file(
     where: str | os.PathLike,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from unilora_core import MismatchError, ProjectionSpec, TargetError
-from unilora_torch.base import check_base
+from unilora_torch.base import check_base, with_fresh
 from unilora_torch.chains import Frozen
+from unilora_torch.heads import whole_names
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.vector import Vector
 
@@ -40,19 +41,20 @@ def swap(vector: Vector, path: str | os.PathLike) -> None:
 
 def fill(vector: Vector, found: Opened) -> None:
     """Give it the values of a file: θ_d, and the state of the modules to save."""
+    mine = vector.heads()
     with torch.no_grad():
         vector.theta_d.copy_(found.theta_d)
-    for module, state in found.heads.items():
-        vector.model.get_submodule(module).load_state_dict(state)
+        for name, value in whole_names(found.heads).items():
+            mine[name].copy_(value)
 
 
 def _swap(vector: Vector, path: str | os.PathLike) -> None:
     if vector.live.merged:
         raise TargetError("swap: the adapter is merged; unmerge it first.")
+    vector.structure.check("swap")
     found = open_file(path, vector.model, any_rank=True)  # of the same layout, or refused
     _check_alike(path, vector, found)
-    vector.structure.check("swap")
-    check_base(str(path), found.header.base, vector.base)
+    check_base(str(path), found.header.base, with_fresh(vector.base, vector.model, found.fresh))
     vector.reseed(found.spec, found.frozen)
     fill(vector, found)
 

@@ -20,11 +20,12 @@ from unilora_torch.checks import weight_of
 from unilora_torch.frozen import frozen_of
 from unilora_torch.gather import Gather
 from unilora_torch.generic import Mapped
+from unilora_torch.heads import parameters_of, state_of
 from unilora_torch.live import Live, Streamed, alone
 from unilora_torch.projection import Projection
 from unilora_torch.streamed import Computed, Place
-from unilora_torch.targets import Target, shaped
 from unilora_torch.structure import Structure
+from unilora_torch.targets import Target, shaped
 
 __all__ = ["Vector", "attached", "check_name", "device_of"]
 
@@ -40,8 +41,8 @@ class Vector(nn.Module):
         chains: from the factors of a target to its chain.
         placed: the device of what these two are made of; None before it is known.
         live: what its hooks look at.
-        handles: what `detach` removes, in this order.
         structure: the modules of its targets, and what has their names now.
+        handles: what `detach` removes, in this order.
         kept_heads: the state of the modules to save, while it is switched off.
         originals: the weights as they were before `merge`, by name; empty while not merged.
         taken_out: the claim on the model of a merged adapter that is disabled.
@@ -70,8 +71,8 @@ class Vector(nn.Module):
         self.to(device_of(model, targets))
         self._settle()
         self.live = Live(self, (target.module for target in targets))
-        self.kept_heads: dict[str, Tensor] | None = None
         self.structure = Structure(self.live, model, (target.module for target in targets))
+        self.kept_heads: dict[str, Tensor] | None = None
         self.originals: dict[str, Tensor] = {}
         # read here once: torch.compile cannot trace the cached properties' lock
         self._slices, self._shapes, self._whole = spec.layout.slices, spec.layout.shapes, [slice(0, spec.D)]
@@ -153,7 +154,6 @@ class Vector(nn.Module):
         with torch.no_grad():
             return shaped(product(self.live.chain_of(target)), target, weight)
 
-    def heads(self) -> dict[str, Tensor]:
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks for.
 
@@ -165,22 +165,16 @@ class Vector(nn.Module):
             "use torch.jit.trace or torch.export, which keep the adapted outputs."
         )
 
+    def heads(self) -> dict[str, Tensor]:
         """The state of the modules to save, under its names in the model's `state_dict`, also while switched off."""
         if self.kept_heads is not None:
             return self.kept_heads
-        return {
-            f"{module}.{name}": tensor
-            for module in self.modules_to_save
-            for name, tensor in self.model.get_submodule(module).state_dict().items()
-        }
+        return {key: tensor for name in self.modules_to_save for key, tensor in state_of(self.model, name).items()}
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the modules to save, under their names in the model."""
-        return {
-            f"{module}.{name}": parameter
-            for module in self.modules_to_save
-            for name, parameter in self.model.get_submodule(module).named_parameters()
-        }
+        found = (parameters_of(self.model, name) for name in self.modules_to_save)
+        return {name: parameter for parameters in found for name, parameter in parameters.items()}
 
     def reseed(self, spec: ProjectionSpec, frozen: Frozen | None = None) -> None:
         """Take the P and the frozen arrays of another spec of the same layout, map, d and start, in place."""

@@ -10,8 +10,11 @@ import unilora_torch
 from unilora_core import TargetError
 from unilora_torch import Adapter, Target
 from unilora_torch.adapter import NAME
+from unilora_torch.base import with_fresh
+from unilora_torch.heads import inside
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import watch_checkpointing
+from unilora_transformers.fresh import fresh_parts, fresh_weights, saved_with, warn_of_fresh
 from unilora_transformers.output_embeddings import watch_output_embeddings
 from unilora_transformers.quantised_training import TrainableQuantised
 from unilora_transformers.saving import Checkpoints, PretrainedMethods, build_base, find_files
@@ -41,8 +44,10 @@ def attach(
             a regular expression for whole names, a list of names or endings, or a list of `Target`.
         exclude: taken away from ``targets``, by regular expression or list.
         method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
-        modules_to_save: names of modules that train in full; by default the task head, if the model has one (a
-            language model's head is none); ``()`` for no module.
+        modules_to_save: names of modules or parameters that train in full; by default the task head, if the model has
+            one (a language model's head is none). What no checkpoint gave values, such as BERT's pooler from a masked
+            language model, is added to them. ``()`` for nothing: then a file fits a base with the same fresh values
+            only.
         example: a batch of the model's inputs for the run; made up from the config unless given.
         **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound`` and ``name``, as in
             `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
@@ -57,8 +62,11 @@ def attach(
     """
     require_model(model)
     found = select_targets(model, targets, exclude)
-    heads = task_heads(model) if modules_to_save is None else modules_to_save
-    adapter = finish(model, unilora_torch.attach(model, found, method=method, modules_to_save=heads, **options))
+    fresh = fresh_weights(model)
+    heads = _heads(model, modules_to_save, fresh)
+    adapter = unilora_torch.attach(model, found, method=method, modules_to_save=heads, **options)
+    adapter.base = with_fresh(adapter.base, model, (name for name in fresh if not inside(name, heads)))
+    finish(model, adapter)
     try:
         check(model, adapter, example)
     except BaseException:
@@ -119,8 +127,17 @@ def from_pretrained(
     return model
 
 
+def _heads(model: PreTrainedModel, named: str | Iterable[str] | None, fresh: Iterable[str]) -> tuple[str, ...]:
+    """What trains in full: what is named, or the task head, and what no checkpoint gave values; nothing for ``()``."""
+    chosen = task_heads(model) if named is None else (named,) if isinstance(named, str) else tuple(named)
+    if not chosen and named is not None:
+        return ()
+    return saved_with(chosen, fresh_parts(model, fresh))
+
+
 def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     """What a transformers model and its trainers need once an adapter is on it."""
+    warn_of_fresh(model, adapter)
     adapter.handles += watch_checkpointing(model)
     adapter.handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter)]
     adapter.handles += watch_output_embeddings(model, adapter)

@@ -1,0 +1,109 @@
+"""What no checkpoint gave values: weights that were made anew beside those that were loaded, and are in no other file.
+
+transformers marks what it loads. A frozen weight without the mark has random values that another run does not have, so
+it trains in full and is saved with θ_d, as a new classifier is.
+"""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from unilora_torch import Adapter
+from unilora_torch.checks import is_plain
+from unilora_torch.heads import inside, listed
+from unilora_torch.vector import attached
+
+__all__ = ["fresh_parts", "fresh_weights", "saved_with", "warn_of_fresh"]
+
+MARK = "_is_hf_initialized"
+"""The attribute of a parameter whose values `from_pretrained` read from a checkpoint, or tied to one that it read."""
+
+
+def fresh_weights(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the parameters that no checkpoint gave values; none in a model that was made from a config alone.
+
+    What transformers itself expects to be missing (tables that are computed) is left out, and so is what is quantised
+    or offloaded: it was loaded, and has lost its mark.
+    """
+    own = tuple(attached(model))
+    named = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if is_plain(parameter) and not parameter.is_meta and not inside(name, own)
+    }
+    names = {name for name, parameter in named.items() if not getattr(parameter, MARK, False)}
+    if len(names) == len(named):  # made from a config, or a copy, which has no marks
+        names = _not_in_checkpoint(model)
+    expected = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
+    return tuple(name for name in named if name in names and not expected.search(name))
+
+
+def fresh_parts(model: nn.Module, weights: Iterable[str]) -> tuple[str, ...]:
+    """The outermost modules of which all parameters are among these, and those that lie beside others by themselves."""
+    weights, parts = tuple(weights), list[str]()
+    for name, module in model.named_modules():
+        mine = {f"{name}.{key}" for key, _ in module.named_parameters(remove_duplicate=False)}
+        if name and mine and mine <= set(weights) and not inside(name, parts):
+            parts.append(name)
+    return (*parts, *(name for name in weights if not inside(name, parts)))
+
+
+def saved_with(named: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:
+    """What is named and what is fresh, each once: nothing that lies inside another."""
+    found = dict.fromkeys((*named, *parts))
+    return tuple(name for name in found if not inside(name, found.keys() - {name}))
+
+
+def warn_of_fresh(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Say which fresh weights an adapter neither trains nor tells apart: those of files that do not say."""
+    told = adapter.base.fresh if adapter.base else {}
+    left = [name for name in fresh_weights(model) if not inside(name, (*adapter.modules_to_save, *told))]
+    if left:
+        warnings.warn(
+            f"unilora: no checkpoint gave {listed(fresh_parts(model, left))} values, and the adapter's file does not "
+            "hold them: they are random, and may not be those that it was trained beside.",
+            stacklevel=3,
+        )
+
+
+def _not_in_checkpoint(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters that the model's checkpoint lacks, or has in another shape."""
+    info = _loading_info(model) if model.name_or_path else {}
+    return {*info.get("missing_keys", ()), *(name for name, *_ in info.get("mismatched_keys", ()))}
+
+
+def _loading_info(model: PreTrainedModel) -> dict[str, Any]:
+    """What transformers finds where it loads the model's checkpoint, of which no value is read; empty where the
+    checkpoint is not on this machine.
+    """
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)  # of names and shapes
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+            warnings.simplefilter("ignore")
+            _, info = type(model).from_pretrained(
+                model.name_or_path,
+                config=config,
+                revision=getattr(config, "_commit_hash", None) or "main",
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            return info
+    except Exception:  # whatever transformers raises where there is none
+        return {}
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
