@@ -1,6 +1,7 @@
 """Images with classes: which are trained on, which are held out, and which are tested on once at the end."""
 
 import argparse
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,38 @@ from unilora_cli.data_image_sources import (
     TableImages,
     TorchImages,
     class_folders,
-    image_files,
+    class_names,
+    endings,
+    files_beside,
+    has_images,
     reason,
     undecodable,
 )
-from unilora_cli.data_records import HELD_OUT, Tables, draw, is_local, load_tables, split_off
+from unilora_cli.data_records import (
+    HELD_OUT,
+    Tables,
+    class_notes,
+    draw,
+    is_local,
+    load_tables,
+    nfc,
+    seen,
+    some,
+    split_off,
+)
 from unilora_cli.models import readable_errors
 
 __all__ = ["ImageSet", "Images", "Part", "load_images"]
 
+SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", *HELD_OUT}
+"""Names of folders, in small letters, that are parts of the data rather than classes."""
+
 STREAMED = ("hfids/", "tfds/", "wds/")
 """Prefixes of timm for data that come as a stream."""
+
+
+Sources = tuple[ImageSource, ImageSource | None, ImageSource | None]
+"""To train on, held out, and to test on; None where nothing is set apart for it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,7 @@ class Images:
 
     Attributes:
         skipped: those that do not decode and are left out: (name, why).
+        notes: lines about the data for the printed plan.
     """
 
     classes: tuple[str, ...]
@@ -50,6 +73,7 @@ class Images:
     held_out: Part
     test: Part | None
     skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[tuple[str, Any], ...] = ()
 
 
 class ImageSet(Dataset):
@@ -91,18 +115,54 @@ def load_images(arguments: argparse.Namespace) -> Images:
     usable = {id(part.source): part.indices for part in parts}
     kept = usable[id(train)]
     if held_out is None:
-        left, apart = split_off(len(kept), arguments.holdout, arguments.seed)
+        left, apart = split_off(len(kept), arguments.holdout, arguments.seed, [train.labels[i] for i in kept])
         held_out_part = Part(train, [kept[i] for i in apart])
         kept = [kept[i] for i in left]
     else:
         held_out_part = Part(held_out, usable[id(held_out)])
     kept = [kept[i] for i in draw(len(kept), arguments.limit, arguments.seed)]
     tested = None if test is None else Part(test, usable[id(test)])
-    return Images(train.classes, Part(train, kept), held_out_part, tested, tuple(skipped))
+    learnt = Part(train, kept)
+    notes = (*_left_out((train, held_out, test), path_of(arguments.data)), *_comparison(learnt, held_out_part))
+    return Images(train.classes, learnt, held_out_part, tested, tuple(skipped), notes)
 
 
-Sources = tuple[ImageSource, ImageSource | None, ImageSource | None]
-"""To train on, held out, and to test on; None where nothing is set apart for it."""
+def _comparison(train: Part, held_out: Part) -> list[tuple[str, Any]]:
+    """Lines about what is to train on and what is held out."""
+    labels = ([part.source.labels[i] for i in part.indices] for part in (train, held_out))
+    return [*class_notes(train.source.classes, *labels), *seen(*_digests(train, held_out), len(held_out.indices))]
+
+
+def _digests(*parts: Part) -> list[list[bytes]]:
+    """Hashes of the images of each part as they are stored; of those alone whose size is one of every part's, so that
+    the others need not be read.
+    """
+    sizes = [part.source.sizes() for part in parts]
+    if not all(sizes):
+        return [[] for _ in parts]
+    common = set.intersection(*({of[i] for i in part.indices} for part, of in zip(parts, sizes, strict=True))) - {-1}
+    return [
+        [hashlib.sha256(part.source.stored(i)).digest() for i in part.indices if of[i] in common]
+        for part, of in zip(parts, sizes, strict=True)
+    ]
+
+
+def _left_out(sources: Sources, folder: Path) -> list[tuple[str, Any]]:
+    """Lines about files and folders of the data that are not used."""
+    used = {path for source in sources if source is not None for path in source.folders}
+    strays = [path for source in sources if source is not None for path in source.strays]
+    notes = []
+    if folder.is_dir() and used and folder not in used:
+        strays += files_beside(folder)
+        if others := [
+            repr(path.name) for path in sorted(class_folders(folder)) if path not in used and has_images(path)
+        ]:
+            notes.append(("left out", f"the folders {some(others)}"))
+    if strays:
+        notes.append(
+            ("left out", f"{endings(strays)}: no images to Pillow, or in no class folder, such as {strays[0]}")
+        )
+    return notes
 
 
 def _sources(arguments: argparse.Namespace) -> Sources:
@@ -124,10 +184,39 @@ def _sources(arguments: argparse.Namespace) -> Sources:
     return _from_tables(arguments)
 
 
+def _parted(folder: Path, arguments: argparse.Namespace) -> bool:
+    """Whether a folder holds the parts of the data, each with its class folders; else its own folders are the classes.
+
+    Raises:
+        CommandError: one may be meant as well as the other, or there is no part to train on.
+    """
+    names = [path.name for path in class_folders(folder)]
+    train = arguments.train_split
+    if train != "train" or arguments.eval_split or arguments.test_split:
+        if train not in names:
+            raise CommandError(f"{folder}: there is no folder {train!r} in it.")
+        return True
+    parts = [name for name in names if name.casefold() in SPLITS]
+    others = [repr(name) for name in names if name not in parts and has_images(folder / name)]
+    if not others and parts and "train" not in parts:
+        raise CommandError(
+            f"{folder}: there is no folder 'train' in it; it has {some(list(map(repr, parts)))}: name the parts by "
+            "--train-split and --eval-split, if they are that."
+        )
+    nested = any(
+        has_images(inner) for name in parts if name.casefold() == "train" for inner in class_folders(folder / name)
+    )
+    if others and nested:
+        raise CommandError(
+            f"{folder}: 'train' may be a part of the data or a class: there are folders of images in it, and beside it "
+            f"{some(others)} with images too. For a part, name the others, --eval-split NAME, or give --data "
+            f"{folder}/train; for a class, rename it."
+        )
+    return "train" in parts and not others
+
+
 def _from_folder(arguments: argparse.Namespace, folder: Path) -> Sources:
-    parted = (folder / arguments.train_split).is_dir()
-    if not parted and arguments.train_split != "train":
-        raise CommandError(f"{folder}: there is no folder {arguments.train_split!r} in it.")
+    parted = _parted(folder, arguments)
 
     def chosen(data: str | None, split: str | None, usual: Sequence[str]) -> Path | None:
         """The folder that the options name, or the first of the usual ones that is there."""
@@ -165,7 +254,7 @@ def _from_tables(arguments: argparse.Namespace) -> Sources:
         raise CommandError(f"{arguments.data}: there is {asked}; its columns are {', '.join(kinds) or 'plain text'}.")
     if label not in kinds:
         raise CommandError(f"{arguments.data}: there is no column {label!r}; it has {', '.join(map(repr, kinds))}.")
-    classes = tables.names.get(label) or tuple(map(str, sorted(set(tables.train[label]))))
+    classes = tuple(map(nfc, tables.names.get(label, ()))) or class_names(list(tables.train[label]), arguments.data)
 
     def source(rows: Any, where: str) -> TableImages:
         if missing := [name for name in (image, label) if name not in rows.features]:
@@ -246,8 +335,10 @@ class _Probe(Dataset):
 
 def _is_image_folder(folder: Path, train: str) -> bool:
     """Class folders, or train/ with class folders; a folder of data files is for `datasets`."""
-    root = folder / train if (folder / train).is_dir() else folder
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return False
-    data = any(path.suffix in {".parquet", ".arrow", ".jsonl", ".json", ".csv"} for path in root.rglob("*"))
-    return not data or any(True for inner in class_folders(root) for _ in image_files(inner))
+    data = any(path.suffix in {".parquet", ".arrow", ".jsonl", ".json", ".csv"} for path in folder.rglob("*"))
+    if (folder / train).is_dir():
+        others = [path for path in class_folders(folder) if path.name.casefold() not in SPLITS]
+        return not data or any(map(has_images, [*class_folders(folder / train), *others]))
+    return not data or any(map(has_images, class_folders(folder)))

@@ -9,7 +9,7 @@ from typing import Any
 from unilora_cli.chat import chat_tokens, fitted, left_out
 from unilora_cli.console import CommandError
 from unilora_cli.data_corpus import Corpus
-from unilora_cli.data_records import draw, in_both, split_off
+from unilora_cli.data_records import draw, seen, split_off
 from unilora_cli.packing import pack
 
 __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
@@ -77,8 +77,7 @@ def encode_corpora(
         learnt, apart = [learnt[i] for i in kept], [learnt[i] for i in others]
     examples = [learnt[i][0] for i in draw(len(learnt), arguments.limit, arguments.seed)]
     tested, prompts = [example for example, _ in apart], [prompt for _, prompt in apart]
-    if leak := in_both(map(_key, examples), map(_key, tested)):
-        notes.append(("seen in training", leak))
+    notes += seen(map(_key, examples), map(_key, tested), len(tested))
     if not arguments.packing:
         return Language(examples, tested, prompts, notes=notes)
     packed = pack(examples, length, IGNORED)
@@ -98,8 +97,8 @@ def _texts(
     length: int,
     notes: list[tuple[str, Any]],
 ) -> Language:
-    if held_out is not None and (leak := in_both(train.texts, held_out.texts)):
-        notes.append(("seen in training", leak.replace("examples", "texts")))
+    if held_out is not None:
+        notes += seen(train.texts, held_out.texts, len(held_out.texts))
     blocks = _blocks(train, tokenizer, length)
     blocks, apart = (
         _cut(blocks, arguments, length) if held_out is None else (blocks, _blocks(held_out, tokenizer, length))

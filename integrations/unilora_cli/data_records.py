@@ -24,11 +24,11 @@ __all__ = [
     "class_notes",
     "column",
     "draw",
-    "in_both",
     "is_local",
     "load_tables",
     "nfc",
     "opened",
+    "seen",
     "some",
     "split_off",
     "suffix",
@@ -139,11 +139,15 @@ def split_off(n: int, part: float, seed: int, classes: Sequence[Hashable] = ()) 
     return [i for i in range(n) if i not in held_out], sorted(held_out)
 
 
-def in_both(train: Iterable[Hashable], held_out: Iterable[Hashable]) -> str:
-    """A line about held-out examples that are in the training data too; none where none is."""
-    known, apart = set(train), list(held_out)
-    count = sum(example in known for example in apart)
-    return f"{count:,} of the {len(apart):,} held-out examples, equal to one to train on" if count else ""
+def seen(train: Iterable[Hashable], held_out: Iterable[Hashable], total: int) -> list[tuple[str, Any]]:
+    """A line about held-out examples that are in the training data too; none where none is.
+
+    Args:
+        total: how many are held out.
+    """
+    known = set(train)
+    count = sum(example in known for example in held_out)
+    return [("seen in training", f"{count:,} of the {total:,} held out")] if count else []
 
 
 def class_notes(classes: Sequence[str], train: Iterable[Any], held_out: Iterable[Any]) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unilora_cli.console import CommandError
-from unilora_cli.data_records import Tables, class_notes, column, draw, in_both, load_tables, nfc, split_off
+from unilora_cli.data_records import Tables, class_notes, column, draw, load_tables, nfc, seen, split_off
 from unilora_core.schema import shown
 
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
@@ -56,8 +56,8 @@ class LabelledTexts:
         self.notes = class_notes(
             self.classes, (label for _, label in self.train), (label for _, label in self.held_out)
         )
-        if leak := in_both((texts for texts, _ in self.train), (texts for texts, _ in self.held_out)):
-            self.notes.append(("seen in training", leak))
+        texts = ([texts for texts, _ in pairs] for pairs in (self.train, self.held_out))
+        self.notes += seen(*texts, len(self.held_out))
 
     def _pairs(self, rows: Sequence[Mapping[str, Any]], where: str) -> list[Labelled]:
         for name in (*self.columns, self.label):

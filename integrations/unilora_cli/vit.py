@@ -74,6 +74,7 @@ def _model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _notes(images: Images, example: Tensor) -> list[tuple[str, Any]]:
     notes: list[tuple[str, Any]] = [("classes", len(images.classes))]
     notes.append(("image size", "x".join(map(str, example.shape[1:]))))
+    notes += images.notes
     if images.test is not None:
         notes.append(("test", f"{len(images.test.indices):,} examples, scored once at the end"))
     if images.skipped:

@@ -257,7 +257,7 @@ def test_prompt_and_response(tokenizer, parsed, tmp_path):
     assert (len(whole.train), len(whole.held_out)) == (2, 1)
     assert whole.notes == [
         ("left out", f"3 of {path}: the prompt alone fills 16 tokens (--length)"),
-        ("seen in training", "1 of the 1 held-out examples, equal to one to train on"),
+        ("seen in training", "1 of the 1 held out"),
     ]
     tokens = whole.train[0]["input_ids"]
     assert tokenizer.decode(tokens) == "the film was very good [EOS]"
