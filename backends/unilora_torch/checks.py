@@ -1,17 +1,15 @@
 """What cannot be adapted rightly, refused before anything changes."""
 
-import contextlib
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from unilora_core import TargetError, ValuesError
-from unilora_torch.replaced import adds, convolves, looks_up
+from unilora_torch.replaced import adds, convolves, is_registered, looks_up, still
 from unilora_torch.targets import Target, features, is_conv, matrices_in, nearest, weight_name
 
 __all__ = [
@@ -185,7 +183,7 @@ def computed(module: nn.Module, target: Target) -> str:
     """
     owner, name = _place(module, target)
     weight = weight_of(module, target)
-    if name in owner._parameters or weight is None or not is_plain(weight):
+    if is_registered(owner, name) or weight is None or not is_plain(weight):
         return ""
     of = [key for key, _ in owner.named_parameters() if f"{name}_" in key or f".{name}." in key]
     return f"the {name} is no parameter of the {type(owner).__name__}" + (
@@ -249,7 +247,7 @@ def without_idle_experts(alive: Mapping[str, bool]) -> list[str]:
 def weight_of(module: nn.Module, target: Target) -> Tensor | None:
     """The weight that a target adapts; None where the layer has no tensor of that name."""
     owner, name = _place(module, target)
-    with _evaluating(owner, name):
+    with still(owner, name):
         weight = getattr(owner, name, None)
     return weight if isinstance(weight, Tensor) else None
 
@@ -260,22 +258,6 @@ def _place(module: nn.Module, target: Target) -> tuple[nn.Module, str]:
     return module.get_submodule(owner), name
 
 
-@contextlib.contextmanager
-def _evaluating(owner: nn.Module, name: str) -> Iterator[None]:
-    """Inside the ``with``, a parametrised weight can be read and nothing changes: in training mode spectral
-    normalisation takes a step with each look at it.
-    """
-    inside = owner.parametrizations[name].modules() if is_parametrized(owner, name) else ()
-    training = [module for module in inside if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def kind_of(weight: Tensor | None) -> str:
     """What a weight is that holds no plain values, for a message."""
     if weight is None:
@@ -284,6 +266,11 @@ def kind_of(weight: Tensor | None) -> str:
 
 
 def _check_layer(module: nn.Module, target: Target) -> None:
+    with still(module, "weight"):
+        _check_kind(module, target)
+
+
+def _check_kind(module: nn.Module, target: Target) -> None:
     width, height = features(module, target.transposed)
     if width != target.in_features or not 0 <= target.first_row <= height - target.out_features:
         raise TargetError(

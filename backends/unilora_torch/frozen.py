@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unilora_core import MismatchError, ProjectionSpec, TargetError
 from unilora_core.header import FROZEN
 from unilora_torch.chains import Frozen, sizes_of
-from unilora_torch.checks import is_plain, kind_of, weight_of
+from unilora_torch.checks import REMEDY, computed, is_plain, kind_of, weight_of
 from unilora_torch.targets import Target, matrix_of
 
 __all__ = ["frozen_in_file", "frozen_of", "tensors_of"]
@@ -36,7 +36,13 @@ def frozen_of(model: nn.Module, spec: ProjectionSpec, targets: Iterable[Target])
 
 
 def _matrix(model: nn.Module, target: Target) -> Tensor:
-    weight = weight_of(model.get_submodule(target.module), target)
+    module = model.get_submodule(target.module)
+    if says := computed(module, target):
+        raise TargetError(
+            f"{target.name}: the method is made of the singular vectors of the weight, and {says}; {REMEDY}, or choose "
+            "another method."
+        )
+    weight = weight_of(module, target)
     if weight is None or not is_plain(weight) or weight.is_meta:
         kind = "a weight on the meta device" if weight is not None and weight.is_meta else kind_of(weight)
         raise TargetError(

@@ -12,7 +12,7 @@ from unilora_torch.calls import Handle, surround
 from unilora_torch.chains import joined, product
 from unilora_torch.checks import REMEDY
 from unilora_torch.live import Live
-from unilora_torch.replaced import IN_PLACE, Copies, forward_with, is_bound
+from unilora_torch.replaced import IN_PLACE, Copies, forward_with, is_bound, is_registered
 from unilora_torch.targets import Target, is_conv, shaped
 
 __all__ = ["BesideHook", "ConvPath", "EmbeddingPath", "LowRankPath", "StreamedPath", "WeightPath", "add_paths"]
@@ -191,7 +191,7 @@ class WeightPath(_Path):
         for target in self.targets:
             path, name = _place(target)
             owner = module.get_submodule(path)
-            if name not in owner._parameters:
+            if not is_registered(owner, name):
                 raise TargetError(
                     f"{target.name}: the {name} of this {type(owner).__name__} is no parameter any more, and so cannot "
                     f"be W + B·A; {REMEDY}, or exclude it."
@@ -202,7 +202,9 @@ class WeightPath(_Path):
         """After it: a graph works on the module itself."""
         for target in self.targets:
             path, name = _place(target)
-            module.get_submodule(path).__dict__.pop(name, None)
+            owner = module.get_submodule(path)
+            if is_registered(owner, name):
+                owner.__dict__.pop(name, None)
 
 
 def _sum(weight: Tensor, chain: Sequence[Tensor], target: Target) -> Tensor:

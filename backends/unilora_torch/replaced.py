@@ -1,8 +1,9 @@
 """A layer with another weight: what its class computes then, and whether that is linear in the weight."""
 
+import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,18 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["IN_PLACE", "Copies", "call_with", "convolves", "forward_with", "is_bound", "looks_up"]
+__all__ = [
+    "IN_PLACE",
+    "Copies",
+    "adds",
+    "call_with",
+    "convolves",
+    "forward_with",
+    "is_bound",
+    "is_registered",
+    "looks_up",
+    "still",
+]
 
 M = torch.tensor([[0.5, -1, 2], [4, 1, -2]])
 """Mixes two outputs to three."""
@@ -95,6 +107,27 @@ def _stays(module: nn.Module, name: str) -> bool:
     return flat or name == "_modules" or name in module._parameters or name in module._buffers
 
 
+def is_registered(module: nn.Module, name: str) -> bool:
+    """Whether a weight is a parameter or a buffer of its own; another tensor is computed anew, and overwritten."""
+    return name in module._parameters or name in module._buffers
+
+
+@contextlib.contextmanager
+def still(module: nn.Module, name: str) -> Iterator[None]:
+    """Inside the ``with``, a parametrised weight can be read and nothing changes: in training mode spectral
+    normalisation takes a step with each look at it.
+    """
+    inside = module.parametrizations[name].modules() if is_parametrized(module, name) else ()
+    training = [module for module in inside if module.training]
+    try:
+        for each in training:
+            each.training = False
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
 def forward_with(module: nn.Module, replaced: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
     """What the module's class computes with other parameters, without its hooks."""
     if is_parametrized(module):
@@ -165,7 +198,7 @@ def adds(module: nn.Module, transposed: bool = False) -> bool:
     try:
         with torch.no_grad():
             if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
-                x = _seen(module).to(W.device)
+                x = _seen(module).to(W.device if isinstance(module, nn.Embedding) else W)
                 update = forward_with(module, {"weight": U, **beside}, x)
             else:
                 x = _wave(4, W.shape[0 if transposed else 1]).to(W)
@@ -194,7 +227,7 @@ def _seen(module: nn.Module) -> Tensor:
     if isinstance(module, nn.Embedding):
         return torch.arange(min(3, module.num_embeddings))[None]
     size = [2 * dilation * length for dilation, length in zip(module.dilation, module.kernel_size, strict=True)]
-    return _wave(1, module.in_channels, *size).to(module.weight.dtype)
+    return _wave(1, module.in_channels, *size)
 
 
 def looks_up(embedding: nn.Embedding) -> bool:
@@ -216,8 +249,9 @@ def convolves(module: nn.Module) -> bool:
     """
     if module.groups > 1 or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return module.groups == 1
-    device = "cpu" if module.weight.is_meta else module.weight.device
-    x = _seen(module).float().to(device)
+    with still(module, "weight"):
+        device = "cpu" if module.weight.is_meta else module.weight.device
+    x = _seen(module).to(device)
     K, m = _wave(2, module.in_channels, *module.kernel_size).to(device), M.to(device)
     try:
         narrow = forward_with(module, {"weight": K, "bias": None}, x)
