@@ -89,12 +89,12 @@ class FolderImages:
                 f"{folder}: the class {stray[0]!r} is not among the training classes{_meant(stray[0], self.classes)}."
             )
         self.paths: list[Path] = []
-        self.folders = [folder]
-        self.strays = files_beside(folder)
+        self.folders: Sequence[Path] = [folder]
+        strays = files_beside(folder)
         labels: list[int] = []
         for name, paths in sorted(found.items()):
             images, others = _sorted_out(paths)
-            self.strays += others
+            strays += others
             if not images:
                 what = f" that Pillow reads, but {endings(others)}" if others else ""
                 raise CommandError(
@@ -103,6 +103,7 @@ class FolderImages:
             self.paths += images
             labels += [self.classes.index(name)] * len(images)
         self.labels: Sequence[int] = labels
+        self.strays: Sequence[Path] = strays
 
     def name(self, index: int) -> str:
         """See `ImageSource`."""
@@ -126,7 +127,8 @@ class TableImages:
 
     def __init__(self, rows: Any, image: str, label: str, classes: tuple[str, ...], where: str):
         self.rows, self.image, self.where, self.classes = rows, image, where, classes
-        self.folders, self.strays = (), ()
+        self.folders: Sequence[Path] = ()
+        self.strays: Sequence[Path] = ()
         self.labels: Sequence[int] = [_class_index(value, classes, where) for value in rows[label]]
 
     def name(self, index: int) -> str:
@@ -166,7 +168,9 @@ class TorchImages:
     def __init__(self, found: Any, where: str):
         if not (hasattr(found, "targets") and hasattr(found, "classes")):
             raise CommandError(f"{where}: this data set of torchvision does not list its classes and labels.")
-        self.found, self.where, self.folders, self.strays = found, where, (), ()
+        self.found, self.where = found, where
+        self.folders: Sequence[Path] = ()
+        self.strays: Sequence[Path] = ()
         self.classes = tuple(name if isinstance(name, str) else str(name[0]) for name in found.classes)
         self.labels: Sequence[int] = [int(label) for label in found.targets]
 
@@ -216,14 +220,11 @@ def _sorted_out(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def _files(folder: Path) -> Iterator[Path]:
     """The files in a folder and in the folders in it; links are followed, each folder once."""
-    seen, top = set(), Path(os.path.realpath(folder))
+    seen, stands = set(), Path(os.path.realpath(folder.parent))
+    above = {stands, *stands.parents, *Path(os.path.realpath(folder)).parents}
     for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(root)
-        if Path(real) in (
-            *top.parents,
-            Path(os.path.realpath(folder.parent)),
-            *Path(os.path.realpath(folder.parent)).parents,
-        ):
+        if Path(real) in above:
             raise CommandError(f"{root}: this link leads to a folder that it stands in, {real}; remove it.")
         if real in seen:
             folders.clear()
@@ -243,7 +244,6 @@ def _hidden(name: str) -> bool:
 
 def _is_image(path: Path) -> bool:
     """Whether Pillow reads a file: by the ending of its name, or, where that says nothing, by how it begins."""
-    Image.init()
     ending = Image.registered_extensions().get(path.suffix.lower())
     if ending in Image.OPEN:
         return ending not in NO_PICTURES

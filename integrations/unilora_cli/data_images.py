@@ -130,7 +130,8 @@ def load_images(arguments: argparse.Namespace) -> Images:
 def _comparison(train: Part, held_out: Part) -> list[tuple[str, Any]]:
     """Lines about what is to train on and what is held out."""
     labels = ([part.source.labels[i] for i in part.indices] for part in (train, held_out))
-    return [*class_notes(train.source.classes, *labels), *seen(*_digests(train, held_out), len(held_out.indices))]
+    learnt, apart = _digests(train, held_out)
+    return [*class_notes(train.source.classes, *labels), *seen(learnt, apart, len(held_out.indices))]
 
 
 def _digests(*parts: Part) -> list[list[bytes]]:

@@ -56,8 +56,8 @@ class LabelledTexts:
         self.notes = class_notes(
             self.classes, (label for _, label in self.train), (label for _, label in self.held_out)
         )
-        texts = ([texts for texts, _ in pairs] for pairs in (self.train, self.held_out))
-        self.notes += seen(*texts, len(self.held_out))
+        learnt, tested = ([texts for texts, _ in pairs] for pairs in (self.train, self.held_out))
+        self.notes += seen(learnt, tested, len(self.held_out))
 
     def _pairs(self, rows: Sequence[Mapping[str, Any]], where: str) -> list[Labelled]:
         for name in (*self.columns, self.label):
