@@ -1,5 +1,6 @@
 """Which layers of a transformers model are adapted, and which modules are its freshly made head."""
 
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -8,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unilora_core import TargetError
 from unilora_torch import Adapter, Target, find_targets
+from unilora_torch.heads import inside
 from unilora_torch.targets import embedding_target, is_linear, linear_target
 
 __all__ = ["select_targets", "task_heads", "to_target"]
@@ -19,16 +21,20 @@ QUERY_AND_VALUE: tuple[tuple[str, ...], ...] = (
     ("q_lin", "v_lin"),  # DistilBERT, XLM
     ("q", "v"),  # T5
     ("to_q", "to_v"),
+    ("linear_q", "linear_v"),  # the conformers
     ("q_b_proj", "kv_b_proj"),  # DeepSeek-V3: latent attention
     ("q_proj", "kv_b_proj"),  # DeepSeek-V2-Lite
+    ("q_attn", "c_attn"),  # GPT-2's cross-attention: k and v are blocks of c_attn
     ("c_attn",),  # GPT-2: q, k and v are blocks of it, see `_query_and_value_blocks`
     ("query_key_value",),  # BLOOM, GPT-NeoX, Falcon: q, k and v interleave, so the layer is adapted as a whole
     ("qkv_proj",),  # Phi-3, CodeGen
     ("Wqkv",),  # MPT, ModernBERT
     ("qkv",),  # Swin-v2, BEiT
-    ("in_proj",),  # DeBERTa, Mamba
 )
-"""The endings that mean query and value; the first row counts of which every ending names a linear layer."""
+"""The endings that mean query and value; of each attention the first row counts of which it has every layer."""
+
+IN_PROJ = "in_proj"
+"""The ending that counts in models without any of these: DeBERTa, Mamba."""
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "projector", "logits_proj")
 """Names of a head in models that do not name their base model."""
@@ -86,25 +92,51 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _query_and_value(model: PreTrainedModel) -> list[str]:
+    """The layers of every attention in every part of a model."""
     linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    last = {name: name.rsplit(".", 1)[-1] for name in linear}
-    for row in QUERY_AND_VALUE:
-        if set(row) <= set(last.values()):
-            return [name for name in linear if last[name] in row]
-    raise TargetError(
-        f"{type(model).__name__}: no query and value projection under a known name; choose targets=[…] among the "
-        f"linear layers, whose names end in {sorted(set(last.values()))}, or targets='all-linear'."
-    )
+    layers: dict[str, dict[str, str]] = {}
+    for name in linear:
+        owner, _, last = name.rpartition(".")
+        layers.setdefault(owner, {})[last] = name
+    rows = {
+        owner: next((row for row in QUERY_AND_VALUE if set(row) <= mine.keys()), ()) for owner, mine in layers.items()
+    }
+    found = {layers[owner][last] for owner, row in rows.items() for last in row}
+    found = found or {name for name in linear if name.rpartition(".")[-1] == IN_PROJ}
+    if not found:
+        ends = sorted({name.rpartition(".")[-1] for name in linear})
+        raise TargetError(
+            f"{type(model).__name__}: no query and value projection under a known name; choose targets=[…] among the "
+            f"linear layers, whose names end in {ends}, or targets='all-linear'."
+        )
+    _warn_of_parts(model, found, linear)
+    return [name for name in linear if name in found]
+
+
+def _warn_of_parts(model: PreTrainedModel, found: Iterable[str], linear: Iterable[str]) -> None:
+    """Name the models inside a model that have linear layers, and none that is found."""
+    parts = [name for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)]
+    missed = [
+        part
+        for part in parts
+        if any(inside(name, [part]) for name in linear) and not any(inside(name, [part]) for name in found)
+    ]
+    if outermost := [part for part in missed if not inside(part, set(missed) - {part})]:
+        warnings.warn(
+            f"unilora: {', '.join(outermost)}: no query and value projection under a known name, so no target is "
+            "there; name targets=[…] to adapt it as well.",
+            stacklevel=4,
+        )
 
 
 def _query_and_value_blocks(target: Target) -> list[Target]:
-    """GPT-2's c_attn computes q, k and v side by side: a target each for q and v."""
-    width = target.in_features
-    if not target.module.endswith("c_attn") or target.out_features != 3 * width:
+    """GPT-2's c_attn computes q, k and v side by side, or k and v: a target each for q and v."""
+    width, blocks = target.in_features, target.out_features // target.in_features
+    if not target.module.endswith("c_attn") or target.out_features not in (2 * width, 3 * width):
         return [target]
     return [
         Target(f"{target.name}.{block}", target.module, width, width, row, target.transposed)
-        for block, row in (("q", 0), ("v", 2 * width))
+        for block, row in (("q", 0), ("v", (blocks - 1) * width))[3 - blocks :]
     ]
 
 
