@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unilora_torch.live import Live
 from unilora_torch.vector import Vector
 
-__all__ = ["untouched"]
+__all__ = ["in_mode", "untouched"]
 
 Step = Callable[[], object]
 
@@ -46,6 +46,24 @@ def untouched(model: nn.Module) -> Iterator[None]:
             _take(steps)
     finally:  # again, where an interrupt kept the first from being done
         _take(steps)
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside the ``with`` the model is in one mode; it is `untouched` afterwards.
+
+    In training mode dropout and the like, batch norms and checkpoints stay out of it: they make outputs zero by chance,
+    need more than one row, and hide the gradients of what is inside.
+    """
+    with untouched(model):
+        for module in model.modules():
+            drops = not module._modules and not module._parameters and not module._buffers
+            norms = isinstance(module, nn.modules.batchnorm._NormBase)
+            module.training = training and not drops and not norms
+            for flag in ("gradient_checkpointing", "grad_checkpointing"):  # of transformers, of timm
+                if training and vars(module).get(flag):
+                    setattr(module, flag, False)
+        yield
 
 
 def _take(steps: list[Step]) -> None:

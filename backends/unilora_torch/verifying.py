@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unilora_core import TargetError
 from unilora_torch.checks import without_idle_experts
-from unilora_torch.untouched import untouched
+from unilora_torch.untouched import in_mode
 from unilora_torch.vector import Vector
 
-__all__ = ["train_all_but_chance", "verify"]
+__all__ = ["floats", "verify"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,9 @@ def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> None:
     if not vector.live.acts():
         raise TargetError("verify: the adapter is merged or disabled, so no gradient reaches θ_d; unmerge it first.")
     with vector.alone("verify"):
-        with untouched(vector.model):
-            vector.model.eval()
+        with in_mode(vector.model, training=False):
             evaluated = _run(vector, args, kwargs)
-        with untouched(vector.model):
+        with in_mode(vector.model, training=True):
             trained = _in_training(vector, args, kwargs)
     alive, names = evaluated.alive | trained.alive, [target.name for target in vector.targets]
     if dead := without_idle_experts({name: name in alive for name in names}):
@@ -49,7 +48,6 @@ def _in_training(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run
     """The run in training mode; one of nothing where the model does not train on these inputs (without labels, say):
     its first pass in training is still watched.
     """
-    train_all_but_chance(vector.model)
     try:
         return _run(vector, args, kwargs)
     except TargetError:
@@ -58,24 +56,11 @@ def _in_training(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run
         return _Run()
 
 
-def train_all_but_chance(model: nn.Module) -> None:
-    """Set a model to training mode, but for dropout and the like, batch norms and checkpoints.
-
-    They would make outputs zero by chance, need more than one row, and hide the gradients of what is inside.
-    """
-    for module in model.modules():
-        drops = not module._modules and not module._parameters and not module._buffers
-        module.training = not drops and not isinstance(module, nn.modules.batchnorm._NormBase)
-        for flag in ("gradient_checkpointing", "grad_checkpointing"):  # of transformers, of timm
-            if vars(module).get(flag):
-                setattr(module, flag, False)
-
-
 def _run(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run:
     loss = vector.theta_d.new_zeros((), requires_grad=True)
     with torch.enable_grad(), vector.live.watching() as seen:
         output = vector.model(*args, **kwargs)
-        for tensor in _floats(output):
+        for tensor in floats(output):
             noise = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).cos()
             loss = loss + (tensor.float() * noise).sum()
         names, tensors = [], []
@@ -99,7 +84,7 @@ def _is_recomputed(loss: Tensor) -> bool:
     return any(node.name().startswith("CheckpointFunction") for node in known)
 
 
-def _floats(output: Any) -> list[Tensor]:
+def floats(output: Any) -> list[Tensor]:
     """Every floating-point tensor with a gradient in a nested output."""
     leaves = torch.utils._pytree.tree_leaves(output if not hasattr(output, "to_tuple") else output.to_tuple())
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad]

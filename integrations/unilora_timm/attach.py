@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import unilora_torch
 from unilora_core import TargetError
-from unilora_timm.bypassed import through_readers
 from unilora_timm.targets import classifier, find_targets
 from unilora_torch import Adapter, Target
+from unilora_torch.bypassed import through_readers
 
 __all__ = ["attach", "example_of"]
 

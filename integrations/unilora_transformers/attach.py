@@ -12,6 +12,7 @@ from unilora_torch import Adapter, Target
 from unilora_torch.adapter import NAME
 from unilora_torch.base import with_fresh
 from unilora_torch.heads import inside
+from unilora_transformers.bypassed import through_readers
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import watch_checkpointing
 from unilora_transformers.fresh import fresh_parts, fresh_weights, saved_with, warn_of_fresh
@@ -35,7 +36,9 @@ def attach(
 ) -> Adapter:
     """Freeze a model and put one trainable vector beside its linear layers.
 
-    The model then runs once, to see that every target is reached and gives θ_d a gradient.
+    The model then runs once in evaluation and once in training mode, to see that every target is reached and gives θ_d
+    a gradient. A layer whose weight the model uses without calling it (WavLM's projections) is found out there, and its
+    weight is W + ΔW while the module that uses it runs. Nothing of these runs stays on the model.
 
     Args:
         model: any transformers model; changed in place.
@@ -69,6 +72,12 @@ def attach(
     finish(model, adapter)
     try:
         check(model, adapter, example)
+    except TargetError:
+        adapter.detach()
+        readers = through_readers(model, found, example)
+        if readers == found:
+            raise
+        return attach(model, readers, method=method, modules_to_save=modules_to_save, example=example, **options)
     except BaseException:
         adapter.detach()
         raise

@@ -1,0 +1,27 @@
+"""Bypassed layers of a transformers model; see `unilora_torch.bypassed`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from unilora_torch import Target, bypassed
+from unilora_transformers.check import made_up_inputs
+
+__all__ = ["through_readers"]
+
+
+def through_readers(
+    model: PreTrainedModel, targets: tuple[Target, ...], example: Mapping[str, Any] | None = None
+) -> tuple[Target, ...]:
+    """The targets, those of bypassed layers as parameters of the modules that read their weights.
+
+    Args:
+        example: the inputs of the run; made up from the config unless given.
+    """
+    for inputs in made_up_inputs(model) if example is None else (example,):
+        try:
+            return bypassed.through_readers(model, targets, lambda inputs=inputs: model(**inputs))
+        except Exception:  # whatever a model raises on inputs that it was not made for
+            continue
+    return targets
