@@ -65,7 +65,7 @@ def read_chat(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Cha
     """
     if media := [name for name in MEDIA if row.get(name)]:
         raise CommandError(f"{where}: it has {media[0]!r}, and this is for models of text; leave such records out.")
-    given = [_listed(row[name], f"{where}: expected a list of turns in {name!r}") for name in columns]
+    given = [_listed(row.get(name), f"{where}: expected a list of turns in {name!r}") for name in columns]
     if not all(given):
         raise CommandError(f"{where}: expected a list of turns in {columns[given.index([])]!r}, got [].")
     turns = [_turn(turn, f"{where}, turn {i + 1}") for i, turn in enumerate(turn for part in given for turn in part)]

@@ -76,14 +76,13 @@ def _wants_dialogues(arguments: argparse.Namespace) -> str | None:
 
 
 def _corpus(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -> Corpus:
-    if hasattr(rows, "features"):  # a table of `datasets`
-        rows = [without_none(row) | dict.fromkeys(row.keys() - without_none(row).keys()) for row in rows]
     if arguments.prompt:
         pairs, used = _filled_in(rows, arguments, where)
         return Corpus(where, pairs=pairs, unused=_others(rows, used))
     columns = _columns(rows[0], arguments, where)
     if columns[0] in CHATS or isinstance(rows[0][columns[0]], list):
-        chats = [read_chat(row, columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
+        dense = without_none if hasattr(rows, "features") else dict  # a table of `datasets`, or records as they were
+        chats = [read_chat(dense(row), columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
         return Corpus(where, chats=chats, unused=_others(rows, (*columns, *OPTIONS)))
     values = [_words(row, columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
     if columns[0] == "instruction":

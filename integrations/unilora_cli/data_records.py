@@ -202,6 +202,7 @@ def _load_with_datasets(source: str, path: Path, subset: str | None) -> dict[str
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
         else:
+            _check_headers(path)
             found = datasets.load_dataset(str(path) if path.is_dir() else source, subset)
         splits = dict(found) if isinstance(found, datasets.DatasetDict) else {LONE: found}
         return {name: _composed(rows) for name, rows in splits.items()}
@@ -270,6 +271,16 @@ def _read_separated(path: Path, **dialect: Any) -> list[dict[str, Any]]:
             hint = "; is there a quote that is not closed?" if "end of data" in str(error) else "."
             raise CommandError(f"{path}, line {reader.line_num}: {error}{hint}") from error
     return rows
+
+
+def _check_headers(folder: Path) -> None:
+    """What pandas, which `datasets` reads a folder with, would take for granted: columns of different names."""
+    for ending, delimiter in ((".csv", ","), (".tsv", "\t")):
+        for path in sorted(folder.rglob(f"*{ending}")) if folder.is_dir() else ():
+            with opened(path) as file:
+                _header(
+                    next((fields for fields in csv.reader(file, delimiter=delimiter) if fields), []), path, delimiter
+                )
 
 
 def _header(fields: list[str], path: Path, delimiter: str) -> list[str]:
