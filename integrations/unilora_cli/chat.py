@@ -144,15 +144,16 @@ def _silent(chat: Chat, tokens: list[int], tokenizer: Any, where: str, response_
 
 def _spans(chat: Chat, turns: Sequence[int], tokens: list[int], tokenizer: Any, where: str) -> list[tuple[int, int]]:
     """Where the tokens of some turns are: by the template's own marks, if it has them, else by what each adds."""
+    marked: dict[int, tuple[int, int]] = {}
     if re.search(r"{%[-+]?\s*generation", tokenizer.get_chat_template(tools=chat.options.get("tools"))):
         marks = _applied(tokenizer, chat, return_assistant_tokens_mask=True)["assistant_masks"]
         runs = [[i for i, _ in run] for mark, run in groupby(enumerate(marks), lambda pair: pair[1]) if mark]
         spans = [(run[0], run[-1] + 1) for run in runs]
         if list(turns) == chat.said:
             return spans
-        if len(spans) == len(chat.said) and set(turns) <= set(chat.said):
-            return [span for i, span in zip(chat.said, spans, strict=True) if i in turns]
-    return [_span(chat, i, tokens, tokenizer, where) for i in turns]
+        if len(spans) == len(chat.said):
+            marked = dict(zip(chat.said, spans, strict=True))
+    return [marked[i] if i in marked else _span(chat, i, tokens, tokenizer, where) for i in turns]
 
 
 def _span(chat: Chat, i: int, tokens: list[int], tokenizer: Any, where: str) -> tuple[int, int]:
