@@ -322,6 +322,187 @@ def test_classes_that_cannot_be_used(load, folder, tmp_path):
         load("--data", folder)
 
 
+# ---- what is an image, a class and a part -----------------------------------------------------------------------
+
+
+def fill(root, *names, count=3):
+    """Folders of images that all differ."""
+    rng = np.random.default_rng([len(path) for path in (str(root), *names)])
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+ENDINGS = {
+    ".jfif": "JPEG",
+    ".jpe": "JPEG",
+    ".JPG": "JPEG",
+    ".tga": "TGA",
+    ".jp2": "JPEG2000",
+    ".ico": "ICO",
+    ".mpo": "MPO",
+}
+ENDINGS |= {"": "TIFF", ".bin": "WEBP", ".photo": "PNG", ".avif": "AVIF"}
+
+
+def test_pillow_says_what_is_an_image(load, tmp_path):
+    from PIL import features
+
+    root = fill(tmp_path / "d", "a", "b")
+    for ending, kind in ENDINGS.items():
+        if kind in ("AVIF", "JPEG2000") and not features.check({"JPEG2000": "jpg_2000"}.get(kind, "avif")):
+            continue
+        Image.new("RGB", (16, 16)).save(root / f"a/x{ending}", kind)
+    found = load("--data", root)
+    assert sum(map(len, (found.train.indices, found.held_out.indices))) == len(list(root.glob("*/*")))
+    assert not [note for note in found.notes if note[0] == "left out"]
+    for i in range(len(found.train.source.labels)):
+        found.train.source.open(i)
+
+
+def test_files_that_are_no_images_are_named(load, vit, tmp_path):
+    root = fill(tmp_path / "d", "a", "b", "__MACOSX", ".hidden")
+    (root / "a/box.xml").write_text("<box/>")
+    (root / "a/phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(90))
+    (root / "a/film.mpg").write_bytes(b"\0\0\1\xb3" + bytes(90))
+    (root / "b/README").write_text("a text")
+    (root / "b/gone").symlink_to("nowhere")
+    shutil.copy(root / "a/0.png", root / "beside.png")
+    for name in (".DS_Store", "a/Thumbs.db", "a/.x.png", "b/desktop.ini"):
+        (root / name).write_bytes(b"junk")
+    found = load("--data", root)
+    assert dict(found.notes)["left out"] == (
+        f"6 files (.heic, .mpg, .png, .xml, no ending): no images to Pillow, or in no class folder, such as "
+        f"{root}/beside.png"
+    )
+    result = vit("--data", root)
+    assert result.code == 0, result.err
+    assert "left out          6 files (.heic," in result.out
+    for path in (root / "b").glob("*.png"):
+        path.unlink()
+    with pytest.raises(
+        CommandError, match=r"/b: no image in this class folder that Pillow reads, but 2 files \(no end"
+    ):
+        load("--data", root)
+
+
+def test_a_class_called_train(load, tmp_path):
+    found = load("--data", fill(tmp_path / "flat", "bus", "car", "train", "test"))
+    assert found.classes == ("bus", "car", "test", "train")
+    (tmp_path / "flat/boxes.csv").write_text("x")
+    assert load("--data", tmp_path / "flat").classes == found.classes
+    nested = fill(tmp_path / "nested", "bus/a", "car/a", "train/steam", "train/electric")
+    with pytest.raises(
+        CommandError, match=r"'train' may be a part of the data or a class: .* 'bus', 'car' with images"
+    ):
+        load("--data", nested)
+    assert load("--data", nested / "train").classes == ("electric", "steam")
+    fill(nested, "val/steam")
+    found = load("--data", nested, "--eval-split", "val")
+    assert (found.classes, dict(found.notes)["left out"]) == (("electric", "steam"), "the folders 'bus', 'car'")
+
+
+def test_parts_of_other_names(load, tmp_path):
+    root = fill(tmp_path / "d", "Training/a", "Training/b", "Testing/a", "Testing/b")
+    with pytest.raises(CommandError, match=r"no folder 'train' in it; it has 'Testing', 'Training': name the parts by"):
+        load("--data", root)
+    assert sizes(load("--data", root, "--train-split", "Training", "--eval-split", "Testing")) == (6, 6, None)
+    root = fill(tmp_path / "more", "train/a", "train/b", "valid/a", "valid/b", "dev/a")
+    assert dict(load("--data", root).notes)["left out"] == "the folders 'dev'"
+    root = fill(tmp_path / "unlabelled", "train/a", "train/b", "unlabelled")
+    with pytest.raises(CommandError, match=r"beside it 'unlabelled' with images too"):
+        load("--data", root)
+    (tmp_path / "empty/logs").mkdir(parents=True)
+    assert sizes(load("--data", fill(tmp_path / "empty", "train/a", "train/b", "val/a"))) == (6, 3, None)
+    with pytest.raises(CommandError, match=r"/train: expected a folder of images for each class"):
+        load("--data", fill(tmp_path / "no classes", "train", "val"))
+
+
+def test_two_spellings_of_a_class_are_one(load, tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    found = load("--data", fill(tmp_path / "d", composed, apart, "the"))
+    assert (found.classes, sum(sizes(found)[:2])) == ((composed, "the"), 9)
+    found = load("--data", fill(tmp_path / "e", f"train/{apart}", "train/the", f"val/{composed}"))
+    assert (found.classes, set(found.held_out.source.labels)) == ((composed, "the"), {0})
+
+
+def test_classes_that_differ_or_lack_something_are_named(load, tmp_path):
+    notes = load("--data", fill(tmp_path / "d", "train/Cat", "train/cat", "val/Cat")).notes
+    assert ("classes apart", "by capitals alone: 'Cat', 'cat'") in notes
+    assert ("classes without", "1, nothing held out: 'cat'") in notes
+    notes = load("--data", fill(tmp_path / "e", "a", "b", "c"), "--limit", 2).notes
+    assert [value for _, value in notes if "nothing to train on" in value]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_of_one_image_is_trained_on(load, tmp_path, seed):
+    root = fill(tmp_path / "d", "a", "b", count=9)
+    fill(root, "c", count=1)
+    found = load("--data", root, "--holdout", 0.9, "--seed", seed)
+    assert {found.train.source.labels[i] for i in found.train.indices} == {0, 1, 2}
+    with pytest.raises(CommandError, match="are the only examples of their classes"):
+        load("--data", fill(tmp_path / "e", "a", "b", "c", count=1))
+
+
+def test_images_that_are_held_out_and_trained_on_are_counted(load, tmp_path):
+    root = fill(tmp_path / "d", "train/a", "train/b", "val/a", "val/b")
+    assert load("--data", root).notes == ()
+    shutil.copy(root / "train/a/0.png", root / "val/b/copy.png")
+    assert load("--data", root).notes == (("seen in training", "1 of the 7 held out"),)
+    datasets.disable_progress_bars()
+    for name in ("train", "val"):
+        table = datasets.load_dataset("imagefolder", data_dir=str(root / name), split="train")
+        table.to_parquet(tmp_path / f"{name}.parquet")  # which puts the bytes of the images into it
+    words = ("--data", tmp_path / "train.parquet", "--eval-data", tmp_path / "val.parquet")
+    assert load(*words).notes == (("seen in training", "1 of the 7 held out"),)
+
+
+@pytest.mark.parametrize("name", ["round", "a/round"])
+def test_a_link_to_a_folder_above_is_refused(load, tmp_path, name):
+    """It would put every image into one class."""
+    root = fill(tmp_path / "d", "a", "b")
+    (root / name).symlink_to(root)
+    with pytest.raises(CommandError, match=f"{name}: this link leads to a folder that it stands in"):
+        load("--data", root)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    import os
+
+    root, scandir = fill(tmp_path / "d", "a/inner", "b"), os.scandir
+
+    def denied(path):
+        if str(path).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(CommandError, match=r"a/inner: this folder cannot be read \(Permission denied\)"):
+        sources.FolderImages(root)
+
+
+def test_tables_without_a_label_or_an_image(load, tmp_path):
+    image = {"bytes": b"", "path": "x"}
+    kinds = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
+    rows = [{"image": image, "label": label} for label in ("caf\u00e9", "cafe\u0301", "the", "the")]
+
+    def write(**changes):
+        changed = [*rows[:2], rows[2] | changes, *rows[3:]]
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+        table = datasets.Dataset.from_list(changed, kinds).cast_column("image", datasets.Image())
+        table.to_parquet(path)
+        return path
+
+    assert load("--data", write()).classes == ("caf\u00e9", "the")
+    with pytest.raises(CommandError, match=r"record 3: the label is missing; expected a word or an integer"):
+        load("--data", write(label=None))
+    found = load("--data", write(image=None), "--eval-data", write())
+    with pytest.raises(CommandError, match=r"image 2: there is none in this record"):
+        found.train.source.open(2)
+
+
 # ---- augmentation -----------------------------------------------------------------------------------------------
 
 
