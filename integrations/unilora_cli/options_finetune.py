@@ -225,10 +225,10 @@ local folder that datasets can load). Model: anything that AutoModelForSequenceC
 
 def _add_lm(tasks: Any) -> None:
     details = """
-Data: a .txt file (cut into blocks of --length tokens); a .csv, .tsv, .jsonl or .parquet file, or a data set of the hub,
-with the columns "text" (joined and cut likewise); "prompt" and "response" (or "completion"), "question" and "answer",
-"query" and "response", "instruction", "output" and perhaps "input"; or "messages" (lists of {"role", "content"}; the
-tokenizer's chat template makes a text of them).
+Data: a .txt file (cut into blocks of --length tokens); a .csv, .tsv, .jsonl, .json or .parquet file, or a data set of
+the hub, with the columns "text" (joined and cut likewise); "prompt" and "response" (or "completion"), "question" and
+"answer", "query" and "response", "instruction", "output" and perhaps "input"; or "messages" or "conversations" (lists
+of {"role", "content"} or {"from", "value"}; the tokenizer's chat template makes a text of them, "tools" and all).
 Model: anything that AutoModelForCausalLM loads. Reported: loss and perplexity, before and after.
 """
     _, source = _task(tasks, "lm", "fine-tune a causal language model of transformers", details, LM)
