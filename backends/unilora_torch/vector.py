@@ -235,7 +235,9 @@ def check_name(model: nn.Module, name: str) -> None:
             f"the model already has an adapter {name!r}; call model.{name}.detach() first, or give another name=."
         )
     if hasattr(model, name) or not name.isidentifier():
-        raise TargetError(f"{name!r} cannot be an adapter's name: it is no identifier, or the model has it already.")
+        raise TargetError(
+            f"{name!r} cannot be an adapter's name: it is no identifier, or the model has it already; give another name=."
+        )
 
 
 def device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:

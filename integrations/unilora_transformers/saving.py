@@ -5,6 +5,7 @@ nothing else. They are attributes of that one model; no class is changed.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
 from unilora_core.files import new_files
@@ -34,6 +35,7 @@ from unilora_torch.frozen import frozen_in_file, tensors_of
 from unilora_transformers.class_names import Classes, read_classes, write_classes
 
 __all__ = [
+    "MODEL_TYPE",
     "Checkpoints",
     "PretrainedMethods",
     "base_metadata",
@@ -52,6 +54,12 @@ NAMING = {"config", "id2label", "label2id", "num_labels"}
 
 HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 """A name on the hub, and no path or text that the YAML of a model card would take for more."""
+
+MODEL_TYPE = "unilora"
+"""Of a ``config.json`` that stands for a base and its adapter."""
+
+BESIDE = "unilora"
+"""Where the specs are beside a state_dict, in PyTorch's ``_metadata``."""
 
 SPEC = "spec"
 """Beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
@@ -75,8 +83,11 @@ def save_pretrained(
             written as well then, with the trained tensors and what else θ_d means nothing without.
         state_dict: where the tensors are read, for a model whose own parameters are sharded over processes.
         push_to_hub: also upload, to ``repo_id`` or else the folder's name; ``options`` go to `push_to_hub`.
+        **options: with ``safe_serialization`` among them sentence-transformers asks for a folder that is a model: it
+            gets a ``config.json``, by which `unilora_transformers.auto` loads the base and the adapter.
 
     Raises:
+        FileExistsError: such a folder is the base's own, whose config would be lost.
         ValuesError: θ_d holds NaN or infinity, or is spread over processes by ZeRO-3; an old file is kept.
     """
     if state_dict is not None and not state_dict:  # as the Trainer has it where DeepSpeed writes the values itself
@@ -89,6 +100,9 @@ def save_pretrained(
     there = adapters(model)
     names = [] if (folder / "README.md").exists() else ["README.md"]
     names += [_file_of(name) for name in there]
+    if options.pop("safe_serialization", None) is not None:
+        _check_base(model, folder)
+        names.append(CONFIG_NAME)
     names += [] if is_main_process is None else [SAFE_WEIGHTS_NAME]  # the last: trainers resume from it
     with new_files(*(folder / name for name in names)) as new:
         paths = dict(zip(names, new, strict=True))
@@ -96,6 +110,9 @@ def save_pretrained(
             adapter.save(paths[_file_of(name)], base_metadata(model), state)
         if "README.md" in paths:
             paths["README.md"].write_text(model_card(model), encoding="utf-8")
+        if CONFIG_NAME in paths:
+            said = {"model_type": MODEL_TYPE, "architectures": [_class_of(model)]}
+            paths[CONFIG_NAME].write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if is_main_process is not None:
             texts = {f"{name}.{SPEC}": json.dumps(_identity(adapter.spec)) for name, adapter in there.items()}
             specs = {key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
@@ -233,7 +250,7 @@ def refuse_kernels(where: str | os.PathLike, config: PreTrainedConfig) -> None:
 
 def base_metadata(model: PreTrainedModel) -> dict[str, str]:
     """What an adapter file says of its base model: its name, its class, and the names of the classes it tells apart."""
-    kind = type(model).__name__.removeprefix("FSDP")  # fully_shard changes the class, and its name so
+    kind = _class_of(model)
     metadata = {"base_class": kind, "written_by": f"unilora {__version__}"}
     if base := _name(model):
         metadata["base_model"] = base
@@ -242,6 +259,23 @@ def base_metadata(model: PreTrainedModel) -> dict[str, str]:
     if kind.endswith("ForSequenceClassification"):
         metadata["task"] = "text"
     return metadata | write_classes(model)
+
+
+def _class_of(model: PreTrainedModel) -> str:
+    return type(model).__name__.removeprefix("FSDP")  # fully_shard changes the class, and its name so
+
+
+def _check_base(model: PreTrainedModel, folder: Path) -> None:
+    """A folder that stands for the base and the adapter is not the base's own, and names a base that can be found."""
+    base = _name(model)
+    if base and folder.exists() and os.path.exists(base) and os.path.samefile(base, folder):
+        raise FileExistsError(f"{folder}: the base model lies there and would lose its config; save to another folder.")
+    if not base or (os.path.isdir(base) and not os.path.isfile(os.path.join(base, CONFIG_NAME))):
+        warnings.warn(
+            f"unilora: {folder} cannot be loaded by itself, as the base model {f'in {base} ' if base else ''}has no "
+            f"{CONFIG_NAME} in a folder of its own; save it to one, and set model.name_or_path to that.",
+            stacklevel=3,
+        )
 
 
 def _name(model: PreTrainedModel) -> str:
@@ -339,11 +373,10 @@ class Checkpoints:
             MismatchError: the checkpoint is of another adapter, or incomplete; nothing has been loaded.
         """
         found_frozen: dict[str, Frozen | None] = {}
-        saved = {key: state_dict.pop(key) for key in list(state_dict) if key.endswith(f".{SPEC}")}
+        saved = _take_specs(model, state_dict, prefix)
         self.partial = bool(saved)
         there = adapters(model)
-        for key, value in saved.items():
-            name = key.removeprefix(prefix).removesuffix(f".{SPEC}")
+        for name, value in saved.items():
             if name not in there:
                 raise MismatchError(
                     f"the checkpoint holds an adapter {name!r}, the model has {list(there)}; attach it under that name."
@@ -381,8 +414,30 @@ def _values(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> 
     return {name: (state_dict or {}).get(prefix + name, tensor) for name, tensor in live.items()}
 
 
+def _take_specs(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Adapter → the bytes of its spec, out of a checkpoint; a base may have tensors of that name, which stay."""
+    own = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
+    names = [key.removeprefix(prefix).removesuffix(".theta_d") for key in state_dict if key.endswith(".theta_d")]
+    return {
+        name: state_dict.pop(f"{prefix}{name}.{SPEC}")
+        for name in names
+        if f"{name}.{SPEC}" not in own and f"{prefix}{name}.{SPEC}" in state_dict
+    }
+
+
 def _file_of(name: str) -> str:
     return "adapter.safetensors" if name == NAME else f"adapter-{name}.safetensors"
+
+
+def _parsed(value: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(value.tolist()))
+
+
+def _describe(model: nn.Module, _state_dict: dict[str, Any], _prefix: str, beside: dict[str, Any]) -> None:
+    """A hook of `state_dict`: what its values mean nothing without goes beside it, where PyTorch keeps versions."""
+    there = adapters(model)
+    beside[BESIDE] = {name: _identity(adapter.spec) for name, adapter in there.items()}
+    beside[FROZEN] = _frozen(there)
 
 
 def _identity(spec: ProjectionSpec) -> dict[str, Any]:
