@@ -44,7 +44,9 @@ def identity(model: nn.Module, exclude: Iterable[str] = (), fresh: Iterable[str]
     modules = ((f"{name}.weight", module) for name, module in model.named_modules())
     tables = {name for name, module in modules if isinstance(module, nn.Embedding)}
     vectors = {name: value for name, value in named.items() if value.dim() == 1 and value.is_floating_point()}
-    embeddings = {name: value for name, value in named.items() if name in tables and value.dim() == 2}
+    embeddings = {
+        name: value for name, value in named.items() if name in tables and value.dim() == 2 and not value.is_complex()
+    }
     return BaseIdentity(
         kind=type(model).__name__,
         name=str(getattr(model, "name_or_path", "") or "").encode(errors="replace").decode() or None,

@@ -39,7 +39,10 @@ def _register(vector: Vector) -> None:
         hook = StructureHook(vector.structure, caller or None)
         handles.append(model.get_submodule(caller).register_forward_pre_hook(hook))
     handles.append(model.register_forward_pre_hook(live.open))
+    known = {name: set(module._forward_hooks) for name, module in vector.structure.modules.items()}
     add_paths(live, model, vector.targets, handles)
+    for name, module in vector.structure.modules.items():
+        vector.structure.hooks += [(name, module, number) for number in module._forward_hooks.keys() - known[name]]
     for caller, modules in by_caller(model, dict.fromkeys(target.module for target in vector.targets)).items():
         handles.append(model.get_submodule(caller).register_forward_hook(CallerHook(live, caller, modules)))
     handles.append(model.register_forward_hook(live.close, always_call=True))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_torch.calls import runs_elsewhere
+from unilora_torch.structure import Structure
 from unilora_torch.targets import Target
 from unilora_torch.watch import Reach, looked_up
 
@@ -148,6 +149,7 @@ class Numbers(Protocol):
     """Where numbers come from: `unilora_torch.vector.Vector`."""
 
     theta_d: nn.Parameter
+    structure: Structure
 
     @property
     def whole(self) -> bool:
@@ -292,7 +294,8 @@ class Live:
         mode = mode_of(module.training, torch.is_grad_enabled(), self.adapter.theta_d.device.type)
         watched = self.reached.begin(mode)
         try:
-            with looked_up(module, watched) if watched else contextlib.nullcontext(nobody) as self.here.looked_up:
+            modules = self.adapter.structure.modules
+            with looked_up(modules, watched) if watched else contextlib.nullcontext(nobody) as self.here.looked_up:
                 output = run(module)
         finally:
             self.here.looked_up = nobody

@@ -64,6 +64,7 @@ class BesideHook(_Path):
         super().__init__(live, tuple(sorted(targets, key=lambda target: target.first_row)))
         self.rows = tuple(target.first_row for target in self.targets)
         first, last = self.targets[0], self.targets[-1]
+        self.inputs = first.in_features
         self.module, self.width, self.needed = last.module, first.out_features, last.first_row + last.out_features
 
     def __call__(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> Tensor | None:
@@ -95,6 +96,18 @@ class BesideHook(_Path):
                 "exclude it."
             )
 
+    def fits(self, module: nn.Module, width: int) -> None:
+        """Refuse a layer that has another number of inputs than when it was adapted, or of rows, of an embedding.
+
+        Raises:
+            TargetError: with both.
+        """
+        if width != self.inputs:
+            raise TargetError(
+                f"{self.module}: {self.inputs} inputs are adapted, this {type(module).__name__} has {width} now; merge "
+                "for good by detach(merge=True), or save and detach, before a layer is resized."
+            )
+
 
 class LowRankPath(BesideHook):
     """The forward hook of a linear layer: adds the chain's product with x, factor by factor.
@@ -105,6 +118,7 @@ class LowRankPath(BesideHook):
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """See `BesideHook`."""
         x = args[0] if args else next(iter(kwargs.values()))
+        self.fits(module, x.size(-1))
         hidden = x
         for factor in self.chain(module, output.size(-1)):
             hidden = F.linear(hidden, factor.to(x.dtype))
@@ -117,6 +131,7 @@ class StreamedPath(BesideHook):
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """See `BesideHook`."""
         x = args[0] if args else next(iter(kwargs.values()))
+        self.fits(module, x.size(-1))
         self.reach(module, output.size(-1))
         for target in self.targets:
             update = self.live.update(x, target).to(output.dtype)
@@ -134,6 +149,7 @@ class EmbeddingPath(BesideHook):
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """See `BesideHook`."""
         first, *rest = self.chain(module, output.size(-1))
+        self.fits(module, module.num_embeddings)
         hidden = forward_with(module, {"weight": first.T.to(output.dtype)}, *args, **kwargs)
         for factor in rest:
             hidden = F.linear(hidden, factor.to(hidden.dtype))

@@ -40,12 +40,14 @@ class Structure:
     Attributes:
         modules: the name of each hooked module → the module.
         levels: the name of each module that is called above them → itself and the lists below it.
+        hooks: names, modules, and the numbers of forward hooks that have to be on them.
     """
 
     def __init__(self, watched: Watched, model: nn.Module, names: Iterable[str]):
         self.watched, self.model = watched, model
         self.modules: dict[str, nn.Module] = {}
         self.levels: dict[str, list[Level]] = {}
+        self.hooks: list[tuple[str, nn.Module, int]] = []
         self._known: dict[str, nn.Module] = {}
         self.take(names)
 
@@ -72,6 +74,10 @@ class Structure:
                 if module._modules != children:
                     return True
         return False
+
+    def bare(self) -> list[str]:
+        """The hooked modules that somebody took the hook off."""
+        return [name for name, module, number in self.hooks if number not in module._forward_hooks]
 
     def look(self, what: str) -> None:
         """Follow the names again, and take the children as they are now.
@@ -131,8 +137,14 @@ class StructureHook:
 
     @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
     def _check(self) -> None:
-        if self.structure.changed(self.caller) and self.structure.watched.acts():
-            self.structure.look("the model was called")
+        structure = self.structure
+        if structure.changed(self.caller) and structure.watched.acts():
+            structure.look("the model was called")
+        if self.caller is None and (bare := structure.bare()) and structure.watched.acts():
+            raise TargetError(
+                f"{bare[0]}: the adapter's hook was taken off this module ({len(bare)} such), where it would do "
+                "nothing; save, detach and load the adapter, and remove the hooks of others by their handles."
+            )
 
 
 def _paths(name: str) -> Iterator[str]:

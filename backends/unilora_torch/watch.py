@@ -124,19 +124,19 @@ class _Watched(dict):
 
 
 @contextlib.contextmanager
-def looked_up(model: nn.Module, names: Iterable[str]) -> Iterator[Callable[[str], bool]]:
+def looked_up(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[Callable[[str], bool]]:
     """Inside the ``with``, what comes back says of a module whether this thread has looked up a parameter of it."""
     mine, watched = threading.get_ident(), dict[str, _Watched]()
     try:
         for name in names:
-            held = vars(model.get_submodule(name))
+            held = vars(modules[name])
             if not isinstance(held["_parameters"], _Watched):  # by another thread
                 held["_parameters"] = _Watched(held["_parameters"])
             watched[name] = held["_parameters"]
         yield lambda name: name in watched and mine in watched[name].threads
     finally:
         for name in watched:
-            held = vars(model.get_submodule(name))
+            held = vars(modules[name])
             held["_parameters"] = dict(held["_parameters"])
 
 
