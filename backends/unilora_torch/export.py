@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from unilora_torch.heads import check_modules
 from unilora_torch.targets import Target, features, is_conv
 from unilora_torch.vector import Vector
 
-__all__ = ["export_lora"]
+__all__ = ["export_lora", "lora_tensors"]
 
 
 def export_lora(
@@ -49,6 +50,21 @@ def export_lora(
         TargetError: a parameter or a convolution that PEFT does not adapt alike, or a method that makes whole weights.
         ValuesError: θ_d holds NaN or infinity. In each case nothing is written.
     """
+    config, state = lora_tensors(vector, base_model, rank, engine)
+    # the config last: it is what makes the folder a LoRA
+    with new_files(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json") as (weights, says):
+        save_file(state, weights, metadata={"format": "pt"})
+        says.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def lora_tensors(
+    vector: Vector, base_model: str | None = None, rank: int | None = None, engine: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `export_lora` writes, in memory: the config and the tensors by name, float32 on the CPU.
+
+    Raises:
+        AdapterFileError, SpecError, TargetError, ValuesError: as `export_lora`.
+    """
     parameters = parameters_of(vector.targets)
     _check_exportable(vector, parameters, engine)
     arrays, modules, rank = _arrays(vector, parameters, rank, engine)
@@ -58,7 +74,7 @@ def export_lora(
     config = lora_config(
         modules,
         rank,
-        base_model=base_model or getattr(vector.model, "name_or_path", None),
+        base_model=base_model or str(getattr(vector.model, "name_or_path", None) or "") or None,
         fan_in_fan_out=any(t.transposed and not _looks_up(vector.model, t) for t in vector.targets if not t.parameter),
         modules_to_save=vector.modules_to_save,
     )
@@ -66,10 +82,7 @@ def export_lora(
         config["target_parameters"] = list(parameters)
     if engine is not None:
         refuse(Lora(config, {name: tuple(tensor.shape) for name, tensor in state.items()}), engine)
-    # the config last: it is what makes the folder a LoRA
-    with new_files(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json") as (weights, says):
-        save_file(state, weights, metadata={"format": "pt"})
-        says.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return config, state
 
 
 def _check_exportable(vector: Vector, parameters: Iterable[str], engine: str | None) -> None:

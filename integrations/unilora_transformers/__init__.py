@@ -2,14 +2,17 @@
 
 from unilora_core import engines
 from unilora_torch import Adapter, Bank, Target
+from unilora_transformers import auto
 from unilora_transformers.attach import attach, from_pretrained, load
 from unilora_transformers.merging import merge_checkpoint
 from unilora_transformers.peft import load_peft, save_peft
 from unilora_transformers.reference import Reference
+from unilora_transformers.rollouts import LoraSync, lora_tensors, merged_parameters, sync_rollouts
 
 __all__ = [
     "Adapter",
     "Bank",
+    "LoraSync",
     "Reference",
     "Target",
     "attach",
@@ -17,6 +20,11 @@ __all__ = [
     "from_pretrained",
     "load",
     "load_peft",
+    "lora_tensors",
     "merge_checkpoint",
+    "merged_parameters",
     "save_peft",
+    "sync_rollouts",
 ]
+
+auto.register()

@@ -18,6 +18,7 @@ from unilora_transformers.checkpointing import watch_checkpointing
 from unilora_transformers.fresh import fresh_parts, fresh_weights, saved_with, warn_of_fresh
 from unilora_transformers.output_embeddings import watch_output_embeddings
 from unilora_transformers.quantised_training import TrainableQuantised
+from unilora_transformers.rollouts import Guard
 from unilora_transformers.saving import Checkpoints, PretrainedMethods, build_base, find_files
 from unilora_transformers.targets import select_targets, task_heads
 
@@ -148,7 +149,7 @@ def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     """What a transformers model and its trainers need once an adapter is on it."""
     warn_of_fresh(model, adapter)
     adapter.handles += watch_checkpointing(model)
-    adapter.handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter)]
+    adapter.handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter), Guard(model)]
     adapter.handles += watch_output_embeddings(model, adapter)
     return adapter
 

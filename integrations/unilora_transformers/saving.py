@@ -362,12 +362,19 @@ class Checkpoints:
     def __init__(self, model: PreTrainedModel):
         self.partial = False
         self.handles = [
+            model.register_state_dict_post_hook(_describe),
             model.register_load_state_dict_pre_hook(self.before),
             model.register_load_state_dict_post_hook(self.after),
         ]
 
-    def before(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def before(
+        self, model: nn.Module, state_dict: dict[str, Any], prefix: str, beside: Mapping[str, Any], *_: Any
+    ) -> None:
         """Compare the specs, and take what stands between the trained numbers.
+
+        Args:
+            beside: what `_describe` put beside the state_dict of another model, such as sentence-transformers loads of
+                a checkpoint, to copy its values.
 
         Raises:
             MismatchError: the checkpoint is of another adapter, or incomplete; nothing has been loaded.
@@ -375,13 +382,17 @@ class Checkpoints:
         found_frozen: dict[str, Frozen | None] = {}
         saved = _take_specs(model, state_dict, prefix)
         self.partial = bool(saved)
+        specs = {name: json.loads(bytes(value.tolist())) for name, value in saved.items()}
+        if not saved:
+            specs = beside.get(BESIDE, {})
+            state_dict |= {f"{prefix}{key}": tensor for key, tensor in beside.get(FROZEN, {}).items()}
         there = adapters(model)
-        for name, value in saved.items():
+        for name, found in specs.items():
             if name not in there:
                 raise MismatchError(
                     f"the checkpoint holds an adapter {name!r}, the model has {list(there)}; attach it under that name."
                 )
-            found, mine = json.loads(bytes(value.tolist())), _identity(there[name].spec)
+            mine = _identity(there[name].spec)
             if other := [field for field in mine if found.get(field) != mine[field]]:
                 theirs, ours = ({field: fields.get(field) for field in other} for fields in (found, mine))
                 raise MismatchError(
@@ -427,10 +438,6 @@ def _take_specs(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> di
 
 def _file_of(name: str) -> str:
     return "adapter.safetensors" if name == NAME else f"adapter-{name}.safetensors"
-
-
-def _parsed(value: Tensor) -> dict[str, Any]:
-    return json.loads(bytes(value.tolist()))
 
 
 def _describe(model: nn.Module, _state_dict: dict[str, Any], _prefix: str, beside: dict[str, Any]) -> None:
