@@ -236,7 +236,8 @@ def check_name(model: nn.Module, name: str) -> None:
         )
     if hasattr(model, name) or not name.isidentifier():
         raise TargetError(
-            f"{name!r} cannot be an adapter's name: it is no identifier, or the model has it already; give another name=."
+            f"{name!r} cannot be an adapter's name: it is no identifier, or the model has it already; give another "
+            "name=."
         )
 
 

@@ -162,7 +162,7 @@ def test_rename():
     assert torch.equal(model(X), before)
     with pytest.raises(TargetError, match="already has an adapter 'german'"):
         french.rename("german")
-    with pytest.raises(TargetError, match="'blocks' cannot be an adapter's name.*give another name="):
+    with pytest.raises(TargetError, match=r"'blocks' cannot be an adapter's name.*give another name="):
         french.rename("blocks")
     assert french.name == "français"
 
