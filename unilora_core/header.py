@@ -22,6 +22,7 @@ __all__ = [
     "SETTINGS",
     "BaseArguments",
     "BaseIdentity",
+    "ClassName",
     "Header",
     "TargetRow",
     "read_header",
@@ -49,6 +50,10 @@ SETTINGS: Mapping[str, Any] = {
 
 SIZES = {"depth": 64, "in_chans": 256, "img_size": 4096, "num_classes": 2**16, "num_labels": 2**16}
 """What a setting that decides a model's size may be at most; ImageNet-21k has 21,841 classes."""
+
+
+ClassName = str | int | float | bool | None
+"""What transformers takes for the name of a class, or for its number."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Header:
         base_class: its class in transformers; None likewise.
         task: what it does; None likewise.
         labels: the names of its classes, in the order of its outputs.
+        id2label, label2id: these fields of a config of transformers, where `labels` cannot say it; None likewise.
         base_arguments: how it was built.
         where: the file, for messages.
     """
@@ -138,6 +144,8 @@ class Header:
     labels: tuple[str, ...]
     base_arguments: BaseArguments
     where: str
+    id2label: dict[str, ClassName] | None = None
+    label2id: dict[str, ClassName] | None = None
 
     def settings(self, given: Iterable[str] = ()) -> dict[str, Any]:
         """The settings of the base model that the file states, but for those that the caller gives.
@@ -194,6 +202,8 @@ def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
         labels=entry("labels", tuple[str, ...], ()),
         base_arguments=base_arguments,
         where=str(path),
+        id2label=entry("id2label", dict[str, ClassName] | None, None),
+        label2id=entry("label2id", dict[str, ClassName] | None, None),
     )
 
 

@@ -94,6 +94,6 @@ def register() -> None:
     """Make the type known to `AutoConfig` and to every auto class for models."""
     AutoConfig.register(MODEL_TYPE, AdaptedConfig, exist_ok=True)
     for name in dir(transformers):
-        auto = getattr(transformers, name) if name.startswith("AutoModel") else None
+        auto: Any = getattr(transformers, name) if name.startswith("AutoModel") else None
         if getattr(auto, "_model_mapping", None) is not None:
             auto.register(AdaptedConfig, AdaptedModel, exist_ok=True)

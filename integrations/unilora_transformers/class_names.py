@@ -16,17 +16,16 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unilora_core import CorruptFileError
-from unilora_core.header import SETTINGS, SIZES, Header
+from unilora_core.header import SETTINGS, SIZES, ClassName, Header
 from unilora_core.schema import parse_json, shown, typed
 
 __all__ = ["Classes", "read_classes", "write_classes"]
 
-Names = dict[int | str, Any]
+Names = dict[Any, Any]
 
 TELLS_APART = re.compile("Classification|Detection|Segmentation|XVector")
 """The classes of transformers whose outputs have names in the config."""
 
-NAME = str | int | float | bool | None
 NUMBERS, NUMBER = "id2label", "label2id"
 
 
@@ -51,22 +50,18 @@ class Classes:
             config.label2id = dict(self.label2id)
 
 
-def read_classes(header: Header, said: Mapping[str, str]) -> Classes:
+def read_classes(header: Header) -> Classes:
     """The classes of a file.
 
-    Args:
-        said: the strings of the file that `header` does not know.
-
     Raises:
-        CorruptFileError: an entry has another structure.
+        CorruptFileError: more outputs than a file may ask for.
     """
     if labels := header.labels:
         return Classes(len(labels), dict(enumerate(labels)), _inverse(dict(enumerate(labels))))
-    by_number, by_name = (_read(f"{header.where}: {key}", said.get(key)) for key in (NUMBERS, NUMBER))
-    by_number = None if by_number is None else {_number(key): name for key, name in by_number.items()}
-    by_name = _inverse(by_number) if by_name is None and by_number is not None else by_name
+    names: Names | None = {_number(key): name for key, name in header.id2label.items()} if header.id2label else None
+    by_name = _inverse(names) if header.label2id is None and names is not None else header.label2id
     others = header.base_arguments.arguments.keys() - {"num_labels"}
-    return Classes(header.settings(others).get("num_labels"), by_number, by_name)
+    return Classes(header.settings(others).get("num_labels"), names, by_name)
 
 
 def write_classes(model: PreTrainedModel) -> dict[str, str]:
@@ -101,7 +96,7 @@ def _items(config: PreTrainedConfig, field: str) -> Iterable[tuple[Any, Any]]:
 
 
 def _inverse(names: Names) -> Names:
-    return {name: number for number, name in names.items() if isinstance(name, NAME)}
+    return {name: number for number, name in names.items() if isinstance(name, ClassName)}
 
 
 def _texts(names: Names) -> bool:
@@ -130,11 +125,7 @@ def _dictionary(name: str, values: Mapping[Any, Any]) -> Iterator[str]:
     """Its text, if it can be read again."""
     try:
         text = json.dumps({str(key): value for key, value in values.items()})
-        typed(dict[str, NAME], parse_json(text, name), name)
+        typed(dict[str, ClassName], parse_json(text, name), name)
         yield text
     except (TypeError, ValueError, CorruptFileError) as error:
         warnings.warn(f"{name} is left out of the adapter file, which cannot say it: {error!s:.200}", stacklevel=2)
-
-
-def _read(where: str, text: str | None) -> Names | None:
-    return None if text is None else typed(dict[str, NAME], parse_json(text, where), where)

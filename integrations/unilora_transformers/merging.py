@@ -40,7 +40,7 @@ from unilora_torch.heads import whole_names
 from unilora_torch.merging import add_update
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.targets import block_of, weight_name
-from unilora_transformers.class_names import Classes, read_classes
+from unilora_transformers.class_names import read_classes
 from unilora_transformers.saving import model_class, refuse_kernels
 
 __all__ = ["merge_checkpoint"]
@@ -92,7 +92,7 @@ def merge_checkpoint(
     file, folder = read_adapter(adapter_file), _local(base)
     header = read_header(adapter_file, file)
     checkpoint = _Checkpoint.of(folder)
-    model = _on_meta(header, folder, dict(config or {}), read_classes(header, file.metadata))
+    model = _on_meta(header, folder, dict(config or {}))
     names = _Names.of(model, checkpoint)
     found = open_file(adapter_file, model, file=file, any_rank=any_rank, loaded=False)
     merged = _Merged.of(adapter_file, found, model, checkpoint, names)
@@ -199,12 +199,13 @@ class _Names:
         return cls({name: key for name, key in plain.items() if name in known}, converted)
 
 
-def _on_meta(header: Header, folder: Path, changes: dict[str, Any], classes: Classes) -> PreTrainedModel:
+def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
     """The model that the file adapts, of the checkpoint's config and without values."""
     config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | changes)
     refuse_kernels(header.where, config)
     if getattr(config, "quantization_config", None) is not None:
         raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
+    classes = read_classes(header)
     if classes.count is not None:
         config.num_labels = classes.count
     architectures = [*(config.architectures or ()), ""]
@@ -224,7 +225,7 @@ def _on_meta(header: Header, folder: Path, changes: dict[str, Any], classes: Cla
 
 def _load_small(model: PreTrainedModel, checkpoint: _Checkpoint, names: _Names) -> None:
     """Values for the vectors and embeddings, which tell one base from another; not of a head of another size."""
-    small = {name: value for name, value in model.named_parameters() if value.dim() == 1}
+    small: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.dim() == 1}
     tables = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
     small |= {name: module.weight for name, module in tables}
     there = {name: names.plain[name] for name in small if name in names.plain}

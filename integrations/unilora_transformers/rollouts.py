@@ -213,11 +213,23 @@ class LoraSync(TrainerCallback):
         """The name of the newest version."""
         return f"{self.name}-v{self.version}"
 
-    def on_train_begin(self, _a: TrainingArguments, state: TrainerState, _c: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
         """The first version."""
         self._publish(state)
 
-    def on_step_end(self, _a: TrainingArguments, state: TrainerState, _c: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
         """The next, every ``every`` steps."""
         if state.global_step % self.every == 0:
             self._publish(state)

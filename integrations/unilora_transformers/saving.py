@@ -176,8 +176,7 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         AdapterFileError: the file does not say what its base model is, names what is no class of transformers, or
             states a setting that is the caller's to give (`unilora_core.header.SETTINGS` are those that a file may).
     """
-    file = read_adapter(path)
-    header = read_header(path, file)
+    header = read_header(path, read_adapter(path))
     name = header.base_model
     kind = header.base_class or (header.base.kind if header.base else "")
     if not name or not kind:
@@ -186,7 +185,7 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
             f"base_class = {kind!r}); build the base model and give it: from_pretrained(…, model=model)."
         )
     cls = model_class(path, kind)
-    classes = read_classes(header, file.metadata)
+    classes = read_classes(header)
     said = _settings(header, classes, options)
     given = {"trust_remote_code": False} | dict(options)
     try:
