@@ -39,12 +39,14 @@ class ImageSource(Protocol):
     """Labelled images that are opened one by one.
 
     Attributes:
+        where: what the source is called.
         classes: the names of the classes.
         labels: the class of each image, an index into ``classes``.
         folders: where the images are; nothing where they are in no folder.
         strays: files beside the images that are none, or that are in no class folder.
     """
 
+    where: str
     classes: tuple[str, ...]
     labels: Sequence[int]
     folders: Sequence[Path]
@@ -89,6 +91,7 @@ class FolderImages:
                 f"{folder}: the class {stray[0]!r} is not among the training classes{_meant(stray[0], self.classes)}."
             )
         self.paths: list[Path] = []
+        self.where = str(folder)
         self.folders: Sequence[Path] = [folder]
         strays = files_beside(folder)
         labels: list[int] = []

@@ -281,7 +281,7 @@ def _from_torchvision(arguments: argparse.Namespace) -> Sources:
         raise CommandError(f"{other}: data of torchvision are parted by --eval-split and --test-split.")
     root = path_of(arguments.data_dir)
 
-    def part(split: str | None, usual: str = "") -> TorchImages | None:
+    def part(split: str | None, usual: str = "") -> ImageSource | None:
         if not (split or usual):
             return None
         with readable_errors(f"cannot load {arguments.data} from {root} (--download fetches what torchvision can)"):
@@ -293,6 +293,8 @@ def _from_torchvision(arguments: argparse.Namespace) -> Sources:
                 raise CommandError(f"{root}: there is no folder {split!r} in it.")
             if usual != "train":
                 return None
+        if type(found) is ImageFolder:  # which knows fewer endings of names, and leaves other files out unsaid
+            return FolderImages(Path(found.root))
         return TorchImages(found, f"{arguments.data}, {split or usual}")
 
     train = part(None if arguments.train_split == "train" else arguments.train_split, "train")

@@ -121,12 +121,17 @@ def test_a_folder_in_the_notation_of_timm(load, folder):
     assert sizes(load(*data)) == (24, 12, None)
     assert sizes(load(*data, "--eval-split", "val", "--test-split", "test")) == (24, 12, 6)
     assert sizes(load(*data, "--test-split", "test")) == (22, 2, 6)
+    (folder / "train/red/3.png").rename(folder / "train/red/3.jfif")
+    assert sizes(load(*data)) == (24, 12, None)
     found = load(*data)
     assert found.classes == tuple(sorted(COLOURS))
     index = found.held_out.indices[-1]
     assert found.held_out.source.name(index) == str(folder / "val/red/3.png")
     assert found.held_out.source.open(index).getpixel((5, 5))[0] > 128
     assert sizes(load("--data", "torch/image_folder", "--data-dir", folder / "train")) == (22, 2, None)
+    shutil.copytree(folder / "val/red", folder / "val/pink")
+    with pytest.raises(CommandError, match=r"/val: the classes are not those of the training data"):
+        load(*data)
     shutil.rmtree(folder / "val")
     assert sizes(load(*data)) == (22, 2, None)
 
