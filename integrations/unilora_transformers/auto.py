@@ -12,7 +12,10 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
+from unilora_core.schema import typed
+from unilora_torch import switch
 from unilora_transformers.attach import from_pretrained
 from unilora_transformers.saving import MODEL_TYPE
 
@@ -29,10 +32,12 @@ class AdaptedConfig(PreTrainedConfig):
     """What stands for the config of a base until the base is loaded.
 
     Attributes:
+        acting: the adapters that were switched on, and the weights of their updates.
         use_cache: sentence-transformers switches it off in every config; so it is in the base's then.
     """
 
     model_type = MODEL_TYPE
+    acting: dict[str, float] | None = None
     use_cache: bool = True
 
     @classmethod
@@ -54,7 +59,7 @@ class AdaptedModel:
         cls,
         name: str | os.PathLike,
         *_: Any,
-        config: PreTrainedConfig,
+        config: AdaptedConfig,
         subfolder: str = "",
         revision: str | None = None,
         **options: Any,
@@ -73,18 +78,20 @@ class AdaptedModel:
         folder = Path(name)
         if not folder.is_dir():
             place = {key: options[key] for key in ("cache_dir", "local_files_only", "token") if key in options}
-            patterns = [os.path.join(subfolder, end) for end in ("adapter*.safetensors", "config.json")]
+            patterns = [os.path.join(subfolder, end) for end in ("adapter*.safetensors", CONFIG_NAME)]
             folder = Path(snapshot_download(os.fspath(name), revision=revision, allow_patterns=patterns, **place))
         changed = _changed(config, folder / subfolder)
         use_cache = changed.pop("use_cache", True)
         given = {key: value for key, value in options.items() if key not in NO_OPTIONS and value is not None}
         model = from_pretrained(folder / subfolder, **changed | given)
+        if config.acting is not None:
+            switch(model, typed(dict[str, float], config.acting, f"{folder / subfolder / CONFIG_NAME}: acting"))
         if not use_cache and hasattr(model.config, "use_cache"):
             model.config.use_cache = False
         return model
 
 
-def _changed(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
+def _changed(config: AdaptedConfig, folder: Path) -> dict[str, Any]:
     """The fields of a config that are no longer what the folder says."""
     before = AdaptedConfig.from_pretrained(folder).to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in before or before[key] != value}

@@ -111,7 +111,8 @@ def save_pretrained(
         if "README.md" in paths:
             paths["README.md"].write_text(model_card(model), encoding="utf-8")
         if CONFIG_NAME in paths:
-            said = {"model_type": MODEL_TYPE, "architectures": [_class_of(model)]}
+            acting = {name: adapter.strength for name, adapter in there.items() if adapter.live.on}
+            said = {"model_type": MODEL_TYPE, "architectures": [_class_of(model)], "acting": acting}
             paths[CONFIG_NAME].write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if is_main_process is not None:
             texts = {f"{name}.{SPEC}": json.dumps(_identity(adapter.spec)) for name, adapter in there.items()}
@@ -359,7 +360,7 @@ class Checkpoints:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.partial = False
+        self.partial, self.prefix = False, ""
         self.handles = [
             model.register_state_dict_post_hook(_describe),
             model.register_load_state_dict_pre_hook(self.before),
@@ -380,11 +381,14 @@ class Checkpoints:
         """
         found_frozen: dict[str, Frozen | None] = {}
         saved = _take_specs(model, state_dict, prefix)
-        self.partial = bool(saved)
+        self.partial, self.prefix = bool(saved), prefix
         specs = {name: json.loads(bytes(value.tolist())) for name, value in saved.items()}
         if not saved:
             specs = beside.get(BESIDE, {})
             state_dict |= {f"{prefix}{key}": tensor for key, tensor in beside.get(FROZEN, {}).items()}
+            if specs and getattr(model, "is_quantized", False):  # the other one's base is whole, and the same
+                self.partial = True
+                _leave_base(model, state_dict, prefix)
         there = adapters(model)
         for name, found in specs.items():
             if name not in there:
@@ -406,8 +410,8 @@ class Checkpoints:
     def after(self, model: nn.Module, keys: Any) -> None:
         """Report only what is missing of the trained tensors."""
         if self.partial:
-            expected = trained(model)
-            keys.missing_keys[:] = [key for key in keys.missing_keys if key in expected]
+            here, expected = self.prefix, {f"{self.prefix}{name}" for name in trained(model)}
+            keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(here) or key in expected]
 
     def remove(self) -> None:
         """As the handle of a hook."""
@@ -437,6 +441,13 @@ def _take_specs(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> di
 
 def _file_of(name: str) -> str:
     return "adapter.safetensors" if name == NAME else f"adapter-{name}.safetensors"
+
+
+def _leave_base(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Take what is not trained out of a state_dict."""
+    wanted = tuple(f"{prefix}{name}" for name in (*trained(model), *(f"{each}.{FROZEN}" for each in adapters(model))))
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(wanted)]:
+        del state_dict[key]
 
 
 def _describe(model: nn.Module, _state_dict: dict[str, Any], _prefix: str, beside: dict[str, Any]) -> None:

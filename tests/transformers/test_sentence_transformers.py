@@ -4,12 +4,14 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 import unilora_transformers
 from unilora_core import AdapterFileError, MismatchError
+from unilora_torch import switch
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 Dataset = pytest.importorskip("datasets").Dataset
@@ -17,7 +19,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from sentence_transformers.sentence_transformer import losses as st_losses  # noqa: E402
 from sentence_transformers.sentence_transformer import modules as models  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast  # noqa: E402
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
 STEPS = 4
@@ -134,6 +136,21 @@ def test_a_router_of_two_adapted_models(base, train, tmp_path):
     assert not (expected[0] == expected[1]).all()
 
 
+def test_several_adapters_act_as_they_did(base, train, tmp_path):
+    model = adapted(encoder(base()), train)
+    inner = model[0].auto_model
+    train(unilora_transformers.attach(inner, name="second", seed=4))
+    for weights in ({"unilora": 1.0, "second": 0.5}, {"second": 1.0}, {}):
+        switch(inner, weights)
+        model.save_pretrained(str(tmp_path / "saved"))
+        loaded = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+        assert (loaded.encode(TEXTS) == model.encode(TEXTS)).all()
+    text = (tmp_path / "saved" / "config.json").read_text()
+    (tmp_path / "saved" / "config.json").write_text(text.replace('"acting": {}', '"acting": {"unilora": "much"}'))
+    with pytest.raises(AdapterFileError, match=r"config\.json: acting\.unilora: expected a finite number"):
+        st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+
+
 def test_options_reach_the_base(base, train, tmp_path):
     model = adapted(encoder(base()), train)
     model.save_pretrained(str(tmp_path / "saved"))
@@ -231,6 +248,26 @@ def test_resuming_goes_on_exactly(base, tmp_path, method, caplog):
     assert losses(again) == losses(whole)
     adapters = [run.model[0].auto_model.unilora for run in (whole, again)]
     assert torch.equal(adapters[0].theta_d, adapters[1].theta_d)
+
+
+def test_resuming_beside_a_base_of_4_bits(base, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    folder = base(hidden_size=64, intermediate_size=128)
+
+    def start():
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what bitsandbytes would like to be installed
+            options = {"model_kwargs": {"quantization_config": BitsAndBytesConfig(**nf4)}}
+            inside = models.Transformer(folder, **options)
+        model = st.SentenceTransformer(modules=[inside, models.Pooling(64)], device="cpu")
+        unilora_transformers.attach(model[0].auto_model)
+        return model
+
+    whole, again = trainer(start(), tmp_path / "whole"), trainer(start(), tmp_path / "again")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(again) == losses(whole)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path, caplog):
