@@ -165,10 +165,12 @@ def test_modules_keep_their_classes_names_and_weights():
 
 def test_frozen_state_is_four_bytes_a_lora_parameter(start):
     _, adapter = adapted(start, d=40)
-    frozen = sum(buffer.numel() * buffer.element_size() for buffer in adapter.buffers())
-    assert frozen <= 4 * adapter.spec.D + 8 * adapter.spec.d
-    held = [value for value in vars(adapter).values() if isinstance(value, torch.Tensor)]
-    assert held == []
+    tables = [value for value in vars(adapter.projection).values() if isinstance(value, torch.Tensor)]
+    assert list(map(id, tables)) == list(map(id, adapter.projection.tensors))
+    per_group = {"paper": 4, "identity": 8}[start]  # the scale, and the origin of what starts at zero
+    assert sum(table.nbytes for table in tables) == 4 * adapter.spec.D + per_group * adapter.spec.d
+    assert not adapter.chains.frozen
+    assert [*adapter.buffers(), *(value for value in vars(adapter).values() if isinstance(value, torch.Tensor))] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -192,8 +194,9 @@ def _factors_at(adapter, theta_d):
 def test_attaching_to_a_narrow_base_gives_the_same_P(dtype, start):
     _, wide = adapted(start)
     _, narrow = adapted(start, model=mlp().to(dtype))
-    for a, b in zip(wide.buffers(), narrow.buffers(), strict=True):
-        assert a.dtype == b.dtype
+    tables = {"paper": [torch.int32, torch.float32], "identity": [torch.int32, torch.float32, torch.float32]}[start]
+    assert [table.dtype for table in narrow.projection.tensors] == tables
+    for a, b in zip(wide.projection.tensors, narrow.projection.tensors, strict=True):
         assert torch.equal(a, b)
 
 
