@@ -23,6 +23,7 @@ def put_on(vector: Vector, name: str) -> None:
             for parameter in vector.saved_parameters().values():
                 parameter.requires_grad_(True)
             model.add_module(name, vector)
+            vector.structure.look("attach")  # among whose children it is now
         except BaseException:  # nothing is left half done
             _unregister(vector)
             model._modules.pop(name, None)

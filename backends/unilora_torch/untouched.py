@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from unilora_torch.live import Live
+from unilora_torch.structure import Structure
 from unilora_torch.vector import Vector
 
 __all__ = ["in_mode", "untouched"]
 
 Step = Callable[[], object]
 
-NOT_LOOKED_INTO = (Vector, Live, type, types.FunctionType, types.MethodType, types.ModuleType)
+NOT_LOOKED_INTO = (Vector, Live, Structure, type, types.FunctionType, types.MethodType, types.ModuleType)
 """What has attributes, and is no state of a model."""
 
 DEPTH = 3
