@@ -28,7 +28,7 @@ def watch_output_embeddings(model: PreTrainedModel, adapter: Adapter) -> list[Re
     return [
         model.register_forward_pre_hook(watch.begin),
         output.register_forward_hook(watch.seen),
-        model.register_forward_hook(watch.end),
+        model.register_forward_hook(watch.end, prepend=True),  # its message is the more exact one
     ]
 
 
