@@ -98,7 +98,8 @@ class Adapter(Vector):
         return groups
 
     def verify(self, *args: Any, **kwargs: Any) -> None:
-        """Run the model once and check that every target is reached and gives θ_d a gradient.
+        """Run the model in evaluation and in training mode and check that every target is reached and gives θ_d a
+        gradient. Nothing of the runs stays on the model.
 
         Args:
             *args, **kwargs: example inputs of the model.
