@@ -64,7 +64,13 @@ def with_fresh(base: BaseIdentity | None, model: nn.Module, names: Iterable[str]
 
 def _fresh(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     named = dict(model.named_parameters(remove_duplicate=False))
-    return {name: _pack(_few(named[name].detach().flatten(), 16)) for name in names if name in named}
+    return {name: _pack(_spread(named[name].detach().flatten())) for name in names if name in named}
+
+
+def _spread(values: Tensor) -> list[float]:
+    """Some of the values, with the last, which is in the last of the rows."""
+    chosen = values[np.linspace(0, len(values) - 1, 16).astype(int).tolist()]
+    return [float("nan")] * len(chosen) if values.is_meta else chosen.float().tolist()
 
 
 def check_base(where: str, theirs: BaseIdentity | None, ours: BaseIdentity | None) -> None:
@@ -130,10 +136,10 @@ def _sample(tensors: Mapping[str, Tensor], count: int) -> list[float]:
     return [value for name in chosen for value in _few(tensors[name].detach())]
 
 
-def _few(tensor: Tensor, count: int = 2) -> list[float]:
+def _few(tensor: Tensor) -> list[float]:
     if tensor.dim() == 2:
         tensor = tensor[_places(len(tensor), 8)]
-    values = tensor[..., _places(tensor.shape[-1], count)].flatten()
+    values = tensor[..., _places(tensor.shape[-1], 2)].flatten()
     return [float("nan")] * values.numel() if tensor.is_meta else values.float().tolist()
 
 

@@ -15,7 +15,14 @@ from unilora_torch.heads import inside
 from unilora_transformers.bypassed import through_readers
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import watch_checkpointing
-from unilora_transformers.fresh import fresh_parts, fresh_weights, saved_with, warn_of_fresh
+from unilora_transformers.fresh import (
+    added_rows,
+    fresh_parts,
+    fresh_weights,
+    refuse_rows,
+    saved_with,
+    warn_of_fresh,
+)
 from unilora_transformers.output_embeddings import watch_output_embeddings
 from unilora_transformers.quantised_training import TrainableQuantised
 from unilora_transformers.rollouts import Guard
@@ -142,7 +149,10 @@ def _heads(model: PreTrainedModel, named: str | Iterable[str] | None, fresh: Ite
     chosen = task_heads(model) if named is None else (named,) if isinstance(named, str) else tuple(named)
     if not chosen and named is not None:
         return ()
-    return saved_with(chosen, fresh_parts(model, fresh))
+    rows = added_rows(model)
+    saved = saved_with(chosen, fresh_parts(model, (name for name in fresh if name not in rows)))
+    refuse_rows(model, rows, saved)
+    return saved
 
 
 def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:

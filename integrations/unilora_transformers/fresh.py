@@ -1,13 +1,14 @@
 """What no checkpoint gave values: weights that were made anew beside those that were loaded, and are in no other file.
 
 transformers marks what it loads. A frozen weight without the mark has random values that another run does not have, so
-it trains in full and is saved with θ_d, as a new classifier is.
+it trains in full and is saved with θ_d, as a new classifier is. Rows that were added to a vocabulary are such values in
+tables that are large: whoever attaches an adapter says what is to become of them.
 """
 
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from unilora_core import TargetError
 from unilora_torch import Adapter
 from unilora_torch.checks import is_plain
 from unilora_torch.heads import inside, listed
 from unilora_torch.vector import attached
 
-__all__ = ["fresh_parts", "fresh_weights", "saved_with", "warn_of_fresh"]
+__all__ = ["added_rows", "fresh_parts", "fresh_weights", "refuse_rows", "saved_with", "warn_of_fresh"]
 
 MARK = "_is_hf_initialized"
 """The attribute of a parameter whose values `from_pretrained` read from a checkpoint, or tied to one that it read."""
@@ -41,6 +43,7 @@ def fresh_weights(model: PreTrainedModel) -> tuple[str, ...]:
     names = {name for name, parameter in named.items() if not getattr(parameter, MARK, False)}
     if len(names) == len(named):  # made from a config, or a copy, which has no marks
         names = _not_in_checkpoint(model)
+    names |= added_rows(model).keys()
     expected = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
     return tuple(name for name in named if name in names and not expected.search(name))
 
@@ -53,6 +56,68 @@ def fresh_parts(model: nn.Module, weights: Iterable[str]) -> tuple[str, ...]:
         if name and mine and mine <= set(weights) and not inside(name, parts):
             parts.append(name)
     return (*parts, *(name for name in weights if not inside(name, parts)))
+
+
+def added_rows(model: PreTrainedModel) -> dict[str, int]:
+    """The names of the weights that got rows for added tokens → the first of these; empty unless the checkpoint is on
+    this machine and tells.
+    """
+    tables = _vocabulary_weights(model)
+    if not tables or not _resized(model):
+        return {}
+    ours = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    sizes = {name: theirs for name, theirs, *_ in _loading_info(model).get("mismatched_keys", ())}
+    grown = {
+        name: shape[0] for name, shape in sizes.items() if shape[1:] == ours[name][1:] and shape[0] < ours[name][0]
+    }
+    first = {id(model.get_parameter(name)): rows for name, rows in grown.items()}
+    return {name: first[id(table)] for name, table in tables.items() if id(table) in first}
+
+
+def _vocabulary_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The input embeddings, if they came from a checkpoint, and what is tied to them or to the output embeddings."""
+    try:
+        modules = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return {}
+    own = {id(each) for module in modules if module is not None for each in module.parameters(recurse=False)}
+    table = getattr(modules[0], "weight", None)
+    if table is None or not getattr(table, MARK, False):
+        return {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if id(parameter) in own}
+
+
+def _resized(model: PreTrainedModel) -> bool:
+    """Whether the model has another number of tokens than its checkpoint."""
+    config = model.config
+    if not model.name_or_path:
+        return False
+    try:
+        stored = type(config).from_pretrained(
+            model.name_or_path, revision=getattr(config, "_commit_hash", None) or "main", local_files_only=True
+        )
+        return stored.get_text_config().vocab_size != config.get_text_config().vocab_size
+    except Exception:  # whatever transformers raises where there is none, or no vocabulary
+        return False
+
+
+def refuse_rows(model: PreTrainedModel, rows: Mapping[str, int], saved: Iterable[str]) -> None:
+    """Refuse rows of added tokens that would stay as they are, and be in no file.
+
+    Raises:
+        TargetError: with the remedy.
+    """
+    left = {name: first for name, first in rows.items() if not inside(name, saved)}
+    if left:
+        name, first = next(iter(left.items()))
+        modules = tuple(dict.fromkeys(each.rpartition(".")[0] for each in left))
+        raise TargetError(
+            f"{', '.join(left)}: the rows from {first} to {len(model.get_parameter(name)) - 1} belong to added tokens; "
+            "no checkpoint gave them values, and frozen they would be in no file. To train these tables and save them "
+            f"whole: modules_to_save={modules!r}, and what else trains in full. To keep them as they are: save the "
+            "resized model, load it from there and attach; or modules_to_save=(), for a file that fits these rows only."
+        )
 
 
 def saved_with(named: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:

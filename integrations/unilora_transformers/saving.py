@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
@@ -177,7 +178,8 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         AdapterFileError: the file does not say what its base model is, names what is no class of transformers, or
             states a setting that is the caller's to give (`unilora_core.header.SETTINGS` are those that a file may).
     """
-    header = read_header(path, read_adapter(path))
+    file = read_adapter(path)
+    header = read_header(path, file)
     name = header.base_model
     kind = header.base_class or (header.base.kind if header.base else "")
     if not name or not kind:
@@ -194,6 +196,7 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(name, **{key: given[key] for key in given.keys() & PLACE})
             refuse_kernels(path, config)
         model = cls.from_pretrained(name, **said | given)
+        _add_tokens(model, file.tensors)
     except (AdapterFileError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers raises on a base that does not fit its class or its settings
@@ -204,6 +207,14 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
     if not options.keys() & NAMING:
         classes.put_in(model.config)
     return model
+
+
+def _add_tokens(model: PreTrainedModel, tensors: Mapping[str, np.ndarray]) -> None:
+    """Give the model the vocabulary whose table was saved, where that has got rows for added tokens."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    grown = [name for name, table in tables.items() if len(tensors.get(f"{name}.weight", ())) > table.num_embeddings]
+    if any(tables[name] is model.get_input_embeddings() for name in grown):
+        model.resize_token_embeddings(len(tensors[f"{grown[0]}.weight"]), mean_resizing=False)
 
 
 def _settings(header: Header, classes: Classes, options: Mapping[str, Any]) -> dict[str, Any]:

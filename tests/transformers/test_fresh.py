@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import unilora_torch
 import unilora_transformers
 from unilora_core import MismatchError, TargetError, read_adapter, save_adapter
-from unilora_transformers.fresh import fresh_weights
+from unilora_transformers.fresh import added_rows, fresh_weights
 
 IDS = torch.randint(5, 60, (2, 8), generator=torch.Generator().manual_seed(3))
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -274,3 +274,84 @@ def test_pretrained_brings_them_back(checkpoint, train, tmp_path):
     assert torch.equal(
         unilora_transformers.from_pretrained(tmp_path / "adapter").eval()(input_ids=IDS).logits, expected
     )
+
+
+def with_tokens(checkpoint, tie, seed=1):
+    """Three tokens more, with rows that each run makes anew."""
+    torch.manual_seed(seed)
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    folder = checkpoint("LlamaForCausalLM", **small, num_attention_heads=4, tie_word_embeddings=tie)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    model.resize_token_embeddings(67, mean_resizing=False)
+    return model
+
+
+ADDED = torch.tensor([[64, 5, 65, 9, 66, 12]])
+TABLES = ("model.embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_rows_of_added_tokens_are_not_lost_without_a_word(tie, checkpoint):
+    model = with_tokens(checkpoint, tie)
+    match = r"the rows from 64 to 66 belong to added tokens.*modules_to_save=\('model.embed_tokens', 'lm_head'\)"
+    for named in (None, ["model.norm"], ["lm_head"]):
+        with pytest.raises(TargetError, match=match if named is None else "the rows from 64 to 66"):
+            unilora_transformers.attach(model, modules_to_save=named)
+    assert not hasattr(model, "unilora")
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_tables_with_added_tokens_are_saved_and_the_base_gets_them(tie, checkpoint, train, tmp_path):
+    model = with_tokens(checkpoint, tie)
+    adapter = unilora_transformers.attach(model, modules_to_save=TABLES)
+    model(input_ids=ADDED, labels=ADDED).loss.backward()
+    assert model.get_input_embeddings().weight.grad[64:].abs().sum(-1).min() > 0
+    train(adapter)
+    expected = model(input_ids=ADDED).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = unilora_transformers.from_pretrained(tmp_path / "adapter").eval()
+    assert again.config.vocab_size == 67
+    assert torch.equal(again(input_ids=ADDED).logits, expected)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is tie
+    adapter.detach()
+    other = with_tokens(checkpoint, tie, seed=2)
+    unilora_transformers.load(other, tmp_path / "adapter" / "adapter.safetensors")
+    assert torch.equal(other(input_ids=ADDED).logits, expected)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_rows_that_stay_as_they_are_fit_themselves_only(tie, checkpoint, tmp_path):
+    model = with_tokens(checkpoint, tie)
+    adapter = unilora_transformers.attach(model, modules_to_save=())
+    assert "random, frozen and in no file: model.embed_tokens.weight, lm_head.weight" in adapter.summary()
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.detach()
+    unilora_transformers.load(model, tmp_path / "a.safetensors")
+    with pytest.raises(MismatchError, match="the last rows of its embeddings are others"):
+        unilora_transformers.load(with_tokens(checkpoint, tie, seed=2), tmp_path / "a.safetensors")
+    if not tie:
+        other = with_tokens(checkpoint, tie, seed=2)
+        other.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+        with pytest.raises(MismatchError, match=r"lm_head\.weight, which no checkpoint"):
+            unilora_transformers.load(other, tmp_path / "a.safetensors")
+
+
+def test_a_resized_base_that_was_saved_has_no_fresh_rows(checkpoint, tmp_path):
+    with_tokens(checkpoint, tie=False).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert unilora_transformers.attach(model).modules_to_save == ()
+
+
+def test_rows_of_biases_count_too(checkpoint):
+    model = transformers.BertForMaskedLM.from_pretrained(checkpoint("BertForMaskedLM"))
+    model.resize_token_embeddings(70)
+    weights = {"bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"}
+    assert added_rows(model).keys() == weights | {"cls.predictions.bias", "cls.predictions.decoder.bias"}
+    tables = ("bert.embeddings.word_embeddings", "cls.predictions.decoder", "cls.predictions.bias")
+    assert unilora_transformers.attach(model, modules_to_save=tables).modules_to_save == tables
+
+
+def test_a_smaller_vocabulary_has_no_fresh_rows(checkpoint):
+    model = with_tokens(checkpoint, tie=True)
+    model.resize_token_embeddings(60)
+    assert fresh_weights(model) == ()
