@@ -4,7 +4,7 @@ import argparse
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,23 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 
 from unilora_cli import distributed
 from unilora_cli.console import CommandError
+from unilora_cli.lengths import fit_length
+from unilora_core.frames import Sizes
+from unilora_core.methods import plan_spec
+from unilora_core.schema import shown
 
-__all__ = ["Shares", "adapter_options", "checkpoint_activations", "fit_length", "loader"]
+__all__ = [
+    "Shares",
+    "adapter_options",
+    "check_classes",
+    "check_method",
+    "check_tokens",
+    "checkpoint_activations",
+    "fit_length",
+    "length_note",
+    "loader",
+    "longest",
+]
 
 OPTIONS = ("targets", "exclude", "modules_to_save", "method", "rank", "d", "seed", "grouping", "start", "bound")
 
@@ -93,9 +108,61 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
         raise CommandError(f"--gradient-checkpointing: timm has none for {name}; leave it out.") from error
 
 
-def fit_length(config: Any, wanted: int) -> int:
-    """Tokens per example: as wanted, but no more than the model has positions for (RoBERTa's first are reserved)."""
-    config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or wanted
-    reserved = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl") else 0
-    return max(1, min(wanted, positions - reserved))
+def check_method(arguments: argparse.Namespace) -> None:
+    """Refuse what no layers of any size could have, before a model is loaded.
+
+    Raises:
+        CommandError: a --method-arg that has an option of its own.
+        SpecError: an option that the method does not have, or a value out of its range.
+    """
+    said = adapter_options(arguments)
+    fields = {name: said[name] for name in ("method", "rank", "seed", "grouping", "start", "bound") if name in said}
+    options = {name: value for name, value in said.items() if name not in OPTIONS}
+    whole = [value for value in (fields.get("rank"), *options.values()) if type(value) is int and 0 < value < 2**20]
+    width = math.lcm(2**10, *whole)  # which they divide
+    if width <= 2**15:  # of wider layers no weight may have all entries, so that is left to the model's own
+        plan_spec([("layer", Sizes(width, width))], options=options, **fields)
+
+
+def check_classes(arguments: argparse.Namespace, count: int) -> None:
+    """Refuse another number of classes than the data have.
+
+    Raises:
+        CommandError: it names the --model-arg.
+    """
+    for name, value in arguments.model_arg:
+        if name in ("num_classes", "num_labels") and value != count:
+            raise CommandError(f"--model-arg {name}={shown(value)}: by the data it is {count}; leave it out.")
+
+
+def check_tokens(model: Any, tokens: Any, examples: Sequence[Mapping[str, Any]], fill: int, name: str) -> None:
+    """Refuse numbers of tokens that the model has no embeddings for.
+
+    Args:
+        fill: the number that fills up texts.
+
+    Raises:
+        CommandError: the largest, its token, and the remedy.
+    """
+    try:
+        rows = len(model.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):  # characters that are hashed, say
+        return
+    largest = max(fill, *(max(example["input_ids"], default=0) for example in examples))
+    if largest >= rows:
+        raise CommandError(
+            f"{name}: the tokenizer gives {tokens.convert_ids_to_tokens(largest)!r} the number {largest}, and the "
+            f"model has embeddings for 0 to {rows - 1}. Take the tokenizer that belongs to it; or load the model, call "
+            f"resize_token_embeddings({largest + 1}), and save both in a folder for --model."
+        )
+
+
+def longest(examples: Sequence[Mapping[str, Any]], batch_size: int) -> list[Mapping[str, Any]]:
+    """What the model is tried with: as long as any, so that what is too long for it is said before training."""
+    return sorted(examples, key=lambda example: len(example["input_ids"]))[-min(2, batch_size) :]
+
+
+def length_note(length: int, wanted: int) -> tuple[str, str]:
+    """A line for the plan."""
+    why = f", as the model has positions for no more (--length {wanted})" if length < wanted else ""
+    return "tokens per example", f"at most {length}{why}"

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import random
+import re
 import unicodedata
 import zlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -223,7 +224,7 @@ def _split(source: str, splits: Mapping[str, Any], name: str) -> Any:
     if LONE in splits:
         return splits[LONE]
     whole, _, end = name.partition("[:")
-    if whole not in splits or (end and not end.rstrip("]").isdigit()):
+    if whole not in splits or (end and not re.fullmatch(r"[0-9]+\]", end)):
         raise CommandError(f"{source}: there is no split {name!r}; it has {', '.join(map(repr, splits))}.")
     rows = splits[whole]
     return rows.select(range(min(int(end.rstrip("]")), len(rows)))) if end else rows

@@ -15,8 +15,11 @@ from unilora_core.schema import shown
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
 
 TEXT = ("sentence", "text")
-WHOLE = re.compile(r"-?\d{1,100}")
+WHOLE = re.compile(r"-?[0-9]{1,100}")
 """A whole number, of no more digits than a label has."""
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+"""A number as tables have it; Python takes more, such as 1_000, and ١ of other scripts."""
 
 Example = dict[str, Any]
 Labelled = tuple[tuple[str, ...], int | float]
@@ -152,8 +155,9 @@ def _plain(value: Any, where: str, index: int) -> str:
 
 
 def _label_number(value: Any, where: str, index: int) -> float:
+    written = not isinstance(value, (str, bool)) or NUMBER.fullmatch(str(value).strip())  # and no True or 1_000
     try:
-        number = float(value)
+        number = float(value) if written else math.nan
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):

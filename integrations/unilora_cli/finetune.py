@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from unilora_cli import checkpoint, distributed, loop
-from unilora_cli.adapting import checkpoint_activations
+from unilora_cli.adapting import check_method, checkpoint_activations
 from unilora_cli.console import CommandError, one_line, path_of, say, table
 from unilora_cli.loading import prepare
 from unilora_cli.plan import plan_of, rows_of
@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
+    check_method(arguments)
     folder = distributed.from_first(lambda: _output_folder(arguments))
     resumed = None
     if arguments.resume:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import unilora_transformers
-from unilora_cli.adapting import adapter_options, fit_length, loader
+from unilora_cli.adapting import adapter_options, check_tokens, fit_length, length_note, loader, longest
 from unilora_cli.chat import check_template
 from unilora_cli.console import CommandError
 from unilora_cli.data_corpus import read_corpora
@@ -16,7 +16,7 @@ from unilora_cli.data_text import pad
 from unilora_cli.generation import exact_match
 from unilora_cli.loading import check_available, loaded
 from unilora_cli.metrics import PERPLEXITY, Metric, chosen
-from unilora_cli.models import Base, config_of, tokenizer
+from unilora_cli.models import Base, config_of, readable_errors, tokenizer
 from unilora_cli.packing import check_packing
 from unilora_cli.task import Batch, Scores, Task
 
@@ -39,20 +39,25 @@ def task(arguments: argparse.Namespace) -> Task:
     if fresh:
         raise CommandError(f"{arguments.model}: the checkpoint has no weights for {', '.join(fresh[:4])}.")
     model.config.use_cache = False
+    fill = tokens.pad_token_id or 0
+    check_tokens(model, tokens, [*data.train, *data.held_out], fill, arguments.model)
     if arguments.packing:
         check_packing(model, data.unpacked, arguments.model)
-    collate = pad({"input_ids": tokens.pad_token_id or 0, "labels": IGNORED})
-    example = {name: values.to(model.device) for name, values in collate(data.train[:2]).items() if name != "labels"}
+    collate = pad({"input_ids": fill, "labels": IGNORED})
+    tried = collate(longest(data.train, arguments.batch_size))
+    example = {name: values.to(model.device) for name, values in tried.items() if name != "labels"}
+    with readable_errors(f"cannot adapt {arguments.model!r}"):
+        adapter = unilora_transformers.attach(model, example=example, **adapter_options(arguments))
     return Task(
         base=base,
         model=model,
-        adapter=unilora_transformers.attach(model, example=example, **adapter_options(arguments)),
+        adapter=adapter,
         train=loader(data.train, arguments, collate, shuffle=True),
         held_out=loader(data.held_out, arguments, collate),
         score=score,
         metrics=metrics,
         before=True,
-        notes=[("tokens per example", f"at most {length}"), *data.notes],
+        notes=[length_note(length, arguments.length), *data.notes],
     )
 
 

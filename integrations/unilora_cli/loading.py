@@ -31,6 +31,8 @@ def device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CommandError(f"--device {name}: there is no such device here ({one_line(error, 120)}).") from error
+    if device.type == "meta":
+        raise CommandError("--device meta: nothing is computed there; say cpu, cuda or auto.")
     return device
 
 
@@ -74,6 +76,8 @@ def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     model, fresh = build(base, **options)
     if not getattr(model, "is_quantized", False):  # that one is where it was loaded to
         model.to(device_of(arguments.device))
+        if model.device.type == "cpu" and any(p.dtype == torch.float16 for p in model.parameters()):
+            model.float()  # the same values: a CPU's norms take no float16 beside the bfloat16 of autocast
     if arguments.gradient_checkpointing:
         with readable_errors(f"--gradient-checkpointing of {base.name!r}"):
             renamed = hasattr(model, "activation_checkpointing_enable")  # in later versions of transformers 5

@@ -131,7 +131,7 @@ def _task(
         help="the part held out where there is no held-out data",
     )
     source.add_argument("--limit", type=positive, metavar="N", help="train on N examples only, drawn at random")
-    adapter_arguments(parser.add_argument_group("adapter"))
+    adapter_arguments(parser.add_argument_group("adapter"), kind)
     training_arguments(parser.add_argument_group("training"), DEFAULTS[kind])
     if kind != "vit":
         memory_arguments(parser.add_argument_group("precision and memory"))

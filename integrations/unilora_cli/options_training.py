@@ -7,6 +7,7 @@ from unilora_cli.values import (
     assignment,
     auto_or_positive,
     flag,
+    learning_rate,
     names,
     natural,
     not_negative,
@@ -23,7 +24,11 @@ from unilora_core.spec import STARTS
 __all__ = ["adapter_arguments", "memory_arguments", "output_arguments", "training_arguments"]
 
 
-def adapter_arguments(group: Any) -> None:
+WORDS = {"vit": "all-linear, qkv, q, mlp", "text": "all-linear, query of BERT", "lm": "all-linear, q_proj of Llama"}
+"""What --targets takes, said by the names that the models of a task have."""
+
+
+def adapter_arguments(group: Any, kind: str) -> None:
     """What is adapted, and how."""
     group.add_argument(
         "--method",
@@ -48,7 +53,7 @@ def adapter_arguments(group: Any) -> None:
         "--targets",
         type=selection,
         metavar="NAMES",
-        help="layers: a word (all-linear, query, qkv), a comma list, or a regular expression of whole names "
+        help=f"layers: a word ({WORDS[kind]}), a comma list, or a regular expression of whole names "
         "(default: the query and value layers, or what suits the model)",
     )
     group.add_argument("--exclude", type=selection, metavar="NAMES", help="layers left out, said likewise")
@@ -76,12 +81,12 @@ def training_arguments(group: Any, default: Defaults) -> None:
     rates = group.add_mutually_exclusive_group()
     rates.add_argument(
         "--lora-rate",
-        type=rate,
+        type=learning_rate,
         metavar="X",
         help=f"the learning rate that LoRA would have; theta_d's follows from it (default: {default.lora_rate})",
     )
-    rates.add_argument("--theta-rate", type=rate, metavar="X", help="theta_d's own learning rate instead")
-    group.add_argument("--head-rate", type=rate, metavar="X", default=default.head_rate, help="of the head")
+    rates.add_argument("--theta-rate", type=learning_rate, metavar="X", help="theta_d's own learning rate instead")
+    group.add_argument("--head-rate", type=learning_rate, metavar="X", default=default.head_rate, help="of the head")
     group.add_argument("--epochs", type=positive, metavar="N", default=default.epochs, help="passes over the data")
     group.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
     group.add_argument(

@@ -15,7 +15,9 @@ from unilora_cli.console import CommandError, number, one_line, say, table
 from unilora_cli.distributed import only_first
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
 from unilora_cli.task import Task
+from unilora_core import read_adapter
 from unilora_core.files import write_file
+from unilora_core.header import SETTINGS, read_header
 
 __all__ = ["ADAPTER", "Recorder"]
 
@@ -60,7 +62,17 @@ class Recorder:
         if fresh:  # --overwrite: an old adapter must not pass for this run's
             for name in (ADAPTER, checkpoint.FILE):
                 (self.folder / name).unlink(missing_ok=True)
+            self._try()
         self._begin_steps()
+
+    def _try(self) -> None:
+        """Save the adapter as it starts, read it and take it away: what fails in that is said before training."""
+        self.save()
+        file = self.folder / ADAPTER
+        try:
+            read_header(file, read_adapter(file)).settings(given=self.task.base.arguments.keys() - SETTINGS.keys())
+        finally:
+            file.unlink()
 
     def _begin_steps(self) -> None:
         """Write metrics.csv as far as it goes, to be gone on with."""

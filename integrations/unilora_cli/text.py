@@ -6,11 +6,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import unilora_transformers
-from unilora_cli.adapting import adapter_options, fit_length, loader
+from unilora_cli.adapting import (
+    adapter_options,
+    check_classes,
+    check_tokens,
+    fit_length,
+    length_note,
+    loader,
+    longest,
+)
 from unilora_cli.data_text import encode, load_texts, pad
 from unilora_cli.loading import check_available, loaded
 from unilora_cli.metrics import CLASSES, NUMBERS, chosen
-from unilora_cli.models import Base, pad_with, tokenizer
+from unilora_cli.models import Base, pad_with, readable_errors, tokenizer
 from unilora_cli.task import Batch, Scores, Task
 from unilora_torch import Adapter
 
@@ -23,6 +31,7 @@ def task(arguments: argparse.Namespace) -> Task:
     known, usual = (NUMBERS, ("pearson", "spearman")) if arguments.regression else (CLASSES, ("accuracy",))
     metrics = tuple(known[name] for name in chosen(arguments.metric, known, usual))
     texts = load_texts(arguments)
+    check_classes(arguments, len(texts.classes) or 1)
     number = {"num_labels": 1, "problem_type": "regression"} if arguments.regression else {}
     base = Base(
         "text",
@@ -36,16 +45,20 @@ def task(arguments: argparse.Namespace) -> Task:
     fill = pad_with(model, tokens)
     length = fit_length(model.config, arguments.length)
     train, held_out = (encode(pairs, tokens, length) for pairs in (texts.train, texts.held_out))
+    check_tokens(model, tokens, [*train, *held_out], fill, arguments.model)
     collate = pad({"input_ids": fill})
     options = adapter_options(arguments)
-    example = {name: values.to(model.device) for name, values in collate(train[:2]).items() if name != "labels"}
-    adapter = unilora_transformers.attach(model, example=example, **options)
+    tried = collate(longest(train, arguments.batch_size))
+    example = {name: values.to(model.device) for name, values in tried.items() if name != "labels"}
+    with readable_errors(f"cannot adapt {arguments.model!r}"):
+        adapter = unilora_transformers.attach(model, example=example, **options)
     if extra := _uncovered(fresh, adapter):
         adapter.detach()
         options["modules_to_save"] = (*adapter.modules_to_save, *extra)
         adapter = unilora_transformers.attach(model, example=example, **options)
     classes = ", ".join(texts.classes[:8]) + (" …" if len(texts.classes) > 8 else "")
     notes = [("classes", classes) if texts.classes else ("labels", "numbers"), *texts.notes]
+    notes.append(length_note(length, arguments.length))
     if extra:
         notes.append(("trained as well", f"{', '.join(extra)}: not in the checkpoint"))
     return Task(

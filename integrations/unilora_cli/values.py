@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = [
     "auto_or_positive",
     "flag",
     "fraction",
+    "learning_rate",
     "names",
     "natural",
     "not_negative",
@@ -27,13 +29,13 @@ __all__ = [
 ]
 
 
-def _number(text: str, kind: type, check: Any, wanted: str) -> Any:
+def _number(text: str, kind: type, check: Any, wanted: str, bits: int = 64) -> Any:
     try:
         value = kind(text)
     except ValueError:
         value = None
-    if isinstance(value, int) and value >= 2**64:
-        value, wanted = None, "a number below 2^64"
+    if isinstance(value, int) and value >= 2**bits:
+        value, wanted = None, f"a number below 2^{bits}"
     if value is None or not check(value):
         raise argparse.ArgumentTypeError(f"expected {wanted}, got {shown(text)}")
     return value
@@ -41,7 +43,7 @@ def _number(text: str, kind: type, check: Any, wanted: str) -> Any:
 
 def positive(text: str) -> int:
     """A whole number above 0."""
-    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+    return _number(text, int, lambda value: value > 0, "a whole number above 0", bits=63)  # as Python counts things
 
 
 def natural(text: str) -> int:
@@ -52,6 +54,11 @@ def natural(text: str) -> int:
 def rate(text: str) -> float:
     """A number above 0."""
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def learning_rate(text: str) -> float:
+    """A number above 0, with which float32 can be multiplied."""
+    return _number(text, float, lambda value: 0 < value <= 1e30, "a number above 0, and at most 1e30")
 
 
 def not_negative(text: str) -> float:
@@ -113,13 +120,20 @@ def flag(group: Any, name: str, purpose: str) -> None:
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value as Python reads it, else a string."""
+    """KEY=VALUE, the value as Python reads it, else a string; it must be one that a JSON file can hold."""
     key, equals, value = text.partition("=")
     if not (key.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {shown(text)}")
     try:
-        return key, ast.literal_eval(value)
+        read = ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError):
         return key, {"true": True, "false": False, "none": None}.get(value.lower(), value)
     except (RecursionError, MemoryError) as error:
         raise argparse.ArgumentTypeError(f"{key}: a value nested too deeply, {shown(value)}") from error
+    try:
+        json.dumps(read, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{key}: expected a text, a finite number, true, false, none, or a list or dict of such, got {shown(value)}"
+        ) from error
+    return key, read

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import unilora_timm
 from unilora_cli import augmentation, pictures
-from unilora_cli.adapting import adapter_options, loader
+from unilora_cli.adapting import adapter_options, check_classes, loader
 from unilora_cli.console import say
 from unilora_cli.data_images import Images, ImageSet, Part, load_images
 from unilora_cli.metrics import CLASSES, TOP_5
-from unilora_cli.models import Base, build
+from unilora_cli.models import Base, build, readable_errors
 from unilora_cli.task import Batch, Scores, Task
 
 __all__ = ["score", "task"]
@@ -25,6 +25,7 @@ GUESSES = 5
 def task(arguments: argparse.Namespace) -> Task:
     """Images, model and adapter, as the arguments say."""
     images = load_images(arguments)
+    check_classes(arguments, len(images.classes))
     base = Base(
         "vit",
         arguments.model,
@@ -40,13 +41,16 @@ def task(arguments: argparse.Namespace) -> Task:
     def read(part: Part) -> ImageSet:
         return ImageSet(part, transforms.reading, transforms.mode)
 
-    example = read(images.train)[0]["x"].unsqueeze(0)
+    with readable_errors("cannot make an input of the first image (--crop-pct, --model-arg img_size=…)"):
+        example = read(images.train)[0]["x"].unsqueeze(0)
+    with readable_errors(f"cannot adapt {arguments.model!r}"):
+        adapter = unilora_timm.attach(model, example=example, **adapter_options(arguments))
     trained = ImageSet(images.train, transforms.training, transforms.mode)
     shown = read(images.held_out if images.test is None else images.test)
     return Task(
         base=base,
         model=model,
-        adapter=unilora_timm.attach(model, example=example, **adapter_options(arguments)),
+        adapter=adapter,
         train=loader(trained, arguments, augmentation.mixing(len(images.classes), arguments), shuffle=True),
         held_out=loader(read(images.held_out), arguments),
         score=score,

@@ -359,3 +359,246 @@ def test_a_long_name_of_model_and_data_makes_a_folder(unilora, bert, tsv, tmp_pa
     assert unilora("finetune", "text", "--model", bert, "--data", data, "--max-steps", 1, "--device", "cpu").code == 0
     (folder,) = Path("runs").iterdir()
     assert folder.name.startswith("bert-ää")
+
+
+# ---- what is said before training ------------------------------------------------------------------------------------
+
+
+POSITIONS = {
+    "Roberta": {},
+    "MPNet": {},
+    "Longformer": {"attention_window": 16},
+    "Data2VecText": {},
+    "Esm": {"position_embedding_type": "absolute", "mask_token_id": 3},
+    "IBert": {},
+    "Luke": {"entity_vocab_size": 10, "entity_emb_size": 8},
+    "Bert": {},
+    "DebertaV2": {},
+    "GPT2": {},
+    "OPT": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_length_is_the_longest_that_runs(name):
+    import torch
+    import transformers
+
+    from unilora_cli.adapting import fit_length, length_note
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"vocab_size": 64, "max_position_embeddings": 66, "pad_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(**sizes, **POSITIONS[name])
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+    length = fit_length(config, 100)
+    assert length == (66 if name in ("Bert", "DebertaV2", "GPT2", "OPT") else 64)
+    with torch.no_grad():
+        model(torch.full((1, length), 7))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, length + 1), 7))
+    assert fit_length(config, 20) == 20
+    assert length_note(length, 100) == (
+        "tokens per example",
+        f"at most {length}, as the model has positions for no more (--length 100)",
+    )
+
+
+def test_a_model_without_positions_takes_what_is_wanted():
+    import transformers
+
+    from unilora_cli.adapting import fit_length
+
+    for config in (transformers.XLNetConfig(d_model=32, n_head=4, n_layer=1), transformers.MambaConfig()):
+        assert fit_length(config, 5000) == 5000
+
+
+@pytest.mark.parametrize("kind", ["text", "lm"])
+def test_a_token_without_an_embedding_is_refused_by_name(unilora, kind, request, tmp_path):
+    """As after tokenizer.add_special_tokens on a base that was not made larger."""
+    import transformers
+
+    base = request.getfixturevalue({"text": "bert", "lm": "llama"}[kind])
+    data = request.getfixturevalue({"text": "tsv", "lm": "dialogues"}[kind])
+    shutil.copytree(base, tmp_path / "base")
+    tokens = transformers.AutoTokenizer.from_pretrained(base)
+    rows = len(tokens)
+    tokens.add_special_tokens({"pad_token": "<new pad>"})
+    tokens.save_pretrained(tmp_path / "base")
+    words = ("--model", tmp_path / "base", "--data", data, "--device", "cpu", "--out", "run")
+    result = unilora("finetune", kind, *words)
+    assert result.code == 1
+    assert (
+        f"the tokenizer gives '<new pad>' the number {rows}, and the model has embeddings for 0 to {rows - 1}. Take"
+        in result.err
+    )
+    assert f"resize_token_embeddings({rows + 1})" in result.err
+    assert not Path("run").exists()
+
+
+WRONG = {
+    ("--method-arg", "vectors=3"): "the method 'uni-lora' has no option 'vectors'",
+    ("--method", "fourierft", "--rank", "4"): "the method 'fourierft' has no rank",
+    ("--method", "vb-lora", "--method-arg", "vectors=many"): "vectors must be a positive integer, got 'many'",
+    ("--method-arg", "seed=3"): "--method-arg seed: no option of a method; say --seed",
+    ("--start", "zero"): "would leave every factor at zero",
+    ("--bound", "1e39"): "bound must be a positive float32 number",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_option_of_the_method_is_said_before_anything_is_read(unilora, kind):
+    for words, message in WRONG.items():
+        result = unilora("finetune", kind, "--model", "there-is-none", "--data", "none.tsv", "--device", "cpu", *words)
+        assert result.code == 1, words
+        assert message in result.err, words
+        assert "none.tsv" not in result.err, words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--method", "vb-lora", "--method-arg", "length=3", "--method-arg", "vectors=7"),
+        ("--method", "lora-xs", "--rank", 9),
+        ("--rank", 5000),
+        ("--method", "fourierft", "--method-arg", "frequencies=77"),
+    ],
+)
+def test_options_that_some_model_may_have_are_not_refused_beforehand(parsed, words):
+    from unilora_cli.adapting import check_method
+
+    check_method(parsed("finetune", "text", "--model", "x", "--data", "y", *words))
+
+
+LABELS = ["²", "٣", "1_000", "+1", "1e3", "True", "nan", "9" * 400, "-0", "½", "Ⅳ", "0x10", "1,5"]
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl"])
+def test_any_word_is_a_class(parsed, tmp_path, ending):
+    from unilora_cli.data_text import load_texts
+
+    write_labels(tmp_path / f"a.{ending}", LABELS * 2)
+    texts = load_texts(parsed("finetune", "text", "--model", "x", "--data", tmp_path / f"a.{ending}"))
+    assert sorted(texts.classes) == sorted(label for label in map(nfc, LABELS))
+
+
+def nfc(text):
+    import unicodedata
+
+    return unicodedata.normalize("NFC", text)
+
+
+def write_labels(path, labels):
+    rows = [(f"the film {i}", label) for i, label in enumerate(labels)]
+    if path.suffix == ".tsv":
+        path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    else:
+        path.write_text("".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows))
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl"])
+@pytest.mark.parametrize("label", [*(label for label in LABELS if label not in ("+1", "1e3", "-0")), "", "inf"])
+def test_what_is_no_number_is_no_label_of_a_regression(parsed, tmp_path, ending, label):
+    from unilora_cli.console import CommandError
+    from unilora_cli.data_text import load_texts
+
+    write_labels(tmp_path / f"a.{ending}", ["1", " 2.5 ", "1e3", "-0", ".5", label])
+    with pytest.raises(CommandError, match="record 6: expected a number as the label, got"):
+        load_texts(parsed("finetune", "text", "--model", "x", "--data", tmp_path / f"a.{ending}", "--regression"))
+
+
+def test_true_is_no_number(parsed, tmp_path):
+    from unilora_cli.console import CommandError
+    from unilora_cli.data_text import load_texts
+
+    write_labels(tmp_path / "a.jsonl", [1, 2, True])
+    with pytest.raises(CommandError, match="record 3: expected a number as the label, got True"):
+        load_texts(parsed("finetune", "text", "--model", "x", "--data", tmp_path / "a.jsonl", "--regression"))
+
+
+@pytest.mark.parametrize("part", ["train[:²]", "train[:]", "train[:-1]", "train[:1", "train[:x]"])
+def test_a_part_of_a_split_is_counted_in_digits(unilora, bert, tmp_path, part):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"sentence": ["the film", "the plot"], "label": ["good", "bad"]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "data")
+    words = ("--model", bert, "--data", tmp_path / "data", "--device", "cpu", "--train-split", part)
+    assert f"there is no split '{part}'" in unilora("finetune", "text", *words).err
+
+
+def words_of_help(kind):
+    from unilora_cli.options_training import WORDS
+
+    return [word.split(" of ")[0] for word in WORDS[kind].split(", ")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_words_that_the_help_recommends_for_targets_work(
+    unilora, kind, vit_model, images, bert, tsv, llama, dialogues
+):
+    sources = {
+        "vit": (*vit_model, "--data", images),
+        "text": ("--model", bert, "--data", tsv),
+        "lm": ("--model", llama, "--data", dialogues, "--length", 24),
+    }
+    assert len(words_of_help(kind)) > 1
+    for word in words_of_help(kind):
+        words = (*sources[kind], "--device", "cpu", "--max-steps", 1, "--targets", word, "--out", f"run-{word}")
+        result = unilora("finetune", kind, *words)
+        assert result.code == 0, (word, result.err)
+
+
+ODD = {
+    "vit": {
+        ("--crop-pct", "100"): "cannot make an input of the first image",
+        ("--crop-pct", "1e-9"): "cannot make an input of the first image",
+        ("--model-arg", "num_classes=4"): "--model-arg num_classes=4: by the data it is 3; leave it out",
+        ("--device", "meta"): "--device meta: nothing is computed there",
+    },
+    "text": {
+        ("--model-arg", "num_labels=5"): "--model-arg num_labels=5: by the data it is 2; leave it out",
+        ("--model-arg", "hidden_dropout_prob=many"): "cannot build the model",
+        ("--device", "meta"): "--device meta: nothing is computed there",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_options_are_said_in_a_line(unilora, kind, vit_model, images, bert, tsv):
+    source = (*vit_model, "--data", images) if kind == "vit" else ("--model", bert, "--data", tsv)
+    for words, message in ODD[kind].items():
+        result = unilora("finetune", kind, *source, "--device", "cpu", "--max-steps", 1, "--out", "run", *words)
+        assert result.code == 1, words
+        assert message in result.err, words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--head-rate", "1e300"), "expected a number above 0, and at most 1e30"),
+        (("--theta-rate", "1e38"), "expected a number above 0, and at most 1e30"),
+        (("--batch-size", 2**63), "expected a number below 2^63"),
+        (("--model-arg", "x={(1, 2): 3}"), "x: expected a text, a finite number"),
+        (("--model-arg", "x=1e999"), "x: expected a text, a finite number"),
+        (("--model-arg", "x={1, 2}"), "x: expected a text, a finite number"),
+    ],
+)
+def test_values_that_nothing_could_hold(unilora, words, message):
+    result = unilora("finetune", "text", "--model", "x", "--data", "y", *words)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_a_base_that_no_file_can_state_is_refused_before_training(short, monkeypatch):
+    """The adapter is saved and read once before the work that it is saved after."""
+    from unilora_cli import loop
+
+    monkeypatch.setattr(loop, "fit", lambda *_: pytest.fail("it trained"))
+    result = short("--model-arg", "pad_token_id=-7")
+    assert result.code == 1
+    assert "base_arguments.pad_token_id: expected 0" in result.err
+    assert not Path("run/adapter.safetensors").exists()
+
+
+def test_a_checkpoint_in_float16_trains_on_a_cpu(short):
+    result = short("--model-arg", "dtype=float16")
+    assert result.code == 0, result.err
