@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import re
 
 import pytest
 
@@ -212,4 +213,4 @@ def test_the_plan_says_it(unilora, bert, tmp_path):
     words = ("--max-steps", 1, "--device", "cpu", "--out", "run", "--eval-data", "a.csv")
     result = unilora("finetune", "text", "--model", bert, "--data", "a.csv", *words)
     assert result.code == 0, result.err
-    assert "seen in training  4 of the 4 held out" in result.out
+    assert re.search(r"^  seen in training +4 of the 4 held out$", result.out, re.MULTILINE), result.out
