@@ -1,0 +1,92 @@
+"""A sample of the sweep over the model classes of transformers (`benchmarks/transformers_classes.py`)."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ALIVE = {  # class → its model type, as various as there are
+    "BertForMultipleChoice": "bert",
+    "BartForConditionalGeneration": "bart",
+    "BigBirdForCausalLM": "big_bird",
+    "CLIPModel": "clip",
+    "DebertaV2ForMaskedLM": "deberta-v2",
+    "HieraForImageClassification": "hiera",
+    "LlamaForCausalLM": "llama",
+    "LlavaForConditionalGeneration": "llava",
+    "MambaForCausalLM": "mamba",
+    "PatchTSTModel": "patchtst",
+    "PvtV2ForImageClassification": "pvt_v2",
+    "SegformerForImageClassification": "segformer",
+    "Speech2TextForConditionalGeneration": "speech_to_text",
+    "SwinModel": "swin",
+    "T5ForConditionalGeneration": "t5",
+    "VideoMAEForVideoClassification": "videomae",
+    "Wav2Vec2ForCTC": "wav2vec2",
+    "WhisperForConditionalGeneration": "whisper",
+}
+CHECKPOINTED = set(ALIVE) - {"PatchTSTModel"}
+"""transformers has no checkpointing of the others."""
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("transformers_classes")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.mark.parametrize("name", ALIVE)
+def test_alive(sweep, folder, name):
+    row = sweep.row(ALIVE[name], name, folder)
+    assert row["outcome"] == "alive", row["why"]
+    assert row["targets"] >= 2
+    errors = {kind: row[kind] for kind in ("eval gradient", "train gradient")}
+    if name in CHECKPOINTED:
+        errors |= {kind: row[kind] for kind in ("non-reentrant", "reentrant")}
+    assert all(error <= sweep.CLOSE for error in errors.values()), errors
+
+
+def test_a_new_process_loads_them(sweep, folder):
+    """After the test above: what it saved gives the same bits there."""
+    saved = {path.stem for path in folder.glob("*.safetensors")}
+    if not saved:
+        pytest.skip("this test loads what the one above has saved")
+    rows = [{"class": name, "outcome": "alive"} for name in saved]
+    sweep.in_new_process(folder, rows)
+    assert rows == [{"class": name, "outcome": "alive"} for name in saved]
+
+
+def test_the_sweep_finds_what_is_wrong(sweep, folder, monkeypatch):
+    """Another gradient, a checkpoint that drops one, other outputs after a merge."""
+
+    def outcome():
+        row = sweep.row("bert", "BertModel", folder)
+        return row["outcome"], row.get("why", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "dense_gradient", lambda adapter, *_: (adapter.theta_d.detach().clone(), []))
+        assert outcome()[1].startswith("gradient in eval mode: off by")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "dense_gradient", lambda adapter, *_: (adapter.theta_d, ["some.target"]))
+        assert outcome() == ("dead", "eval: some.target and 0 more of 4")
+    with monkeypatch.context() as patch:
+        patch.setattr("unilora_torch.Adapter.merge", lambda _self: _self.theta_d.data.mul_(3))
+        assert outcome()[1].startswith("merged: off by")
+
+
+def test_every_type_has_a_class_and_towers_are_left_to_their_models(sweep):
+    classes = sweep.classes()
+    assert len(classes) > 300
+    assert all(classes.values())
+    assert "clip" in classes
+    assert "clip_text_model" not in classes
+    assert len(classes["bert"]) > 5
+    assert len(classes["mistral"]) == 1
