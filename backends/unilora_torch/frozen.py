@@ -12,7 +12,7 @@ from unilora_torch.chains import Frozen, sizes_of
 from unilora_torch.checks import REMEDY, computed, is_plain, kind_of, weight_of
 from unilora_torch.targets import Target, matrix_of
 
-__all__ = ["frozen_in_file", "frozen_of", "tensors_of"]
+__all__ = ["check_names", "frozen_in_file", "frozen_of", "tensors_of"]
 
 
 def frozen_of(model: nn.Module, spec: ProjectionSpec, targets: Iterable[Target]) -> Frozen:
@@ -33,6 +33,20 @@ def frozen_of(model: nn.Module, spec: ProjectionSpec, targets: Iterable[Target])
             by_size[sizes] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         found[target.name] = by_size[sizes]
     return {name: arrays for name, arrays in found.items() if arrays}
+
+
+def check_names(spec: ProjectionSpec, modules_to_save: Iterable[str]) -> None:
+    """Refuse a module to save whose tensors would have the names of what a file keeps.
+
+    Raises:
+        TargetError: with the remedy.
+    """
+    for name in modules_to_save if spec.form.of_weight is not None else ():
+        if f"{name}.".startswith(FROZEN):
+            raise TargetError(
+                f"modules_to_save: {name}: the tensors that this method keeps in a file are called {FROZEN}…, too; "
+                "rename the module, or choose another method."
+            )
 
 
 def _matrix(model: nn.Module, target: Target) -> Tensor:

@@ -17,7 +17,7 @@ from unilora_torch.base import identity
 from unilora_torch.calls import Handle
 from unilora_torch.chains import Chains, Frozen, product
 from unilora_torch.checks import weight_of
-from unilora_torch.frozen import frozen_of
+from unilora_torch.frozen import check_names, frozen_of
 from unilora_torch.gather import Gather
 from unilora_torch.generic import Mapped
 from unilora_torch.heads import parameters_of, state_of
@@ -63,6 +63,7 @@ class Vector(nn.Module):
     ):
         """``frozen``: what a file keeps of what stands in the chains; None: it is made of the seed, or the weights."""
         super().__init__()
+        check_names(spec, modules_to_save)
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
         self.chains = Chains.of(spec, targets, frozen_of(model, spec, targets) if frozen is None else frozen)
         self.projection, self.placed = _projection(spec), None
