@@ -92,7 +92,7 @@ def new_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
         OSError: something cannot be written; it names the path. ``path`` is as it was. Where only the last step is
             refused, what was written is kept, and it says where.
     """
-    refuse_filled(path)
+    _refuse_filled(path)
     place = Path(os.path.realpath(path))
     there = place.is_dir()
     with _naming(path), _temporary(place if there else place.parent) as new:
@@ -104,7 +104,7 @@ def new_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
                 _flush(file)
         with alone(new.parent.parent), _kept(new):
             if there:
-                refuse_filled(place)  # by another writer, meanwhile
+                _refuse_filled(place)  # by another writer, meanwhile
                 _move_into(whole, place, last)
             else:
                 _move(whole, place, last)
@@ -130,13 +130,13 @@ def try_folder(path: str | os.PathLike) -> None:
         FileExistsError: ``path`` holds something.
         OSError: it cannot be written.
     """
-    refuse_filled(path)
+    _refuse_filled(path)
     place = Path(os.path.realpath(path))
     with _naming(path), _temporary(place if place.is_dir() else place.parent) as new:
         (new / place.name).mkdir()
 
 
-def refuse_filled(path: str | os.PathLike) -> None:
+def _refuse_filled(path: str | os.PathLike) -> None:
     """Refuse a folder that holds something, whatever made it, but what a file system or a killed writer left there.
 
     Raises:

@@ -157,7 +157,7 @@ def check_tokens(model: Any, tokens: Any, examples: Sequence[Mapping[str, Any]],
         )
 
 
-def longest(examples: Sequence[Mapping[str, Any]], batch_size: int) -> list[Mapping[str, Any]]:
+def longest(examples: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
     """What the model is tried with: as long as any, so that what is too long for it is said before training."""
     return sorted(examples, key=lambda example: len(example["input_ids"]))[-min(2, batch_size) :]
 

@@ -15,7 +15,7 @@ from unilora_cli.console import CommandError, number, one_line, say, table
 from unilora_cli.distributed import only_first
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
 from unilora_cli.task import Task
-from unilora_core import read_adapter
+from unilora_core import ProjectionSpec, read_adapter
 from unilora_core.files import write_file
 from unilora_core.header import SETTINGS, read_header
 
@@ -62,17 +62,8 @@ class Recorder:
         if fresh:  # --overwrite: an old adapter must not pass for this run's
             for name in (ADAPTER, checkpoint.FILE):
                 (self.folder / name).unlink(missing_ok=True)
-            self._try()
+            _try(self)
         self._begin_steps()
-
-    def _try(self) -> None:
-        """Save the adapter as it starts, read it and take it away: what fails in that is said before training."""
-        self.save()
-        file = self.folder / ADAPTER
-        try:
-            read_header(file, read_adapter(file)).settings(given=self.task.base.arguments.keys() - SETTINGS.keys())
-        finally:
-            file.unlink()
 
     def _begin_steps(self) -> None:
         """Write metrics.csv as far as it goes, to be gone on with."""
@@ -184,17 +175,7 @@ class Recorder:
             CommandError: it cannot be written in the folder; it says where else it is.
             OSError: nor anywhere else.
         """
-        metadata = self.task.base.metadata()
-        try:
-            self.task.adapter.save(self.folder / ADAPTER, metadata=metadata)
-        except OSError as error:
-            other = Path(tempfile.gettempdir(), f"unilora-{secrets.token_hex(8)}.safetensors")
-            try:
-                self.task.adapter.save(other, metadata=metadata)
-            except OSError:
-                raise error from None
-            why = f"{self.folder / ADAPTER}: {error.strerror or error}"
-            raise CommandError(f"{why}; the adapter of this epoch is in {other}.") from error
+        _save(self.task, self.folder / ADAPTER)
 
     def failed(self, why: str) -> None:
         """Write down why training ended early."""
@@ -212,7 +193,7 @@ class Recorder:
         self.write("finished")
         with contextlib.suppress(OSError):
             (self.folder / checkpoint.FILE).unlink()
-        say("\nresult\n" + table(self._summary()))
+        say("\nresult\n" + table(_summary(self)))
         self.unwritten.pop(checkpoint.FILE, None)  # which is of no use any more
         if self.unwritten:
             lost = "; ".join(f"{what} ({why})" for what, why in self.unwritten.items())
@@ -229,57 +210,84 @@ class Recorder:
             "final": final,
             **({"test": self.test} if self.test else {}),
             "epochs": self.epochs,
-            "bytes": self._bytes(),
+            "bytes": _bytes(self.folder / ADAPTER, self.task.adapter.spec),
             "seconds": self._seconds(),
         }
         with self.beside("metrics.json"):
             write_file(self.folder / "metrics.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
         with self.beside("summary.csv"):
-            write_csv(self.folder / "summary.csv", self._epoch_rows())
+            write_csv(self.folder / "summary.csv", _epoch_rows(self))
         if self._file is None or not (self.folder / "metrics.csv").exists():
             with self.beside("metrics.csv"):
                 self._close()
                 self._begin_steps()
 
-    def _epoch_rows(self) -> list[list[object]]:
-        """A line per evaluation, with the columns that timm's own training script has."""
-        names = ["loss", *(metric.name for metric in self.task.metrics)]
-        rates = {step: rate for step, _, rate in self.losses}
-        rows: list[list[object]] = [["epoch", "train_loss", *(f"eval_{name}" for name in names), "lr"]]
-        for row in self.epochs:
-            rows.append([row["epoch"], row.get("train_loss", ""), *(row[n] for n in names), rates.get(row["step"], "")])
-        return rows
-
     def _seconds(self) -> float:
         return round(time.perf_counter() - self.began, 3)
 
-    def _bytes(self) -> dict[str, int]:
-        file, spec = self.folder / ADAPTER, self.task.adapter.spec
-        size = file.stat().st_size if file.is_file() else 0
-        lora = {"adapter_as_lora": size + 4 * (spec.D - spec.d) if size else 0} if spec.frame == "pair" else {}
-        return {"adapter": size} | lora
 
-    def _summary(self) -> list[tuple[str, str]]:
-        kept, sizes = self.kept(), self._bytes()
-        as_lora = f" (as LoRA: {sizes['adapter_as_lora']:,})" if "adapter_as_lora" in sizes else ""
-        names = ("loss", *(metric.name for metric in self.task.metrics))
-        scores = [(f"held-out {name}", number(kept[name])) for name in names]
-        if not self.epochs[0]["epoch"]:
-            scores = [(name, f"{value} (before: {number(self.epochs[0][name[9:]])})") for name, value in scores]
-        if self.keep == "best":
-            scores.append(("epoch", f"{kept['epoch']}, the best of {self.epochs[-1]['epoch']}"))
-        if self.stopped_early:
-            scores.append(("stopped early", self.stopped_early))
-        if self.skipped:
-            scores.append(("skipped steps", f"{self.skipped} of {len(self.losses)}: their gradient overflowed float16"))
-        scores += [(f"test {name}", number(value)) for name, value in self.test.items()]
-        return [
-            *scores,
-            ("trained numbers", f"{self.about['plan']['trained']:,}"),
-            ("adapter", f"{self.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
-            ("time", f"{self._seconds():.1f} s"),
-            ("also written", f"{', '.join(self.also_written)} in {self.folder}"),
-        ]
+def _save(task: Task, file: Path) -> None:
+    metadata = task.base.metadata()
+    try:
+        task.adapter.save(file, metadata=metadata)
+    except OSError as error:
+        other = Path(tempfile.gettempdir(), f"unilora-{secrets.token_hex(8)}.safetensors")
+        try:
+            task.adapter.save(other, metadata=metadata)
+        except OSError:
+            raise error from None
+        raise CommandError(f"{file}: {error.strerror or error}; the adapter of this epoch is in {other}.") from error
+
+
+def _try(recorder: Recorder) -> None:
+    """Save the adapter as it starts, read it and take it away: what fails in that is said before training."""
+    recorder.save()
+    file = recorder.folder / ADAPTER
+    try:
+        read_header(file, read_adapter(file)).settings(given=recorder.task.base.arguments.keys() - SETTINGS.keys())
+    finally:
+        file.unlink()
+
+
+def _bytes(file: Path, spec: ProjectionSpec) -> dict[str, int]:
+    size = file.stat().st_size if file.is_file() else 0
+    lora = {"adapter_as_lora": size + 4 * (spec.D - spec.d) if size else 0} if spec.frame == "pair" else {}
+    return {"adapter": size} | lora
+
+
+def _epoch_rows(recorder: Recorder) -> list[list[object]]:
+    """A line per evaluation, with the columns that timm's own training script has."""
+    names = ["loss", *(metric.name for metric in recorder.task.metrics)]
+    rates = {step: rate for step, _, rate in recorder.losses}
+    rows: list[list[object]] = [["epoch", "train_loss", *(f"eval_{name}" for name in names), "lr"]]
+    for row in recorder.epochs:
+        rows.append([row["epoch"], row.get("train_loss", ""), *(row[n] for n in names), rates.get(row["step"], "")])
+    return rows
+
+
+def _summary(recorder: Recorder) -> list[tuple[str, str]]:
+    kept, sizes = recorder.kept(), _bytes(recorder.folder / ADAPTER, recorder.task.adapter.spec)
+    as_lora = f" (as LoRA: {sizes['adapter_as_lora']:,})" if "adapter_as_lora" in sizes else ""
+    names = ("loss", *(metric.name for metric in recorder.task.metrics))
+    scores = [(f"held-out {name}", number(kept[name])) for name in names]
+    if not recorder.epochs[0]["epoch"]:
+        scores = [(name, f"{value} (before: {number(recorder.epochs[0][name[9:]])})") for name, value in scores]
+    if recorder.keep == "best":
+        scores.append(("epoch", f"{kept['epoch']}, the best of {recorder.epochs[-1]['epoch']}"))
+    if recorder.stopped_early:
+        scores.append(("stopped early", recorder.stopped_early))
+    if recorder.skipped:
+        scores.append(
+            ("skipped steps", f"{recorder.skipped} of {len(recorder.losses)}: their gradient overflowed float16")
+        )
+    scores += [(f"test {name}", number(value)) for name, value in recorder.test.items()]
+    return [
+        *scores,
+        ("trained numbers", f"{recorder.about['plan']['trained']:,}"),
+        ("adapter", f"{recorder.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
+        ("time", f"{recorder._seconds():.1f} s"),
+        ("also written", f"{', '.join(recorder.also_written)} in {recorder.folder}"),
+    ]
 
 
 def _csv_step(step: int, loss: float, rate: float) -> list[object]:
