@@ -78,7 +78,7 @@ class Bank:
         entries: name → what is stored.
         families: spec and targets → what the adapters that have them share.
         live: what its hooks look at.
-        structure: the hooked modules, and what has their names now.
+        structure: the hooked modules.
     """
 
     def __init__(self, model: nn.Module):
@@ -132,11 +132,10 @@ class Bank:
         Raises:
             AdapterFileError: the file is damaged or of an unknown version.
             MismatchError: the file belongs to another model.
-            TargetError: a layer that cannot be adapted by row, or that was replaced since the bank has hooks on it; or
-                the model has an adapter attached.
+            TargetError: a layer that cannot be adapted by row, or was replaced; or the model has an adapter attached.
             ValuesError: the name is taken, or θ_d holds NaN. In each case nothing has changed.
         """
-        self._check_bare()
+        _check_bare(self.model)
         self.structure.check("Bank.add")
         if not isinstance(name, str) or not name:
             raise ValuesError(f"Bank.add: expected a name, got {name!r}.")
@@ -200,13 +199,13 @@ class Bank:
             TargetError: the model has an adapter attached, or a layer or head was replaced; by the forward pass: one is
                 never called.
         """
-        self._check_bare()
+        _check_bare(self.model)
         self.structure.check("Bank.rows")
         scope, entered = self.live.scope, Entered(self.live.scope, _read(self.entries, names, copies))
         try:
             try:
                 scope.begin(entered)
-                if not self._hooks_for(entered.value):  # another thread's `add` or `remove` is under way
+                if not _covers(self._hooked, entered.value):  # another thread's `add` or `remove` is under way
                     self._tidy()
                 yield
             finally:
@@ -215,10 +214,6 @@ class Bank:
             scope.end(entered)
 
     # ---- internals ----------------------------------------------------------------------------------------------
-
-    def _check_bare(self) -> None:
-        if attached(self.model):
-            raise TargetError("Bank: the model has an adapter attached, whose update would be added; detach it first.")
 
     def _identity(self, found: Opened) -> BaseIdentity | None:
         """`base.identity`, taken once for all adapters that save the same heads."""
@@ -231,10 +226,6 @@ class Bank:
     def handles(self) -> list[Handle]:
         """Those of its hooks."""
         return [handle for _, handle in self._hooks.values()]
-
-    def _hooks_for(self, batch: Batch) -> bool:
-        families, heads = self._hooked
-        return batch.families <= families and batch.heads.keys() <= heads
 
     def _tidy(self) -> None:
         """Hooks for what is stored or still named by rows, and no family without an adapter.
@@ -258,18 +249,31 @@ class Bank:
     def _set_hooks(self, heads: Iterable[str]) -> None:
         wanted = _wanted(self.model, self.families.values(), heads)
         for key in self._hooks.keys() - wanted.keys():
-            self._hooks[key][1].remove()
-            del self._hooks[key]
+            self._hooks.pop(key)[1].remove()
         for (kind, module), knows in wanted.items():
             if (kind, module) in self._hooks:
                 self._hooks[kind, module][0].knows = knows
             else:
-                hook: Any = kind(self.live, module, knows)
-                first = kind is not CallerHook  # before the hooks of others, which then see what a merge gives
-                layer = self.model.get_submodule(module)
-                self._hooks[kind, module] = hook, layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
+                self._hooks[kind, module] = _hooked(self.model, kind(self.live, module, knows))
         with contextlib.suppress(TargetError):  # of what was replaced: `rows` and `add` tell
             self.structure.take(name for kind, name in wanted if kind is not CallerHook)
+
+
+def _check_bare(model: nn.Module) -> None:
+    if attached(model):
+        raise TargetError("Bank: the model has an adapter attached, whose update would be added; detach it first.")
+
+
+def _covers(hooked: tuple[set[Family], set[str]], batch: Batch) -> bool:
+    families, heads = hooked
+    return batch.families <= families and batch.heads.keys() <= heads
+
+
+def _hooked(model: nn.Module, hook: Any) -> tuple[Any, Handle]:
+    """A hook on its module, before those of others, which then see what a merge gives; one that only watches, last."""
+    first = not isinstance(hook, CallerHook)
+    layer = model.get_submodule(hook.module)
+    return hook, layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
 
 
 # ---- what is named --------------------------------------------------------------------------------------------------
