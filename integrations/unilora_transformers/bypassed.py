@@ -1,6 +1,7 @@
 """Bypassed layers of a transformers model; see `unilora_torch.bypassed`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ def through_readers(
     """
     for inputs in made_up_inputs(model) if example is None else (example,):
         try:
-            return bypassed.through_readers(model, targets, lambda inputs=inputs: model(**inputs))
+            return bypassed.through_readers(model, targets, partial(model, **inputs))
         except Exception:  # whatever a model raises on inputs that it was not made for
             continue
     return targets
