@@ -156,7 +156,7 @@ def _loading_info(model: PreTrainedModel) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")
-            _, info = type(model).from_pretrained(
+            loaded: Any = type(model).from_pretrained(
                 model.name_or_path,
                 config=config,
                 revision=getattr(config, "_commit_hash", None) or "main",
@@ -165,7 +165,7 @@ def _loading_info(model: PreTrainedModel) -> dict[str, Any]:
                 local_files_only=True,
                 output_loading_info=True,
             )
-            return info
+            return loaded[1]
     except Exception:  # whatever transformers raises where there is none
         return {}
     finally:
