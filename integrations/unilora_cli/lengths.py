@@ -63,7 +63,7 @@ def _class_of(config: Any) -> Any:
     return kinds[0] if isinstance(kinds, tuple) else kinds
 
 
-def _runs(model: nn.Module, length: int) -> bool:
+def _runs(model: Any, length: int) -> bool:
     """Whether one row of so many tokens runs."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     tokens = torch.full((1, length), 1 if pad == 0 else 0)

@@ -1,5 +1,6 @@
 """merge_checkpoint: the checkpoint that merging the loaded model would give, bit for bit, in bounded memory."""
 
+import errno
 import json
 import os
 import shutil
@@ -250,3 +251,30 @@ def test_an_error_while_writing_leaves_nothing(saved, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(file, base, tmp_path / "new" / "out", max_shard_size=30_000, progress=stop)
     assert not (tmp_path / "new").exists()
+
+
+def test_into_the_current_folder_and_where_permissions_cannot_be_set(saved, tmp_path, monkeypatch):
+    base, file, merged = saved("LlamaForCausalLM")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def refused(path, *_, **__):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(os, "chmod", refused)
+    for out in (".", "../new"):
+        merge_checkpoint(file, base, out)
+        state = transformers.LlamaForCausalLM.from_pretrained(out).state_dict()
+        assert_same_tensors(state, merged.state_dict())
+
+
+def test_a_config_that_cannot_be_written_is_said_before_the_weights_are(saved, tmp_path, monkeypatch):
+    base, file, _ = saved("LlamaForCausalLM")
+
+    def refused(*_, **__):
+        raise ValueError("no config")
+
+    monkeypatch.setattr(transformers.LlamaConfig, "save_pretrained", refused)
+    with pytest.raises(ValueError, match="no config"):
+        merge_checkpoint(file, base, tmp_path / "out", progress=lambda _: pytest.fail("it was merged"))
+    assert not (tmp_path / "out").exists()
