@@ -38,7 +38,9 @@ class TrackedCheckpoints:
         self.layers = {name: module for name, module in named if hasattr(module, "gradient_checkpointing")}
 
     def __call__(self, _module: nn.Module, _args: Any) -> None:
-        """Before each forward pass of the model."""
+        """Before each forward pass of the model; a compiled one keeps no gradient back."""
+        if torch.compiler.is_compiling():
+            return
         for name, layer in self.layers.items():
             if layer.gradient_checkpointing:
                 function = getattr(layer, "_gradient_checkpointing_func", None)
