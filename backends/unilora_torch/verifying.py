@@ -17,16 +17,21 @@ __all__ = ["floats", "verify"]
 
 @dataclass(frozen=True)
 class _Run:
-    """What one run shows: the targets through which the outputs have a gradient, and those that ran and let none
-    through.
+    """What one run shows: the targets that ran, those through which the outputs have a gradient, and those that ran and
+    let none through.
     """
 
+    ran: frozenset[str] = frozenset()
     alive: frozenset[str] = frozenset()
     cut: frozenset[str] = frozenset()
 
 
-def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Run the model in evaluation and in training mode and check every target; see `Adapter.verify`."""
+def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any], whole: bool = True) -> list[str]:
+    """Run the model in evaluation and in training mode and check every target; see `Adapter.verify`.
+
+    Args:
+        whole: refuse targets in parts of the model that did not run, too; else they come back, unless nothing ran.
+    """
     if not vector.live.acts():
         raise TargetError("verify: the adapter is merged or disabled, so no gradient reaches θ_d; unmerge it first.")
     with vector.alone("verify"):
@@ -35,13 +40,18 @@ def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> None:
         with in_mode(vector.model, training=True):
             trained = _in_training(vector, args, kwargs)
     alive, names = evaluated.alive | trained.alive, [target.name for target in vector.targets]
-    if dead := without_idle_experts({name: name in alive for name in names}):
+    dead = without_idle_experts({name: name in alive for name in names})
+    ran = evaluated.ran | trained.ran
+    asleep = [name for name in dead if name not in ran] if ran and not whole else []
+    dead = [name for name in dead if name not in asleep]
+    if dead:
         raise TargetError(f"{dead[0]}: no gradient reaches θ_d through this target ({len(dead)} such); exclude it.")
     if cut := [name for name in names if name in trained.cut]:
         raise TargetError(
             f"{cut[0]}: in training no gradient reaches θ_d through this target, though one does in evaluation "
             f"({len(cut)} such); exclude it."
         )
+    return asleep
 
 
 def _in_training(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run:
@@ -70,7 +80,8 @@ def _run(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run:
         grads = torch.autograd.grad(loss, tensors, allow_unused=True) if tensors else ()
     reached = {name for name, grad in zip(names, grads, strict=True) if grad is not None}
     alive = {name for name, grad in zip(names, grads, strict=True) if grad is not None and grad.any()}
-    return _Run(frozenset(alive), frozenset(() if _is_recomputed(loss) else seen.keys() - reached))
+    cut = frozenset() if _is_recomputed(loss) else seen.keys() - reached
+    return _Run(frozenset(seen), frozenset(alive), frozenset(cut))
 
 
 def _is_recomputed(loss: Tensor) -> bool:

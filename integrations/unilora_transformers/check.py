@@ -17,10 +17,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from unilora_core import TargetError
 from unilora_torch import Adapter
 from unilora_torch.untouched import untouched
+from unilora_torch.verifying import verify
 
 __all__ = ["check", "made_up_inputs"]
 
-TOKENS = 8
+TOKENS, LONGER = 8, 8
 
 
 def check(model: PreTrainedModel, adapter: Adapter, example: Mapping[str, Any] | None = None) -> None:
@@ -38,23 +39,34 @@ def check(model: PreTrainedModel, adapter: Adapter, example: Mapping[str, Any] |
     if example is not None:
         adapter.verify(**{"use_cache": False} | dict(example) if _takes(model, "use_cache") else dict(example))
         return
-    failed: list[tuple[dict[str, Any], Exception]] = []
+    failed: dict[type[Exception], str] = {}
     for inputs in made_up_inputs(model):
+        seen = f"made-up inputs {sorted(inputs)}"
         try:
-            adapter.verify(**inputs)
-            return
-        except TargetError as error:
-            raise TargetError(
-                f"{error} (Seen with made-up inputs {sorted(inputs)}; if the model needs others, give attach a batch "
-                "of them: example=…)"
-            ) from error
+            asleep = verify(adapter, (), inputs, whole=TargetError in failed)  # it tells of a bypassed layer once
+        except TargetError as error:  # others may tell more: attention over one token has no gradient
+            failed.setdefault(TargetError, f"{error} (Seen with {seen}; if the model needs others, ")
         except Exception as error:  # whatever a model raises on inputs that it was not made for
-            failed.append((inputs, error))
-    inputs, first = failed[0] if failed else ({}, None)
+            failed.setdefault(
+                Exception,
+                f"unilora: {type(model).__name__} does not run on {seen} ({error!r:.200}), so its targets are "
+                "unchecked; ",
+            )
+        else:
+            if asleep:
+                _warn_of(asleep, seen)
+            return
+    if TargetError in failed:
+        raise TargetError(f"{failed[TargetError]}give attach a batch of them: example=…)")
+    warnings.warn(f"{failed[Exception]}give attach a batch: example=…", stacklevel=3)
+
+
+def _warn_of(asleep: list[str], seen: str) -> None:
     warnings.warn(
-        f"unilora: {type(model).__name__} does not run on made-up inputs {sorted(inputs)} ({first!r:.200}), so its "
-        "targets are unchecked; give attach a batch: example=…",
-        stacklevel=3,
+        f"unilora: {asleep[0]}: {seen} do not run this part of the model ({len(asleep)} such targets), so it is "
+        "unchecked. If your data do not run it either, exclude it: θ_d would change it, trained by the other parts. If "
+        "they do, give attach a batch: example=…",
+        stacklevel=4,
     )
 
 
@@ -63,7 +75,8 @@ def made_up_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     with images or sounds in it, as the model's `forward` takes them.
     """
     seen: list[dict[str, Any]] = []
-    for inputs in (*_with_media(model), *_plain(model)):
+    plain = list(_plain(model))
+    for inputs in (*_with_media(model), *plain, *map(_longer, plain)):
         shapes = {key: getattr(value, "shape", value) for key, value in inputs.items()}
         if shapes not in seen:
             seen.append(shapes)
@@ -84,6 +97,16 @@ def _plain(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             wanted = {name: _choices(value) for name, value in wanted.items()}
         yield wanted
         yield {name: value for name, value in wanted.items() if _needs(model, name) or name == "use_cache"}
+
+
+def _longer(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """More of the same tokens: some models pool them, or attend within blocks of them."""
+    ids = inputs.get("input_ids")
+    length = ids.shape[1] if isinstance(ids, Tensor) else None
+    return {
+        name: torch.cat([value] * LONGER, dim=1) if isinstance(value, Tensor) and value.shape[1] == length else value
+        for name, value in inputs.items()
+    }
 
 
 def _wants(model: PreTrainedModel, name: str) -> bool:

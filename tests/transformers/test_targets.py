@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import unilora_transformers
@@ -118,15 +119,16 @@ def test_no_head_on_request(tiny):
 
 
 def test_a_dead_target_is_an_error_and_the_model_is_as_before(tiny):
-    """Mamba multiplies by dt_proj's weight without calling it, so a hook on it is never run."""
-    model = tiny("MambaForCausalLM").train()
+    """A layer that nothing calls, and whose weight nothing reads."""
+    model = tiny("LlamaForCausalLM").train()
+    model.model.layers[0].self_attn.spare = nn.Linear(32, 32)
     state = {name: p.requires_grad for name, p in model.named_parameters()}
-    with pytest.raises(TargetError, match=r"dt_proj.*never calls this module"):
+    with pytest.raises(TargetError, match=r"spare.*never calls this module"):
         unilora_transformers.attach(model, "all-linear")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == state
     assert all(module.training and not module._forward_hooks for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
-    unilora_transformers.attach(model, "all-linear", exclude=["dt_proj"])
+    unilora_transformers.attach(model, "all-linear", exclude=["spare"])
 
 
 def test_a_target_without_gradient_is_an_error(tiny):
@@ -139,11 +141,30 @@ def test_a_target_without_gradient_is_an_error(tiny):
 
 
 def test_a_model_that_cannot_take_made_up_inputs_warns(tiny):
-    model = tiny("BertForMultipleChoice")
-    with pytest.warns(UserWarning, match="give attach a batch: example="):
+    def pairs_only(_module, _args, kwargs):
+        if len(kwargs["input_ids"]) != 2:
+            raise ValueError("pairs only")
+
+    model = tiny("BertForSequenceClassification")
+    model.register_forward_pre_hook(pairs_only, with_kwargs=True)
+    with pytest.warns(UserWarning, match=r"ValueError\('pairs only'\).*unchecked; give attach a batch: example="):
         unilora_transformers.attach(model).detach()
-    adapter = unilora_transformers.attach(model, example={"input_ids": torch.randint(3, 60, (1, 2, 5))})
+    adapter = unilora_transformers.attach(model, example={"input_ids": torch.randint(3, 60, (2, 5))})
     assert not adapter.live.reached.never
+
+
+def test_a_part_that_made_up_inputs_do_not_run_is_unchecked_and_named():
+    """LLaVA-NeXT's vision tower wants tiles that fit its grids; text alone trains the model without it."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = transformers.CLIPVisionConfig(image_size=28, patch_size=14, **small)
+    text = transformers.LlamaConfig(vocab_size=99, num_key_value_heads=4, **small)
+    config = transformers.LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=90)
+    model = transformers.LlavaNextForConditionalGeneration(config)
+    with pytest.warns(UserWarning, match=r"vision_tower.*do not run this part of the model \(2 such targets\)"):
+        unilora_transformers.attach(model).detach()
+    with pytest.raises(TargetError, match=r"vision_tower.*no gradient reaches θ_d through this target \(2 such\)"):
+        unilora_transformers.attach(model, example={"input_ids": torch.tensor([[5, 6, 7]])})
+    unilora_transformers.attach(model, exclude=".*vision_tower.*")
 
 
 def test_tied_output_embeddings_are_refused(tiny):
