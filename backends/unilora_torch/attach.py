@@ -12,7 +12,7 @@ from unilora_core.methods import plan_spec
 from unilora_torch import base
 from unilora_torch.adapter import NAME, Adapter, adapters
 from unilora_torch.chains import Frozen, sizes_of
-from unilora_torch.checks import check_targets
+from unilora_torch.checks import check_initialised, check_targets
 from unilora_torch.heads import check_apart, check_heads, inside, part_of, state_of, submodule
 from unilora_torch.opened import open_file
 from unilora_torch.swapping import fill, swap
@@ -140,6 +140,7 @@ def _resolve(
     exclude: str | Iterable[str],
     modules_to_save: tuple[str, ...],
 ) -> tuple[Target, ...]:
+    check_initialised(model)
     for name in modules_to_save:
         try:
             part_of(model, name)
