@@ -20,7 +20,6 @@ from unilora_cli.loading import check_available, loaded
 from unilora_cli.metrics import CLASSES, NUMBERS, chosen
 from unilora_cli.models import Base, pad_with, readable_errors, tokenizer
 from unilora_cli.task import Batch, Scores, Task
-from unilora_torch import Adapter
 
 __all__ = ["score", "task"]
 
@@ -41,26 +40,19 @@ def task(arguments: argparse.Namespace) -> Task:
         seed=arguments.seed,
     )
     tokens = tokenizer(base)
-    model, fresh = loaded(base, arguments)
+    model, _ = loaded(base, arguments)
     fill = pad_with(model, tokens)
     length = fit_length(model.config, arguments.length)
     train, held_out = (encode(pairs, tokens, length) for pairs in (texts.train, texts.held_out))
     check_tokens(model, tokens, [*train, *held_out], fill, arguments.model)
     collate = pad({"input_ids": fill})
-    options = adapter_options(arguments)
     tried = collate(longest(train, arguments.batch_size))
     example = {name: values.to(model.device) for name, values in tried.items() if name != "labels"}
     with readable_errors(f"cannot adapt {arguments.model!r}"):
-        adapter = unilora_transformers.attach(model, example=example, **options)
-    if extra := _uncovered(fresh, adapter):
-        adapter.detach()
-        options["modules_to_save"] = (*adapter.modules_to_save, *extra)
-        adapter = unilora_transformers.attach(model, example=example, **options)
+        adapter = unilora_transformers.attach(model, example=example, **adapter_options(arguments))
     classes = ", ".join(texts.classes[:8]) + (" …" if len(texts.classes) > 8 else "")
     notes = [("classes", classes) if texts.classes else ("labels", "numbers"), *texts.notes]
     notes.append(length_note(length, arguments.length))
-    if extra:
-        notes.append(("trained as well", f"{', '.join(extra)}: not in the checkpoint"))
     return Task(
         base=base,
         model=model,
@@ -80,9 +72,3 @@ def score(model: nn.Module, batch: Batch) -> Scores:
     if labels.is_floating_point():
         return Scores(F.mse_loss(logits[:, 0], labels), len(labels), logits[:, 0].detach())
     return Scores(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1))
-
-
-def _uncovered(fresh: list[str], adapter: Adapter) -> tuple[str, ...]:
-    """Modules with random weights (a pooler, say) that neither the head nor θ_d would bring back on loading."""
-    saved = tuple(f"{name}." for name in adapter.modules_to_save)
-    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in fresh if not key.startswith(saved)))

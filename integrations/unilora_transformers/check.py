@@ -229,7 +229,7 @@ def _sides(config: Any) -> tuple[int, int]:
         if isinstance(size, int):
             return size, size
         if isinstance(size, list | tuple) and len(size) == 2:
-            return tuple(size)
+            return size[0], size[1]
         if isinstance(size, dict):
             return size["height"], size["width"]
     return 224, 224
@@ -259,7 +259,7 @@ def _patches_hidden(config: Any) -> Tensor:
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _sound(config: Any) -> Tensor:

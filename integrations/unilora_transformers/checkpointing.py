@@ -43,14 +43,14 @@ class TrackedCheckpoints:
             return
         for name, layer in self.layers.items():
             if layer.gradient_checkpointing:
-                function = getattr(layer, "_gradient_checkpointing_func", None)
+                function: Any = getattr(layer, "_gradient_checkpointing_func", None)
                 if _may_reenter(function):
                     layer._gradient_checkpointing_func = functools.partial(tracked, name, function)
 
     def remove(self) -> None:
         """Leave the layers as they were, as the handle of a hook does."""
         for layer in self.layers.values():
-            function = getattr(layer, "_gradient_checkpointing_func", None)
+            function: Any = getattr(layer, "_gradient_checkpointing_func", None)
             if _is_tracked(function):
                 layer._gradient_checkpointing_func = function.args[1]
 
