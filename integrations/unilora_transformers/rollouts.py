@@ -8,10 +8,10 @@ are, which here are the base's and θ_d. So a model with an adapter refuses to b
 gives config and tensors without a disk.
 """
 
-import functools
 import json
 import shutil
 import sys
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -143,7 +143,8 @@ class Guard:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        vars(model)["named_parameters"] = functools.partial(_named_parameters, model)
+        # a method, not a partial: torch.compile asks for its function
+        vars(model)["named_parameters"] = types.MethodType(_named_parameters, model)
 
     def remove(self) -> None:
         """Called as the last adapter is detached, too."""
