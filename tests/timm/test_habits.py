@@ -71,6 +71,7 @@ def test_a_reset_classifier_trains_and_is_saved(tiny, images, tmp_path, name, be
     if not before:
         model.reset_classifier(5)
     heads = [model.get_submodule(head) for head in adapter.modules_to_save]
+    assert heads
     start = [head.weight.detach().clone() for head in heads]
     assert all(head.weight.shape[0] == 5 for head in heads)
     assert all(parameter.requires_grad for head in heads for parameter in head.parameters())
