@@ -8,10 +8,10 @@ are, which here are the base's and θ_d. So a model with an adapter refuses to b
 gives config and tensors without a disk.
 """
 
+import functools
 import json
 import shutil
 import sys
-import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -134,6 +134,12 @@ def sync_rollouts(trainer: Trainer) -> None:
         )
 
 
+class _Bound(functools.partial):
+    """A partial in the place of a method: torch.compile asks a module's for its function."""
+
+    __func__ = None
+
+
 class Guard:
     """A model's `named_parameters`, which refuses TRL's syncs; `remove` gives it back that of its class.
 
@@ -143,8 +149,7 @@ class Guard:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        # a method, not a partial: torch.compile asks for its function
-        vars(model)["named_parameters"] = types.MethodType(_named_parameters, model)
+        vars(model)["named_parameters"] = _Bound(_named_parameters, model)
 
     def remove(self) -> None:
         """Called as the last adapter is detached, too."""
