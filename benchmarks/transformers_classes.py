@@ -735,7 +735,8 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 MARKS = "<!-- transformers_classes -->\n", "<!-- /transformers_classes -->\n"
 PAGE = """`benchmarks/transformers_classes.py`, transformers {transformers}, PyTorch {torch}: {classes} classes of
-{types} model types, one of each type (of a dozen all), tiny, with random weights; towers of a type that is there whole are
+{types} model types, one of each type (of a dozen all), tiny, with random weights; towers of a type that is
+there whole are
 left out.{note}
 
 | outcome | classes | what it means |
@@ -745,7 +746,8 @@ left out.{note}
 Of those alive, {checkpointed} can be checkpointed: the largest difference of θ_d's gradient from the one without is
 {non_reentrant:.0e} non-reentrant and {reentrant:.0e} reentrant, relative to the largest number. {plain} have no
 checkpointing in transformers, {theirs} fail there without an adapter, too{refused_reentrant}.
-The gradient is that of a plain model with weights W + B·A up to {gradient:.0e} ({worst}), merged outputs are the adapted ones
+The gradient is that of a plain model with weights W + B·A up to {gradient:.0e} ({worst}), merged outputs are
+the adapted ones
 up to {merged:.0e}.
 
 | not alive | model types |
