@@ -88,6 +88,7 @@ def _held(model: nn.Module) -> Iterator[Step]:
         seen[id(value)] = value
         if isinstance(value, Tensor):
             yield from _tensor(value)
+            todo.append((vars(value), depth + 1))  # bitsandbytes moves the numbers of an 8-bit weight to its layer
         elif type(value) in (dict, OrderedDict, defaultdict):
             yield partial(_fill_dict, value, dict(value))
             todo += [(each, depth) for each in value.values()]

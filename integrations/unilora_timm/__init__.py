@@ -5,9 +5,9 @@ adapter = unilora_timm.attach(model)
 optimizer = timm.optim.create_optimizer_v2(adapter.parameter_groups(lora_rate=1e-3), opt="adamw")  # import timm.optim
 """
 
-from unilora_timm.attach import attach
+from unilora_timm.attach import attach, load
 from unilora_timm.saving import merged, save_onnx
 from unilora_timm.targets import classifier, find_targets
-from unilora_torch import Adapter, Target, load
+from unilora_torch import Adapter, Target
 
 __all__ = ["Adapter", "Target", "attach", "classifier", "find_targets", "load", "merged", "save_onnx"]

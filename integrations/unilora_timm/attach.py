@@ -1,19 +1,22 @@
-"""attach: one vector beside a timm model, checked to reach every target."""
+"""attach, load: one vector beside a timm model, checked to reach every target."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 
 import unilora_torch
 from unilora_core import TargetError
 from unilora_timm.targets import classifier, find_targets
 from unilora_torch import Adapter, Target
+from unilora_torch.adapter import NAME
 from unilora_torch.bypassed import through_readers
 
-__all__ = ["attach", "example_of"]
+__all__ = ["attach", "example_of", "load"]
 
 
 def attach(
@@ -69,7 +72,32 @@ def attach(
         except BaseException:
             adapter.detach()
             raise
+    return _watched(model, adapter)
+
+
+def load(
+    model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_base: bool = True, any_rank: bool = False
+) -> Adapter:
+    """Read an adapter file and attach it to its base model, under ``name``; see `unilora_torch.load`."""
+    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank)
+    return _watched(model, adapter)
+
+
+def _watched(model: nn.Module, adapter: Adapter) -> Adapter:
+    adapter.handles.append(model.register_forward_pre_hook(_refuse_reentrant))
     return adapter
+
+
+def _refuse_reentrant(model: nn.Module, _args: object) -> None:
+    """Refuse a pass whose gradient would not reach θ_d: reentrant checkpoints see their inputs, which need none."""
+    if not use_reentrant_ckpt() or not torch.is_grad_enabled():
+        return
+    for name, module in model.named_modules():
+        if getattr(module, "grad_checkpointing", False):
+            raise TargetError(
+                f"{name or type(model).__name__}: timm checkpoints it in the reentrant way, which beside frozen weights "
+                "gives θ_d no gradient; call timm.layers.set_reentrant_ckpt(False)."
+            )
 
 
 def _verify(model: nn.Module, adapter: Adapter, image: Tensor) -> None:

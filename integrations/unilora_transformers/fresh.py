@@ -80,7 +80,8 @@ def _vocabulary_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         modules = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
         return {}
-    own = {id(each) for module in modules if module is not None for each in module.parameters(recurse=False)}
+    layers = [module for module in modules if isinstance(module, nn.Module)]  # Perceiver's are a parameter
+    own = {id(each) for layer in layers for each in layer.parameters(recurse=False)}
     table = getattr(modules[0], "weight", None)
     if table is None or not getattr(table, MARK, False):
         return {}

@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from torchvision.datasets import FakeData
 
 import unilora_timm
-from unilora_core import MismatchError
+from unilora_core import MismatchError, TargetError
 
 LABELS = torch.tensor([0, 1, 2, 0])
 VIT, BEIT, SWIN = "vit_tiny_patch16_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224"
@@ -182,6 +182,35 @@ def test_gradient_checkpointing_with_dropped_paths(adapted, images, name):
     saving.set_grad_checkpointing()
     torch.testing.assert_close(gradients(saving, images), gradients(plain, images), rtol=1e-5, atol=1e-6)
     assert any(gradient.any() for gradient in gradients(saving, images)[1])
+
+
+def test_reentrant_checkpoints_are_refused(tiny, images, tmp_path):
+    """Their inputs need no gradient in a frozen model, so θ_d would get none, and the head alone would train."""
+    model = tiny().train()
+    adapter = unilora_timm.attach(model)
+    adapter.save(tmp_path / "a.safetensors")
+    model.set_grad_checkpointing()
+    loaded = tiny().train()
+    loaded.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "unilora" not in name})
+    unilora_timm.load(loaded, tmp_path / "a.safetensors")
+    loaded.set_grad_checkpointing()
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        for each in (model, loaded):
+            with pytest.raises(TargetError, match=r"reentrant.*timm.layers.set_reentrant_ckpt\(False\)"):
+                each(images)
+        with torch.no_grad():
+            assert torch.equal(model(images), loaded(images))
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+    model(images).sum().backward()
+    assert adapter.theta_d.grad.any()
+    adapter.detach()
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        model(images)
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
 
 
 def test_an_adapter_draws_no_random_number(tiny, images):
