@@ -147,6 +147,16 @@ def figures(session: nox.Session) -> None:
         session.run("python", f"benchmarks/{script}.py", *session.posargs, env=quiet)
 
 
+@nox.session(default=False)
+@nox.parametrize("package", ["unilora_core", "unilora_torch"])
+def mutation(session: nox.Session, package: str) -> None:
+    """How many planted faults the tests find, of a sample: half an hour a package, in none of the runs by default."""
+    needs = ["array-api-compat>=1.12", "numpy>=1.26", "safetensors>=0.5"]
+    needs += ["torch>=2.5"] if package == "unilora_torch" else []
+    session.install("mutmut>=3.8", *needs, *PYTEST)  # not unilora: a copy of it is mutated
+    session.run("python", "benchmarks/mutation.py", package, *session.posargs)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """Every Python block of the README and of docs/ runs as it stands."""

@@ -95,8 +95,8 @@ def _refuse_reentrant(model: nn.Module, _args: object) -> None:
     for name, module in model.named_modules():
         if getattr(module, "grad_checkpointing", False):
             raise TargetError(
-                f"{name or type(model).__name__}: timm checkpoints it in the reentrant way, which beside frozen weights "
-                "gives θ_d no gradient; call timm.layers.set_reentrant_ckpt(False)."
+                f"{name or type(model).__name__}: timm checkpoints it in the reentrant way, which gives θ_d no "
+                "gradient beside frozen weights; call timm.layers.set_reentrant_ckpt(False)."
             )
 
 
