@@ -184,6 +184,7 @@ def test_gradient_checkpointing_with_dropped_paths(adapted, images, name):
     assert any(gradient.any() for gradient in gradients(saving, images)[1])
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_reentrant_checkpoints_are_refused(tiny, images, tmp_path):
     """Their inputs need no gradient in a frozen model, so θ_d would get none, and the head alone would train."""
     model = tiny().train()
@@ -208,8 +209,7 @@ def test_reentrant_checkpoints_are_refused(tiny, images, tmp_path):
     adapter.detach()
     timm.layers.set_reentrant_ckpt(True)
     try:
-        with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):  # PyTorch's own, of the base
-            model(images)
+        model(images)
     finally:
         timm.layers.set_reentrant_ckpt(False)
 
