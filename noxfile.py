@@ -153,7 +153,7 @@ def mutation(session: nox.Session, package: str) -> None:
     """How many planted faults the tests find, of a sample: half an hour a package, in none of the runs by default."""
     needs = ["array-api-compat>=1.12", "numpy>=1.26", "safetensors>=0.5"]
     needs += ["torch>=2.5"] if package == "unilora_torch" else []
-    session.install("mutmut>=3.8", *needs, *PYTEST)  # not unilora: a copy of it is mutated
+    session.install("cosmic-ray>=8.4", *needs, *PYTEST)  # not unilora: a copy of it is mutated
     session.run("python", "benchmarks/mutation.py", package, *session.posargs)
 
 
