@@ -1,4 +1,4 @@
-"""How many planted faults the tests find: cosmic-ray changes an operator, a number or a name, and some test has to fail.
+"""How many planted faults the tests find: cosmic-ray changes an operator, a number, a name, and some test has to fail.
 
     python benchmarks/mutation.py unilora_core                            # 100 mutants of the package, drawn by seed 0
     python benchmarks/mutation.py unilora_torch --only merging --sample 30  # some of one module; nothing is written

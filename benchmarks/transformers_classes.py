@@ -13,6 +13,7 @@ into a fresh copy and, in batches, in a new process, with the same outputs bit f
 What comes of it is one of
 
     alive       all of that
+    alive in part   the same, and attach named the part of the model that no made-up inputs run
     refused     attach, or the first training step with reentrant checkpointing, said why not
     unchecked   attached with a warning: the model does not run on made-up inputs
     not built   no tiny model of it is made here
@@ -481,18 +482,22 @@ def tried(kind: str, name: str, folder: Path) -> dict[str, Any]:
             adapter = unilora_transformers.attach(model)
         except TargetError as error:
             raise Outcome("refused", str(error)) from None
+    asleep = ""
     for warning in caught:
-        if "unchecked" in str(warning.message):
-            raise Outcome("unchecked", re.sub(r"^unilora: | so its targets.*", "", str(warning.message)))
+        if "do not run this part" in (text := str(warning.message)):
+            asleep = text.removeprefix("unilora: ")
+        elif "unchecked" in text:
+            raise Outcome("unchecked", re.sub(r"^unilora: | so its targets.*", "", text))
+    told = int(re.search(r"\((\d+) such targets\)", asleep)[1]) if asleep else 0
     if inputs is None:
         raise Outcome("wrong", "attach ran what did not run before")
     with torch.no_grad():
         adapter.theta_d.add_(torch.randn(adapter.spec.d, generator=torch.Generator().manual_seed(2)), alpha=0.05)
     found: dict[str, Any] = {"targets": len(adapter.targets)}
-    found["eval gradient"] = compared(adapter, base, inputs, "eval")
+    found["eval gradient"] = compared(adapter, base, inputs, "eval", told)
     trains = not (why := alone(base, inputs, None))
     if trains:
-        found["train gradient"] = compared(adapter, base, inputs, "train")
+        found["train gradient"] = compared(adapter, base, inputs, "train", told)
         found |= checkpointed(adapter, base, inputs)
     else:
         found["train gradient"] = _clean(f"transformers: {why}")
@@ -502,7 +507,7 @@ def tried(kind: str, name: str, folder: Path) -> dict[str, Any]:
     saved({"type": kind, "class": name, "size": number, "inputs": inputs, "outputs": outputs}, adapter, folder)
     adapter.merge()
     found["merged"] = within("merged", distance(run(model, inputs), outputs), 1e-2)
-    return {"outcome": "alive", **found}
+    return {"outcome": "alive in part", "why": _clean(asleep), **found} if asleep else {"outcome": "alive", **found}
 
 
 def within(what: str, error: float, limit: float = CLOSE) -> float:
@@ -512,13 +517,15 @@ def within(what: str, error: float, limit: float = CLOSE) -> float:
     return float(f"{error:.1e}")
 
 
-def compared(adapter: Adapter, base: nn.Module, inputs: Mapping[str, Any], mode: str) -> float:
-    """How far the gradient of θ_d is from that of the plain model."""
+def compared(adapter: Adapter, base: nn.Module, inputs: Mapping[str, Any], mode: str, told: int) -> float:
+    """How far the gradient of θ_d is from that of the plain model; ``told``: of so many targets attach said that
+    nothing has run them.
+    """
     for each in (adapter.model, base):
         train(each, mode == "train")
     grad = gradient(adapter, inputs)
     expected, dead = dense_gradient(adapter, base, inputs)
-    if dead:
+    if len(dead) > told:
         raise Outcome("dead", f"{mode}: {dead[0]} and {len(dead) - 1} more of {len(adapter.targets)}")
     error, limit = distance(grad, expected), CLOSE
     if error > CHAOTIC:
@@ -666,7 +673,7 @@ def in_new_process(folder: Path, rows: list[dict[str, Any]]) -> None:
     )
     lines = [line.removeprefix("RELOADED ") for line in done.stdout.splitlines() if line.startswith("RELOADED ")]
     found = dict(json.loads(line) for line in lines)
-    for each in (row for row in rows if row["outcome"] == "alive"):
+    for each in (row for row in rows if row["outcome"].startswith("alive")):
         if why := found.get(each["class"], f"the process ended: {done.stderr[-200:]}"):
             each |= {"outcome": "wrong", "why": _clean(f"in a new process: {why}")}
 
@@ -750,15 +757,16 @@ The gradient is that of a plain model with weights W + B·A up to {gradient:.0e}
 the adapted ones
 up to {merged:.0e}.
 
-| not alive | model types |
+| not, or in part | model types |
 |---|---|
 {reasons}
 """
 MEANING = {
     "alive": "gradients as of a plain model in both modes and under both kinds of checkpointing, two steps, "
     "saved and loaded bit for bit here and in a new process, merged",
+    "alive in part": "the same, and a warning names the part that no made-up inputs run; give `example=…`",
     "refused": "`attach` said which target and what to do",
-    "unchecked": "attached with a warning: no made-up inputs run the model, or a part of it; give `example=…`",
+    "unchecked": "attached with a warning: no made-up inputs run the model; give `example=…`",
     "not built": "no tiny model of it was made",
     "dead": "a target without a gradient, and no word of it",
     "wrong": "anything else",
@@ -768,6 +776,7 @@ KINDS = {
     "refused: a target that no gradient reaches on these inputs": r"no gradient reaches",
     "refused: a tied weight": r"is tied",
     "refused: a layer that is never called": r"never calls",
+    "alive in part": r"do not run this part",
     "unchecked": r"does not run",
     "not built: it needs another package, or a backbone by name": r"ImportError|backbone is not set",
     "not built: too large or too slow": r"parameters at its|takes more|memory|process ended",
@@ -779,7 +788,7 @@ def write_doc(found: dict[str, Any]) -> None:
     """The part of docs/bases.md between its marks."""
     rows = found["classes"]
     number = counts(rows)
-    alive = [each for each in rows if each["outcome"] == "alive"]
+    alive = [each for each in rows if each["outcome"].startswith("alive")]
     kinds = {kind: [each[kind] for each in alive if isinstance(each.get(kind), float)] for kind in KEPT}
     texts = [each.get("reentrant", "") for each in alive]
     refused = [each["type"] for each in alive if str(each.get("reentrant")).startswith("refused")]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -239,7 +240,21 @@ def test_extras_that_cannot_be_stored_are_refused(path, extra):
 # ---- a save that is interrupted: the old file stays ----
 
 
-@pytest.mark.parametrize("step", ["replace", "fsync", "mkdir"])
+def test_a_whole_file_that_finds_no_place_is_kept_beside_it(path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match=r"No space left on device; what was written is kept in .*unilora-unplaced-"):
+            save_adapter(path, SPEC, np.ones(4))
+    kept = next(path.parent.glob("unilora-unplaced-*/*"))
+    assert np.array_equal(load_adapter(kept)[1], np.ones(4))
+    shutil.rmtree(kept.parent)
+    assert_whole(path)
+
+
+@pytest.mark.parametrize("step", ["fsync", "mkdir"])
 def test_a_failing_system_call_leaves_the_old_file_and_nothing_else(path, monkeypatch, step):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
