@@ -269,6 +269,13 @@ def test_what_is_printed_for_pasting_is_quoted(folder, tmp_path):
     assert engines.serving("sglang", "my lora", lora).endswith("--enable-lora --lora-paths adapter='my lora'")
 
 
+def test_a_base_on_the_disk_is_named_as_a_folder(folder, tmp_path):
+    local = engines.read_lora(folder(base_model_name_or_path=str(tmp_path)))
+    assert f" --base {tmp_path} " in engines.serving("llama.cpp", "f", local) + " "
+    of_the_hub = engines.read_lora(folder(base_model_name_or_path="somebody/model"))
+    assert " --base-model-id somebody/model " in engines.serving("llama.cpp", "f", of_the_hub) + " "
+
+
 def test_reasons_are_lines_without_control_characters(folder):
     modules = [f"layers.{i}.{EVIL}" for i in range(4)]
     found = engines.check(folder(modules, extra=[EVIL], bias=EVIL, peft_type=EVIL, modules_to_save=[EVIL]))

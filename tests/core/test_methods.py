@@ -25,7 +25,7 @@ from unilora_core import (
 )
 from unilora_core.frames import FRAMES, Sizes, frame_layout, piece_names
 from unilora_core.header import FROZEN, TargetRow, read_header, write_targets
-from unilora_core.lora import lora_layout
+from unilora_core.lora import check_rank, largest_rank, lora_layout
 from unilora_core.maps import MAPS
 from unilora_core.methods import METHODS, method_of, plan_spec
 from unilora_core.rates import default_bound, theta_rate
@@ -462,3 +462,17 @@ def test_every_frame_and_map_is_in_a_method_or_is_an_ablation():
     assert {method.frame for method in METHODS.values()} == set(FRAMES)
     ablations = {"iid", "numpy-shuffle", "local", "by-factor", "unnormalised"}
     assert {method.grouping for method in METHODS.values()} | ablations == set(MAPS)
+
+
+def test_the_largest_rank_is_taken_and_no_larger_one():
+    most = largest_rank(100, 80)
+    assert most == 80
+    check_rank("a", "q", most, 100, 80)
+    with pytest.raises(MismatchError, match="a: q: expected a rank of at most 80 .* the file has 81"):
+        check_rank("a", "q", most + 1, 100, 80)
+
+
+def test_the_bound_of_theta_is_that_of_lora_times_the_root_of_a_group():
+    """Entries θ_d/√n of A lie within ±1/√in: n = 16, in = 25."""
+    spec = ProjectionSpec(Layout([("q.A", (4, 25)), ("q.B", (15, 4))]), 10, start="identity")
+    assert default_bound(spec) == pytest.approx(4 / 5)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unilora_core import Layout, ProjectionSpec, SpecError, UnknownVersionError
+from unilora_core.spec import option
 
 LAYOUT = Layout([("q.A", (2, 3)), ("q.B", (4, 2))])
 
@@ -170,3 +171,18 @@ def test_init_may_be_written_into(xp, spec_of):
 def test_a_grouping_that_is_no_string_is_refused():
     with pytest.raises(SpecError, match="unknown grouping"):
         ProjectionSpec(Layout([("a", (4,))]), d=2, grouping=["balanced"])
+
+
+def test_all_groups_are_those_of_every_position():
+    spec = ProjectionSpec(Layout([("q.A", (2, 8)), ("q.B", (8, 2))]), 5)
+    assert np.array_equal(spec.groups(), spec.groups(0, 32))
+    assert len(spec.groups()) == 32
+
+
+@pytest.mark.parametrize(("value", "taken"), [(1, True), (2**63 - 1, True), (2**63, False), (0, False)])
+def test_an_option_is_a_positive_number_of_63_bits(value, taken):
+    if taken:
+        assert option("rank", value, 4) == value
+    else:
+        with pytest.raises(SpecError, match="rank must be a positive integer"):
+            option("rank", value, 4)
