@@ -468,7 +468,7 @@ def test_the_largest_rank_is_taken_and_no_larger_one():
     most = largest_rank(100, 80)
     assert most == 80
     check_rank("a", "q", most, 100, 80)
-    with pytest.raises(MismatchError, match="a: q: expected a rank of at most 80 .* the file has 81"):
+    with pytest.raises(MismatchError, match=r"a: q: expected a rank of at most 80 .* the file has 81"):
         check_rank("a", "q", most + 1, 100, 80)
 
 
