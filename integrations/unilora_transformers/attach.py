@@ -105,7 +105,9 @@ def load(
     `unilora_torch.load` says what it refuses. That every target is reached is checked by the first forward pass.
     """
     require_model(model)
-    return finish(model, unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank))
+    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank)
+    warn_of_fresh(model, adapter, os.fspath(path))
+    return finish(model, adapter)
 
 
 def from_pretrained(
@@ -157,7 +159,6 @@ def _heads(model: PreTrainedModel, named: str | Iterable[str] | None, fresh: Ite
 
 def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     """What a transformers model and its trainers need once an adapter is on it."""
-    warn_of_fresh(model, adapter)
     adapter.handles += watch_checkpointing(model)
     adapter.handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter), Guard(model)]
     adapter.handles += watch_output_embeddings(model, adapter)

@@ -127,14 +127,14 @@ def saved_with(named: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in found if not inside(name, found.keys() - {name}))
 
 
-def warn_of_fresh(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Say which fresh weights an adapter neither trains nor tells apart: those of files that do not say."""
+def warn_of_fresh(model: PreTrainedModel, adapter: Adapter, where: str) -> None:
+    """Say which fresh weights a file, or a folder, neither holds nor tells apart."""
     told = adapter.base.fresh if adapter.base else {}
     left = [name for name in fresh_weights(model) if not inside(name, (*adapter.modules_to_save, *told))]
     if left:
         warnings.warn(
-            f"unilora: no checkpoint gave {listed(fresh_parts(model, left))} values, and the adapter's file does not "
-            "hold them: they are random, and may not be those that it was trained beside.",
+            f"{where}: no checkpoint gave {listed(fresh_parts(model, left))} values, and they are not in here, either: "
+            "they are random, and may not be those that it was trained beside.",
             stacklevel=3,
         )
 
