@@ -239,7 +239,7 @@ def test_a_file_that_does_not_say_loads_with_a_warning(checkpoint, tmp_path):
     save_adapter(path, file.spec, file.theta_d, tensors=file.tensors, metadata=metadata)
     torch.manual_seed(0)
     model = bert(checkpoint)
-    with pytest.warns(UserWarning, match=r"a\.safetensors: no checkpoint gave bert\.pooler values, and they are not in here"):
+    with pytest.warns(UserWarning, match=r"a\.safetensors: no checkpoint gave bert\.pooler values, .* not in here"):
         unilora_transformers.load(model, path, check_base=False)
 
 
