@@ -323,7 +323,7 @@ def smallest(kind: str, name: str) -> tuple[int, PreTrainedModel, dict[str, Any]
     for number in range(len(SIZES)):
         try:
             model = build(kind, name, number)
-        except TimeoutError:
+        except Late:
             raise
         except Exception as error:  # whatever a class raises on sizes that it was not made for
             errors.append(error)
@@ -346,7 +346,7 @@ def _sees(model: nn.Module) -> bool:
 def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     try:
         run(copy.deepcopy(model), inputs)
-    except TimeoutError:
+    except Late:
         raise
     except Exception:  # whatever it is, others are tried
         return False
@@ -463,7 +463,7 @@ def row(kind: str, name: str, folder: Path) -> dict[str, Any]:
         found = {"outcome": "not built", "why": _clean(str(error))}
     except Outcome as error:
         found = error.row
-    except TimeoutError:
+    except Late:
         found = {"outcome": "not built", "why": f"takes more than {SECONDS} seconds"}
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
@@ -567,7 +567,7 @@ def checkpointed(adapter: Adapter, base: PreTrainedModel, inputs: Mapping[str, A
             found[what] = within(f"{what} checkpointing", distance(gradient(adapter, inputs), expected))
         except TargetError as error:
             found[what] = _clean(f"refused: {error}")
-        except (Outcome, TimeoutError):
+        except (Outcome, Late):
             raise
         except Exception as error:
             if why := alone(base, inputs, reentrant):
@@ -662,8 +662,12 @@ def sweep(kind: str, names: list[str], folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Late(BaseException):
+    """A class has taken its time; what catches every error of a model must not catch this."""
+
+
 def _late(*_: Any) -> None:
-    raise TimeoutError
+    raise Late
 
 
 def in_new_process(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -743,8 +747,7 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
 MARKS = "<!-- transformers_classes -->\n", "<!-- /transformers_classes -->\n"
 PAGE = """`benchmarks/transformers_classes.py`, transformers {transformers}, PyTorch {torch}: {classes} classes of
 {types} model types, one of each type (of a dozen all), tiny, with random weights; towers of a type that is
-there whole are
-left out.{note}
+there whole are left out.{note}
 
 | outcome | classes | what it means |
 |---|---|---|
@@ -754,8 +757,7 @@ Of those alive, {checkpointed} can be checkpointed: the largest difference of θ
 {non_reentrant:.0e} non-reentrant and {reentrant:.0e} reentrant, relative to the largest number. {plain} have no
 checkpointing in transformers, {theirs} fail there without an adapter, too{refused_reentrant}.
 The gradient is that of a plain model with weights W + B·A up to {gradient:.0e} ({worst}), merged outputs are
-the adapted ones
-up to {merged:.0e}.
+the adapted ones up to {merged:.0e}.
 
 | not, or in part | model types |
 |---|---|
