@@ -40,7 +40,6 @@ def check_targets(model: nn.Module, targets: Iterable[Target], *, loaded: bool =
     Raises:
         TargetError: with the module and the remedy.
     """
-    check_initialised(model)
     owners = owners_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     taken: dict[str, list[Target]] = {}

@@ -11,7 +11,7 @@ from unilora_core import AdapterFile, MismatchError, ProjectionSpec, TargetError
 from unilora_core.header import Header, TargetRow, read_header
 from unilora_core.lora import BLOCKS, check_rank, largest_rank
 from unilora_torch.chains import Frozen
-from unilora_torch.checks import check_parameter, check_targets
+from unilora_torch.checks import check_initialised, check_parameter, check_targets
 from unilora_torch.frozen import frozen_in_file
 from unilora_torch.heads import check_heads, head_states, submodule
 from unilora_torch.targets import Target, features, target_of
@@ -79,6 +79,7 @@ def open_file(
             _check_fits(where, model, target)
             if not any_rank:
                 check_rank(where, row.name, row.rank, row.in_features, row.out_features, usual)
+        check_initialised(model)
         check_targets(model, targets, loaded=loaded)
         if not any_rank:
             _check_blocks(where, header.targets, usual)
