@@ -673,12 +673,16 @@ def _late(*_: Any) -> None:
 def in_new_process(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Load the saved adapters of a batch in a new process; what goes wrong there goes into their rows."""
     done = subprocess.run(
-        [sys.executable, __file__, "--reload", str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, __file__, "--reload", str(folder)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},  # also where PYTHONSAFEPATH is set
+        capture_output=True,
+        text=True,
+        check=False,
     )
     lines = [line.removeprefix("RELOADED ") for line in done.stdout.splitlines() if line.startswith("RELOADED ")]
     found = dict(json.loads(line) for line in lines)
     for each in (row for row in rows if row["outcome"].startswith("alive")):
-        if why := found.get(each["class"], f"the process ended: {done.stderr[-200:]}"):
+        if why := found.get(each["class"], f"the process ended: {done.stderr.strip().splitlines()[-1:]}"):
             each |= {"outcome": "wrong", "why": _clean(f"in a new process: {why}")}
 
 
