@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from unilora_torch import Target, bypassed
-from unilora_transformers.check import made_up_inputs
+from unilora_transformers.made_up import made_up_inputs
 
 __all__ = ["through_readers"]
 
