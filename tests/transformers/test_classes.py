@@ -1,10 +1,14 @@
 """A sample of the sweep over the model classes of transformers (`benchmarks/transformers_classes.py`)."""
 
+import copy
 import importlib
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import unilora_torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ALIVE = {  # class → its model type, as various as there are
@@ -60,7 +64,9 @@ def test_a_new_process_loads_them(sweep, tmp_path, monkeypatch):
     rows = [sweep.row(ALIVE[name], name, tmp_path) for name in ("BartForConditionalGeneration", "SwinModel")]
     sweep.in_new_process(tmp_path, rows)
     assert [each["outcome"] for each in rows] == ["alive", "alive"], rows
-    (tmp_path / "SwinModel.safetensors").write_bytes((tmp_path / "BartForConditionalGeneration.safetensors").read_bytes())
+    (tmp_path / "SwinModel.safetensors").write_bytes(
+        (tmp_path / "BartForConditionalGeneration.safetensors").read_bytes()
+    )
     sweep.in_new_process(tmp_path, rows)
     assert [each["outcome"] for each in rows] == ["alive", "wrong"], rows
     assert rows[1]["why"].startswith("in a new process: ")
@@ -82,6 +88,28 @@ def test_the_sweep_finds_what_is_wrong(sweep, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("unilora_torch.Adapter.merge", lambda _self: _self.theta_d.data.mul_(3))
         assert outcome()[1].startswith("merged: off by")
+
+
+class Chaotic(torch.nn.Module):
+    """Its last digits are what comes out; and it computes in float32, whatever it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 4)
+
+    def forward(self, x):
+        return torch.nn.functional.linear((1e6 * self.layer(x).float()).sin(), torch.ones(2, 4))
+
+
+def test_what_rounding_does_is_no_fault(sweep):
+    """Another gradient in float32, the same in float64."""
+    torch.manual_seed(0)
+    base, inputs = Chaotic(), {"x": torch.randn(8, 6)}
+    adapter = unilora_torch.attach(copy.deepcopy(base), d=8, start="paper", bound=1.0)
+    expected, _ = sweep.dense_gradient(adapter, base, inputs)
+    assert sweep.distance(sweep.gradient(adapter, inputs), expected) > 10 * sweep.CLOSE
+    assert sweep.compared(adapter, base, inputs, "eval", 0) < sweep.CHAOTIC
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_every_type_has_a_class_and_towers_are_left_to_their_models(sweep):
