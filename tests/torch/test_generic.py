@@ -8,7 +8,7 @@ from unilora_core.frames import Sizes
 from unilora_core.methods import plan_spec
 from unilora_torch import streamed as streaming
 from unilora_torch.generic import Mapped
-from unilora_torch.streamed import Place, streamed
+from unilora_torch.streamed import Computed, Place, streamed
 
 TARGETS = [(f"layers.{i}.{name}", Sizes(16, 24)) for i in range(2) for name in "qv"]
 OPTIONS = {
@@ -101,6 +101,17 @@ def test_a_streamed_update_is_that_of_the_whole_matrix(monkeypatch, block, group
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, **close)
+
+
+@pytest.mark.parametrize("start", ["identity", "paper", "zero"])
+def test_a_streamed_update_is_measured_from_where_it_starts(start):
+    spec = plan_spec(TARGETS, method="gpart", d=48, start=start)
+    theta_d = torch.from_numpy(spec.init()) + torch.randn(spec.d)
+    numbers, x = Computed.of(spec), torch.randn(5, 16)
+    expected = project(spec, theta_d)[24 * 16 : 2 * 24 * 16]
+    torch.testing.assert_close(numbers(theta_d, [slice(24 * 16, 2 * 24 * 16)]), expected)
+    found = numbers.product(x, theta_d, Place(24 * 16, 24, 16))
+    torch.testing.assert_close(found, x @ expected.view(24, 16).T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_streamed_update_keeps_no_matrix():

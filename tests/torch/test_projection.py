@@ -63,6 +63,29 @@ def test_identity_start_has_the_bits_of_the_core(grouping):
     assert np.array_equal(found.numpy(), unilora_core.project(spec, theta_d.numpy()))
 
 
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [slice(20, 30), slice(0, 5), slice(5, 8)],
+        [slice(0, 5), slice(20, 30), slice(5, 8)],
+        [slice(0, 5), slice(20, 30), slice(30, 31), slice(31, 36)],
+    ],
+)
+def test_slices_in_another_order(spans):
+    """Those that lie side by side are joined, and no others."""
+    spec = pair("paper")
+    theta_d, groups, scale = tensors(spec)
+    found = Gather.of(spec)(theta_d, spans)
+    assert torch.equal(found, torch.cat([project(theta_d, groups, scale)[at] for at in spans]))
+
+
+def test_slices_side_by_side_are_a_view():
+    numbers = Gather.of(pair("paper"))
+    found = numbers.groups_at([slice(3, 5), slice(5, 9), slice(9, 20)])
+    assert found.data_ptr() == numbers.groups[3:].data_ptr()
+    assert torch.equal(found, numbers.groups[3:20])
+
+
 def test_factors_match_the_naive_ones(start):
     spec = pair(start)
     theta_d, _, scale = tensors(spec)

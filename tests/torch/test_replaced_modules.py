@@ -296,6 +296,15 @@ def test_hooks_that_somebody_took_off(tmp_path):
     assert torch.equal(model(X), output)
 
 
+def test_hooks_of_others_may_be_taken_off():
+    base = mlp()
+    theirs = base.blocks[1].up.register_forward_hook(lambda *_: None)
+    model, _ = adapted(model=base)
+    output = model(X)
+    theirs.remove()
+    assert torch.equal(model(X), output)
+
+
 def test_while_a_compiled_model_is_called():
     model, adapter = adapted()
     call = torch.compile(model, backend="eager", fullgraph=True)

@@ -187,7 +187,7 @@ class Restless(nn.Module):
         self.layer, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
         self.spectral = torch.nn.utils.spectral_norm(nn.Linear(6, 6))
         self.end, self.config, self.calls, self.cache = end, Config(), 0, {"kept": torch.ones(2)}
-        self.seen, self.kinds, self.length = [], {"a"}, None
+        self.seen, self.steps, self.kinds, self.length = [], [0], {"a"}, None
         self.register_buffer("average", torch.zeros(6))
         self.register_buffer("mask", None)
         self.gain = nn.Parameter(torch.ones(6))
@@ -197,6 +197,7 @@ class Restless(nn.Module):
         self.calls += 1
         self.length = len(x)
         self.seen.append(x)
+        self.steps[0] += 1
         self.kinds.add("b")
         self.cache["kept"].add_(1)
         self.cache["new"] = x
