@@ -86,12 +86,8 @@ ENCODINGS = {
 @pytest.mark.parametrize("case", ENCODINGS)
 def test_encodings_that_are_refused(read, case):
     data, message = ENCODINGS[case]
-    with pytest.raises(CommandError) as caught:
-        read("a.csv", data, kind="text")
-    assert message in str(caught.value)
-    with pytest.raises(CommandError) as caught:
+    with pytest.raises(CommandError, match=re.escape(message.replace("a.csv", "a.txt"))):
         read("a.txt", data)
-    assert message.replace("a.csv", "a.txt") in str(caught.value)
 
 
 # ---- headers and keys -------------------------------------------------------------------------------------------
@@ -109,12 +105,11 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("case", HEADERS)
+@pytest.mark.parametrize("case", ENCODINGS | HEADERS)
 def test_tables_that_are_refused(read, case):
-    contents, message = HEADERS[case]
-    with pytest.raises(CommandError) as caught:
+    contents, message = (ENCODINGS | HEADERS)[case]
+    with pytest.raises(CommandError, match=re.escape(message)):
         read("a.csv", contents, kind="text")
-    assert message in str(caught.value)
 
 
 def test_a_tsv_with_commas_is_refused(read):

@@ -17,6 +17,25 @@ from unilora_core import TargetError
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
 
 
+def used(layer, use, x):
+    """What a model makes of a layer, in the way that ``use`` says."""
+    if use == "bypassed":
+        return nn.functional.linear(x, layer.weight, layer.bias)
+    if use == "detached":
+        return x + layer(x).detach()
+    if use == "no_grad":
+        with torch.no_grad():
+            y = layer(x)
+        return x + y
+    if use == "times zero":
+        return x + 0 * layer(x)
+    if use == "unused":
+        return x
+    if use == "argmax":
+        return layer(x).argmax(-1)
+    return layer(x)
+
+
 class Model(nn.Module):
     """Three layers, of which ``last`` is used in the way that ``use`` says."""
 
@@ -26,22 +45,7 @@ class Model(nn.Module):
         self.use = use
 
     def forward(self, x):
-        x = self.second(self.first(x).tanh())
-        if self.use == "bypassed":
-            return nn.functional.linear(x, self.last.weight, self.last.bias)
-        if self.use == "detached":
-            return x + self.last(x).detach()
-        if self.use == "no_grad":
-            with torch.no_grad():
-                y = self.last(x)
-            return x + y
-        if self.use == "times zero":
-            return x + 0 * self.last(x)
-        if self.use == "unused":
-            return x
-        if self.use == "argmax":
-            return self.last(x).argmax(-1)
-        return self.last(x)
+        return used(self.last, self.use, self.second(self.first(x).tanh()))
 
 
 def attached(use, start="identity"):
@@ -269,39 +273,26 @@ def test_verify_leaves_no_trace(end):
 
 
 class Fused(nn.Module):
-    """A layer that is not called where ``when`` says so: its weight is used directly, or nothing of it."""
+    """A layer that is not simply called where ``when`` says so, but used in the way that ``use`` says."""
 
-    def __init__(self, when, use="weight"):
+    def __init__(self, when, use="bypassed"):
         super().__init__()
         self.block = nn.Sequential()
         self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
         self.when, self.use = when, use
 
     def forward(self, x):
-        x = self.first(x).tanh()
-        if not self.when(self):
-            return self.last(x)
-        if self.use == "weight":
-            return nn.functional.linear(x, self.last.weight, self.last.bias)
-        if self.use == "detached":
-            return x + self.last(x).detach()
-        if self.use == "no_grad":
-            with torch.no_grad():
-                y = self.last(x)
-            return x + y
-        if self.use == "dropped":
-            return x + 0 * self.last(x)
-        return x
+        return used(self.last, self.use if self.when(self) else "called", self.first(x).tanh())
 
 
-@pytest.mark.parametrize("use", ["weight", "detached", "no_grad"])
+@pytest.mark.parametrize("use", ["bypassed", "detached", "no_grad"])
 def test_verify_names_a_target_that_is_dead_in_training_only(use, start):
     adapter = unilora_torch.attach(Fused(lambda model: model.training, use), d=20, start=start)
     with pytest.raises(TargetError, match=r"^last: in training .*\(1 such\)"):
         adapter.verify(X)
 
 
-@pytest.mark.parametrize("use", ["nothing", "dropped"])
+@pytest.mark.parametrize("use", ["unused", "times zero"])
 def test_verify_accepts_what_chance_leaves_out_in_training(use):
     adapter = unilora_torch.attach(Fused(lambda model: model.training, use), d=20)
     adapter.verify(X)
@@ -385,20 +376,20 @@ def test_a_target_that_is_bypassed_without_gradients_is_found():
 
 
 def test_a_target_that_is_skipped_in_a_mode_is_no_error_until_its_weight_is_used():
-    model = Fused(lambda model: model.training, "nothing")
+    model = Fused(lambda model: model.training, "unused")
     adapter = unilora_torch.attach(model, d=20)
     adapter.verify(X)
     model.train()
     for _ in range(3):
         model(X)
     assert adapter.live.reached.missing == {"last"}
-    model.use = "weight"
+    model.use = "bypassed"
     with pytest.raises(TargetError, match=r"^last: in training"):
         model(X)
 
 
 def test_a_model_that_was_watched_keeps_its_parameters():
-    model = Fused(lambda model: model.training, "nothing")
+    model = Fused(lambda model: model.training, "unused")
     unilora_torch.attach(model, d=20).verify(X)
     parameters = dict(model.named_parameters())
     model.train()(X)

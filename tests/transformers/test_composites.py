@@ -26,37 +26,46 @@ def painter(tiny):
 PARTS = {
     "an image's caption": (
         painter,
-        tuple(f"encoder.layers.#.attention.{name}" for name in ("q_proj", "v_proj"))
-        + tuple(f"decoder.transformer.h.#.attn.c_attn.{name}" for name in ("q", "v"))
-        + tuple(f"decoder.transformer.h.#.crossattention.{name}" for name in ("q_attn", "c_attn.v")),
+        {
+            "encoder.layers.#.attention": "q_proj v_proj",
+            "decoder.transformer.h.#.attn.c_attn": "q v",
+            "decoder.transformer.h.#.crossattention": "q_attn c_attn.v",
+        },
     ),
     "two towers": (
         lambda tiny: transformers.VisionTextDualEncoderModel(
             vision_model=transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)),
             text_model=tiny("BertModel"),
         ),
-        tuple(f"vision_model.encoder.layers.#.self_attn.{name}" for name in ("q_proj", "v_proj"))
-        + tuple(f"text_model.encoder.layer.#.attention.self.{name}" for name in ("query", "value")),
+        {
+            "vision_model.encoder.layers.#.self_attn": "q_proj v_proj",
+            "text_model.encoder.layer.#.attention.self": "query value",
+        },
     ),
     "speech and text": (
         speech_translator,
-        tuple(f"encoder.encoder.layers.#.attention.{name}" for name in ("q_proj", "v_proj"))
-        + tuple(f"decoder.bert.encoder.layer.#.attention.self.{name}" for name in ("query", "value"))
-        + tuple(f"decoder.bert.encoder.layer.#.crossattention.self.{name}" for name in ("query", "value")),
+        {
+            "encoder.encoder.layers.#.attention": "q_proj v_proj",
+            "decoder.bert.encoder.layer.#.attention.self": "query value",
+            "decoder.bert.encoder.layer.#.crossattention.self": "query value",
+        },
     ),
     "GIT": (
         lambda tiny: transformers.GitForCausalLM(transformers.GitConfig(vision_config=VIT, vocab_size=64, **TEXT)),
-        tuple(f"git.image_encoder.vision_model.encoder.layers.#.self_attn.{name}" for name in ("q_proj", "v_proj"))
-        + tuple(f"git.encoder.layer.#.attention.self.{name}" for name in ("query", "value")),
+        {
+            "git.image_encoder.vision_model.encoder.layers.#.self_attn": "q_proj v_proj",
+            "git.encoder.layer.#.attention.self": "query value",
+        },
     ),
 }
+"""A model, and where in each of its two layers which targets are."""
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_default_targets_reach_every_part(name, tiny):
-    make, expected = PARTS[name]
-    model = make(tiny)
-    found = {target.name for target in select_targets(model, None)}
+    make, places = PARTS[name]
+    found = {target.name for target in select_targets(make(tiny), None)}
+    expected = {f"{place}.{end}" for place, ends in places.items() for end in ends.split()}
     assert found == {each.replace("#", str(i)) for each in expected for i in range(2)}
 
 
