@@ -212,7 +212,7 @@ class LoraSync(TrainerCallback):
             raise SpecError(f"LoraSync: expected engine {' or '.join(map(repr, ROUTES))}, got {engine!r}.")
         self.adapter, self.folder, self.server = adapter, Path(folder).absolute(), server
         self.name, self.every, self.engine = name, every, engine
-        self.version = max((int(path.name.rpartition("-v")[2]) for path in self._versions()), default=0)
+        self.version = max(map(_number, self._versions()), default=0)
 
     @property
     def served(self) -> str:
@@ -256,17 +256,23 @@ class LoraSync(TrainerCallback):
         new = self.folder / f"{self.name}-v{self.version + 1}"
         self.adapter.export_lora(new, engine=self.engine)
         load, unload = ROUTES[self.engine]
-        if self.server is not None:
-            _post(f"{self.server.rstrip('/')}{load}", {"lora_name": new.name, "lora_path": str(new)})
+        self._tell(load, new, lora_path=str(new))
         self.version += 1
-        for old in sorted(self._versions(), key=lambda path: int(path.name.rpartition("-v")[2]))[:-2]:
-            if self.server is not None:
-                _post(f"{self.server.rstrip('/')}{unload}", {"lora_name": old.name}, missing_ok=True)
+        for old in sorted(self._versions(), key=_number)[:-2]:
+            self._tell(unload, old, missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
         return new
 
+    def _tell(self, route: str, version: Path, missing_ok: bool = False, **more: str) -> None:
+        if self.server is not None:
+            _post(f"{self.server.rstrip('/')}{route}", {"lora_name": version.name, **more}, missing_ok)
+
     def _versions(self) -> list[Path]:
         return [path for path in self.folder.glob(f"{self.name}-v*") if path.name.rpartition("-v")[2].isdecimal()]
+
+
+def _number(version: Path) -> int:
+    return int(version.name.rpartition("-v")[2])
 
 
 def _post(address: str, said: dict[str, Any], missing_ok: bool = False) -> None:
