@@ -37,11 +37,21 @@ Kernel = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Problem:
-    """What a grouping depends on, and nothing else."""
+    """What a grouping depends on, and nothing else.
+
+    Attributes:
+        first_d: the d that the keys and the segments of ``balanced`` belong to; None for d itself.
+    """
 
     D: int
     d: int
     seed: int
+    first_d: int | None = None
+
+    @property
+    def keyed_d(self) -> int:
+        """The d that keys and segments belong to."""
+        return self.d if self.first_d is None else self.first_d
 
 
 # ---- balanced: g(i) = π(i) mod d, π a keyed permutation of each segment -----------------------------------------
@@ -85,8 +95,12 @@ class Permutation:
 
 
 def _balanced_segment(problem: Problem) -> int:
-    """As many whole rounds of all d groups as fit a word: every segment but the last is exactly balanced."""
-    return min(problem.D, WORD // problem.d * problem.d)
+    """As many whole rounds of all d groups as fit a word: every segment but the last is exactly balanced.
+
+    With ``first_d`` they are rounds of as many groups, so that π stays what it was; d groups of a multiple of it then
+    differ by at most one in each segment.
+    """
+    return min(problem.D, WORD // problem.keyed_d * problem.keyed_d)
 
 
 @functools.lru_cache(maxsize=64)
@@ -120,8 +134,13 @@ def _balanced(problem: Problem, segment: int, xp: ModuleType, device: object) ->
 
 
 def _balanced_counts(problem: Problem) -> np.ndarray:
-    least, more = divmod(problem.D, problem.d)
-    return least + (np.arange(problem.d) < more)
+    segments, rest = divmod(problem.D, length := _balanced_segment(problem))
+    return segments * _even(length, problem.d) + _even(rest, problem.d)
+
+
+def _even(size: int, d: int) -> np.ndarray:
+    least, more = divmod(size, d)
+    return least + (np.arange(d) < more)
 
 
 # ---- iid: g(i) = ⌊u·d / 2^64⌋, u the 64 bits that Threefry-2x32-20 gives for the counter i -----------------------
@@ -270,7 +289,7 @@ def _positions(offset: int, n: int, xp: ModuleType, device: object) -> Array:
 
 def _words(name: str, problem: Problem, segment: int) -> tuple[int, ...]:
     """Eight int32 keys: the SHA-256 of everything that a segment depends on, read as little-endian words."""
-    text = f"unilora/{name}/1 seed={problem.seed} D={problem.D} d={problem.d} segment={segment}"
+    text = f"unilora/{name}/1 seed={problem.seed} D={problem.D} d={problem.keyed_d} segment={segment}"
     return keys(text)
 
 

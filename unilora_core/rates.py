@@ -2,7 +2,7 @@
 
 import math
 
-from unilora_core.spec import ProjectionSpec
+from unilora_core.spec import PAPER_BOUND, ProjectionSpec
 
 __all__ = ["default_bound", "map_rate", "theta_rate"]
 
@@ -25,6 +25,9 @@ def default_bound(spec: ProjectionSpec) -> float:
     """The bound of θ_d⁰ for which the entries of A start as large as LoRA's, U(-1/√in, 1/√in), on average.
 
     An entry is θ_d/√n with n = D/d; LoRA's layers differ in their inputs, so the mean of in_features is taken.
+    Where every factor is measured from θ_d⁰, nothing tells its size, and it is the paper's.
     """
     inputs = [shape[-1] for name, shape in spec.layout.factors if not spec.shifted(name)]
+    if not inputs:
+        return PAPER_BOUND
     return math.sqrt(spec.D / spec.d) / math.sqrt(sum(inputs) / len(inputs))

@@ -7,7 +7,7 @@ Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1. Other maps: `unilo
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import numpy as np
@@ -17,8 +17,8 @@ from unilora_core._namespace import Array, standard
 from unilora_core.errors import CorruptFileError, SpecError, UnknownVersionError
 from unilora_core.frames import FRAMES, Frame
 from unilora_core.layout import Layout, integer
-from unilora_core.maps import MAPS, Map, Options
-from unilora_core.maps.gather import scale
+from unilora_core.maps import FIRST_D, MAPS, Map, Options
+from unilora_core.maps.gather import carried, scale
 from unilora_core.maps.mapping import Option
 from unilora_core.schema import shown, typed
 
@@ -47,7 +47,8 @@ class ProjectionSpec:
             model starts as the base. ``"zero"``: the same with θ_d⁰ = 0, for a frame all of whose factors may be zero.
         bound: θ_d starts as U(-bound, bound).
         frame: what the factors of a target build: ``"pair"`` (A and B), or another of `unilora_core.frames.FRAMES`.
-        options: name → value, of the map's and the frame's options; the rank of every frame but a pair.
+        options: name → value, of the map's and the frame's options; the rank of every frame but a pair; ``first_d``
+            where `unilora_core.resizing` has changed d.
 
     Raises:
         SpecError: a field out of its range, with the range.
@@ -98,6 +99,20 @@ class ProjectionSpec:
     def chosen(self) -> Options:
         """Name → value of the options."""
         return dict(self.options)
+
+    @property
+    def first(self) -> "ProjectionSpec":
+        """The spec with which training began: this one, unless its d is another by now."""
+        if FIRST_D not in self.chosen:
+            return self
+        return replace(
+            self, d=int(self.chosen[FIRST_D]), options=tuple(each for each in self.options if each[0] != FIRST_D)
+        )
+
+    @property
+    def map_version(self) -> int:
+        """The version of the map, as files state it."""
+        return self.map.version if self.map.nests is None or FIRST_D not in self.chosen else self.map.nests
 
     def shifted(self, factor: str) -> bool:
         """Whether the numbers of this factor are P (θ_d - θ_d⁰), not P θ_d: the rule of the identity start."""
@@ -155,14 +170,18 @@ class ProjectionSpec:
     def init(self, *, xp: ModuleType = np, device: object = None) -> Array:
         """θ_d⁰ ~ U(-bound, bound): (d,) float32, the same bits in every namespace (drawn in NumPy, then moved).
 
-        It is 0 with ``start="zero"``, and what the map starts from where that is something else.
+        It is 0 with ``start="zero"``, and what the map starts from where that is something else. Where d has changed,
+        it is that of `first`, changed as θ_d was.
         """
         if self.start == "zero":
             values = np.zeros(self.d, np.float32)
         elif self.map.start is not None:
             values = self.map.start(self)
         else:
-            values = _grouping.uniform(_grouping.Problem(self.D, self.d, self.seed), self.bound)
+            first = self.first
+            values = _grouping.uniform(_grouping.Problem(self.D, first.d, self.seed), self.bound)
+            if first is not self:
+                values = carried(values.astype(np.float64), first.counts(), self.counts()).astype(np.float32)
         return standard(xp).asarray(values, device=device)
 
     def to_json(self) -> dict:
@@ -172,7 +191,7 @@ class ProjectionSpec:
             "d": self.d,
             "seed": self.seed,
             "grouping": self.grouping,
-            "grouping_version": self.map.version,
+            "grouping_version": self.map_version,
             "start": self.start,
             "bound": self.bound,
         }
@@ -203,9 +222,14 @@ class ProjectionSpec:
             raise SpecError(str(error)) from None
         if ("frame" in said) != ("frame_version" in said):
             raise SpecError("ProjectionSpec: frame and frame_version are both said, or neither.")
-        for name in ("grouping_version", "frame_version"):
-            del fields[name]
-        return cls(**fields | {"layout": Layout(fields["layout"]), "options": tuple(fields["options"].items())})
+        version, _ = (fields.pop(name) for name in ("grouping_version", "frame_version"))
+        spec = cls(**fields | {"layout": Layout(fields["layout"]), "options": tuple(fields["options"].items())})
+        if version != spec.map_version:
+            raise SpecError(
+                f"ProjectionSpec: the grouping {spec.grouping!r} has version {spec.map_version} with these options, "
+                f"got {version}: {FIRST_D} is said with version {spec.map.nests}, and only there."
+            )
+        return spec
 
 
 def _checked_options(spec: ProjectionSpec) -> tuple[tuple[str, Option], ...]:
@@ -219,6 +243,8 @@ def _checked_options(spec: ProjectionSpec) -> tuple[tuple[str, Option], ...]:
         raise SpecError(
             f"ProjectionSpec: options must be pairs of name and value, got {shown(spec.options)}."
         ) from None
+    if spec.map.nests is not None and FIRST_D in given:
+        wanted[FIRST_D] = 1
     if given.keys() != wanted.keys():
         raise SpecError(
             f"ProjectionSpec: the frame {spec.frame!r} with the grouping {spec.grouping!r} has the options "
@@ -270,12 +296,17 @@ def _check_known(what: str, said: dict, there: Mapping[str, Map] | Mapping[str, 
     if what not in said or f"{what}_version" not in said:
         return
     each = there.get(name) if isinstance(name, str) else None
-    if each is None or type(version) is not int or version != each.version:
-        every = ", ".join(f"{name} version {each.version}" for name, each in there.items())
+    if each is None or type(version) is not int or version not in _versions(each):
+        every = ", ".join(f"{name} version {' or '.join(map(str, _versions(each)))}" for name, each in there.items())
         raise UnknownVersionError(
             f"ProjectionSpec: {what} {shown(name)} version {shown(version)} is not known here (known: {every}); a "
             "newer unilora may read it."
         )
+
+
+def _versions(each: Map | Frame) -> tuple[int, ...]:
+    nests = each.nests if isinstance(each, Map) else None
+    return (each.version,) if nests is None else (each.version, nests)
 
 
 def option(name: str, value: object, default: Option) -> Option:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unilora_core import ProjectionSpec
 from unilora_core import grouping as _grouping
+from unilora_core.maps.gather import problem_of
 from unilora_jax.projection import project
 
 __all__ = ["Gathered", "Names", "Stack", "gathered"]
@@ -112,7 +113,7 @@ def gathered(spec: ProjectionSpec, stacks: Iterable[tuple[Names, bool]], *, cach
 def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
     slices = [spec.layout.slices[name] for name in names]
     algorithm = _grouping.ALGORITHMS.get(spec.grouping)
-    length = spec.D if algorithm is None else algorithm.segment(_problem(spec))
+    length = spec.D if algorithm is None else algorithm.segment(problem_of(spec))
     segments = {at.start // length for at in slices} | {(at.stop - 1) // length for at in slices}
     segment = segments.pop() if len(segments) == 1 else None
     starts = tuple(at.start - (segment or 0) * length for at in slices)
@@ -127,7 +128,7 @@ def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, s
     of_segment = _grouping.ALGORITHMS[spec.grouping].kernel
     assert of_segment is not None  # see _has_kernel
     assert like.segment is not None
-    kernel = of_segment(_problem(spec), like.segment, jnp, None)
+    kernel = of_segment(problem_of(spec), like.segment, jnp, None)
     shape = (*starts.shape, *(like.shape[::-1] if like.transposed else like.shape))
 
     def compute(starts: Array) -> Array:
@@ -156,10 +157,6 @@ def _table(spec: ProjectionSpec, stack: Stack, groups: Callable[[slice], np.ndar
 def _has_kernel(spec: ProjectionSpec, stack: Stack) -> bool:
     algorithm = _grouping.ALGORITHMS.get(spec.grouping)
     return stack.segment is not None and algorithm is not None and algorithm.kernel is not None
-
-
-def _problem(spec: ProjectionSpec) -> _grouping.Problem:
-    return _grouping.Problem(spec.D, spec.d, spec.seed)
 
 
 def _behind(sharding: NamedSharding | None) -> NamedSharding | None:

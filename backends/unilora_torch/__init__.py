@@ -4,12 +4,14 @@ from unilora_torch.adapter import Adapter, adapters
 from unilora_torch.attach import attach, load
 from unilora_torch.bank import Bank
 from unilora_torch.gather import project, project_transpose
+from unilora_torch.growing import Growth
 from unilora_torch.switching import switch
 from unilora_torch.targets import Target, find_targets
 
 __all__ = [
     "Adapter",
     "Bank",
+    "Growth",
     "Target",
     "adapters",
     "attach",

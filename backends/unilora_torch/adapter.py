@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from unilora_core import rates
 from unilora_core.methods import method_of
-from unilora_torch import hooking, merging, saving, swapping, switching, verifying
+from unilora_torch import growing, hooking, merging, saving, swapping, switching, verifying
 from unilora_torch.export import export_lora
 from unilora_torch.heads import listed
 from unilora_torch.targets import Target
@@ -35,16 +36,14 @@ class Adapter(Vector):
         strength: what its B·A is multiplied by where several adapters act together; see `switch`.
 
     The model can be called by many threads at once. What would change the weights or the hooks under them (`merge`,
-    `unmerge`, `swap`, `detach`, `switch`, `verify`) is refused while another thread is calling it.
+    `unmerge`, `swap`, `grow`, `shrink`, `detach`, `switch`, `verify`) is refused while another thread is calling it.
     """
 
     def __repr__(self) -> str:
         return f"Adapter({self.summary()})"
 
     def factors(self) -> dict[str, Tensor]:
-        """Name → A (r, in) or B (out, r) of each target, or what else its frame's pieces are; float32, differentiable
-        in θ_d.
-        """
+        """Name → A (r, in) or B (out, r) of each target, or other pieces of a frame; float32, differentiable in θ_d."""
         return self()
 
     def factors_of(self, target: Target) -> tuple[Tensor, ...]:
@@ -96,6 +95,14 @@ class Adapter(Vector):
         if head := list(self.saved_parameters().values()):
             groups.append({"params": head, "lr": lora_rate if head_rate is None else head_rate})
         return groups
+
+    def grow(self, factor: int = 2, optimizer: Optimizer | None = None, scheduler: Any = None) -> None:
+        """Split each number of θ_d in ``factor``, with the same function; see `unilora_torch.growing.grow`."""
+        growing.grow(self, factor, optimizer, scheduler)
+
+    def shrink(self, factor: int = 2, optimizer: Optimizer | None = None, scheduler: Any = None) -> None:
+        """Join ``factor`` numbers of θ_d to one each; see `unilora_torch.growing.shrink`."""
+        growing.shrink(self, factor, optimizer, scheduler)
 
     def verify(self, *args: Any, **kwargs: Any) -> None:
         """Run the model in evaluation and in training mode and check that every target is reached and gives θ_d a

@@ -65,7 +65,7 @@ def _check_alike(path: str | os.PathLike, vector: Vector, found: Opened) -> None
         "targets": (found.targets == vector.targets, len(found.targets), len(vector.targets)),
         "frame": (found.spec.frame == mine.frame, found.spec.frame, mine.frame),
         "kind of map": (_kind(found.spec) == _kind(mine), found.spec.grouping, mine.grouping),
-        "options": (found.spec.options == mine.options, found.spec.chosen, mine.chosen),
+        "options": (found.spec.first.options == mine.first.options, found.spec.chosen, mine.chosen),
         "layout": (found.spec.layout == mine.layout, found.spec.D, mine.D),
         "modules_to_save": (heads == vector.modules_to_save, heads, vector.modules_to_save),
         "d": (found.spec.d == mine.d, found.spec.d, mine.d),

@@ -27,7 +27,7 @@ from unilora_torch.streamed import Computed, Place
 from unilora_torch.structure import Structure
 from unilora_torch.targets import Target, shaped
 
-__all__ = ["Vector", "attached", "check_name", "device_of"]
+__all__ = ["Vector", "attached", "check_name", "device_of", "projection_of"]
 
 Part = TypeVar("Part", Projection, Chains)
 
@@ -66,7 +66,7 @@ class Vector(nn.Module):
         check_names(spec, modules_to_save)
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
         self.chains = Chains.of(spec, targets, frozen_of(model, spec, targets) if frozen is None else frozen)
-        self.projection, self.placed = _projection(spec), None
+        self.projection, self.placed = projection_of(spec), None
         origin = self.projection.origin  # drawing it takes a while, so it is not done twice
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
         self.to(device_of(model, targets))
@@ -190,7 +190,7 @@ class Vector(nn.Module):
             raise
 
     def _take(self, spec: ProjectionSpec, frozen: Frozen) -> None:
-        self.projection.copy_(_projection(spec))
+        self.projection.copy_(projection_of(spec))
         self.chains.copy_(frozen)
 
     def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
@@ -249,7 +249,7 @@ def device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
-def _projection(spec: ProjectionSpec) -> Gather | Computed | Mapped:
+def projection_of(spec: ProjectionSpec) -> Gather | Computed | Mapped:
     """Where the numbers of θ_D come from: tables, or groups that are computed where D is too large, or another map."""
     if spec.map.groups is None:
         return Mapped.of(spec)

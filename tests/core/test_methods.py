@@ -29,6 +29,7 @@ from unilora_core.lora import check_rank, largest_rank, lora_layout
 from unilora_core.maps import MAPS
 from unilora_core.methods import METHODS, method_of, plan_spec
 from unilora_core.rates import default_bound, theta_rate
+from unilora_core.spec import PAPER_BOUND
 from unilora_core.testing.frozen import FOLDER, vectors
 
 TARGETS = [("q", Sizes(64, 64)), ("v", Sizes(64, 32)), ("up", Sizes(16, 48, 3))]
@@ -223,7 +224,7 @@ def test_options_have_one_order():
 
 
 FUTURE = [
-    ({"grouping": "spiral"}, "grouping 'spiral' version 1 is not known here .known: balanced version 1, .*codebook"),
+    ({"grouping": "spiral"}, "grouping 'spiral' version 1 is not known here .known: balanced version 1 or 2, .*codebook"),
     ({"grouping_version": 2}, "grouping 'identity' version 2 is not known here"),
     ({"frame": "ring"}, "frame 'ring' version 1 is not known here .known: pair version 1, .*; a newer unilora may"),
     ({"frame_version": 2}, "frame 'scaled' version 2 is not known here"),
@@ -476,3 +477,8 @@ def test_the_bound_of_theta_is_that_of_lora_times_the_root_of_a_group():
     """Entries θ_d/√n of A lie within ±1/√in: n = 16, in = 25."""
     spec = ProjectionSpec(Layout([("q.A", (4, 25)), ("q.B", (15, 4))]), 10, start="identity")
     assert default_bound(spec) == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "gpart"])
+def test_the_bound_where_all_factors_are_measured_from_the_start(method):
+    assert planned(method, start="identity").bound == PAPER_BOUND

@@ -13,16 +13,16 @@ import pytest
 from unilora_core import grouping as impl
 from unilora_core import project, read_adapter
 from unilora_core._namespace import standard
-from unilora_core.maps import MAPS
+from unilora_core.grouping import ALGORITHMS
 from unilora_core.testing.compare import sha256
 from unilora_core.testing.compiled import frozen_positions, kernel
-from unilora_core.testing.frozen import FOLDER, hexadecimal, name_of, spec_of, vectors, wholes
+from unilora_core.testing.frozen import FILES, FOLDER, hexadecimal, name_of, spec_of, vectors, wholes
 
 MAKE = Path(__file__).parents[1] / "vectors" / "make.py"
-COMPILED = [case for case in vectors() if case["spec"]["grouping"] != "numpy-shuffle"]
+COMPILED = [case for case in vectors((*ALGORITHMS, "resized")) if case["spec"]["grouping"] != "numpy-shuffle"]
 
 
-@pytest.mark.parametrize("whole", wholes(1, 10**7, vectors(tuple(MAPS))), ids=name_of)
+@pytest.mark.parametrize("whole", wholes(1, 10**7, vectors(FILES)), ids=name_of)
 def test_counts_are_the_frozen_ones(whole):
     counts = spec_of(whole).counts()
     assert sha256(counts) == whole["counts"]["sha256"]
@@ -94,5 +94,5 @@ def test_the_vectors_cannot_be_overwritten():
     done = subprocess.run([sys.executable, MAKE], capture_output=True, text=True, check=False)
     assert "FileExistsError" in done.stderr
     assert before == {path: path.read_bytes() for path in folder.glob("*.json")}
-    assert {path.stem for path in before} == {*MAPS, "adapter", "methods"}
+    assert {path.stem for path in before} == {*FILES, "adapter", "methods"}
     assert before == {folder / path.name: path.read_bytes() for path in FOLDER.iterdir()}, "shipped as they are here"

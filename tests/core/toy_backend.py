@@ -53,8 +53,10 @@ class Toy:
             return np.arange(start, stop, dtype=np.int32)
         if spec.grouping in ("local", "by-factor"):
             return self.in_classes(spec, self.positions(start, stop)).astype(np.int32)
-        algorithm = iid if spec.grouping == "iid" else balanced
-        return algorithm(self.positions(start, stop), spec.D, spec.d, self.seed(spec)).astype(np.int32)
+        if spec.grouping == "iid":
+            return iid(self.positions(start, stop), spec.D, spec.d, self.seed(spec)).astype(np.int32)
+        first_d = spec.chosen.get("first_d")
+        return balanced(self.positions(start, stop), spec.D, spec.d, self.seed(spec), first_d).astype(np.int32)
 
     def in_classes(self, spec, i):
         found = np.zeros_like(i)
@@ -94,9 +96,18 @@ class Toy:
             vectors = definitions.uniform(f"{text} codebook", size, 0.02)
             logits = np.array(definitions.normals(f"{text} logits", spec.d - size)).astype(np.float32)
             return np.concatenate([vectors, logits * np.float32(0.1)])
-        k0, k1 = words("init", spec.D, spec.d, self.seed(spec))[:2]
-        x0, _ = threefry(k0, k1, np.zeros(spec.d, np.uint64), np.arange(spec.d, dtype=np.uint64))
-        return ((((x0 >> np.uint64(8)).astype(np.float64) + 0.5) / 2**23 - 1) * spec.bound).astype(np.float32)
+        first_d = spec.chosen.get("first_d", spec.d)
+        k0, k1 = words("init", spec.D, first_d, self.seed(spec))[:2]
+        x0, _ = threefry(k0, k1, np.zeros(first_d, np.uint64), np.arange(first_d, dtype=np.uint64))
+        first = ((((x0 >> np.uint64(8)).astype(np.float64) + 0.5) / 2**23 - 1) * spec.bound).astype(np.float32)
+        return first if first_d == spec.d else self.resized(spec, first, first_d)
+
+    def resized(self, spec, first, first_d):
+        """Pᵀ of the first P's own θ_D."""
+        before = balanced(self.positions(0, spec.D), spec.D, first_d, self.seed(spec)).astype(np.int64)
+        theta_D = first.astype(np.float64)[before] / np.sqrt(np.bincount(before, minlength=first_d))[before]
+        groups = self.of_whole(spec)
+        return (np.bincount(groups, theta_D) / np.sqrt(np.bincount(groups))).astype(np.float32)
 
     def wide(self, x):
         return np.promote_types(x.dtype, np.float32)
@@ -179,11 +190,12 @@ def words(name, D, d, seed, segment=0):
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), "<u4").astype(np.uint64)
 
 
-def balanced(i, D, d, seed):
-    length = min(D, 2**31 // d * d)
+def balanced(i, D, d, seed, first_d=None):
+    keyed = first_d or d
+    length = min(D, 2**31 // keyed * keyed)
     segments = i // np.uint64(length)
     parts = [
-        permuted(i[segments == s] - s * np.uint64(length), D, d, seed, int(s), min(length, D - int(s) * length))
+        permuted(i[segments == s] - s * np.uint64(length), D, keyed, seed, int(s), min(length, D - int(s) * length))
         for s in np.unique(segments)
     ]
     return np.concatenate([np.zeros(0, np.uint64), *parts]) % np.uint64(d)

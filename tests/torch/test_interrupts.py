@@ -303,6 +303,26 @@ def test_swap(how, tmp_path):
 
 
 @WAYS
+def test_grow(how):
+    """θ_d, P and the optimiser are of one d, whichever it is."""
+    model, adapter = adapted(model=mlp())
+    optimizer = torch.optim.Adam(adapter.parameter_groups(1e-3))
+    model(X).sum().backward()
+    optimizer.step()
+    wanted = model(X).detach()
+
+    def run():
+        if adapter.spec.d == 40:
+            adapter.grow(2, optimizer)
+        adapter.shrink(2, optimizer)
+
+    for where in places(run, how):
+        torch.testing.assert_close(model(X), wanted, rtol=0, atol=1e-5, msg=str(where))
+        sizes = {len(adapter.theta_d), adapter.spec.d, len(optimizer.state[adapter.theta_d]["exp_avg"])}
+        assert len(sizes) == 1, where
+
+
+@WAYS
 def test_attach(how):
     base = mlp()
     before = snapshot(base)

@@ -75,6 +75,7 @@ def test_what_was_replaced_is_told_of(what, fresh, tmp_path):
         lambda: adapter.detach(merge=True),
         lambda: adapter.verify(X),
         lambda: adapter.swap(tmp_path / "before"),
+        lambda: adapter.grow(2),
         lambda: unilora_torch.switch(model, "unilora"),
     ):
         with pytest.raises(TargetError, match=said):

@@ -292,6 +292,8 @@ def test_a_layer_that_autograd_computes_again_in_a_thread_of_its_own():
 CHANGES = {
     "merge": lambda adapter, _: adapter.merge(),
     "swap": lambda adapter, path: adapter.swap(path),
+    "grow": lambda adapter, _: adapter.grow(2),
+    "shrink": lambda adapter, _: adapter.shrink(2),
     "detach": lambda adapter, _: adapter.detach(),
     "switch": lambda adapter, _: unilora_torch.switch(adapter.model, ()),
     "verify": lambda adapter, _: adapter.verify(X),

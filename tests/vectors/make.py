@@ -17,9 +17,10 @@ import numpy as np
 
 from unilora_core import Layout, ProjectionSpec, project, save_adapter
 from unilora_core.frames import Sizes, piece_names
-from unilora_core.grouping import ALGORITHMS, Problem
+from unilora_core.grouping import ALGORITHMS
 from unilora_core.header import FROZEN, write_targets
 from unilora_core.maps import MAPS
+from unilora_core.maps.gather import problem_of
 from unilora_core.methods import METHODS, plan_spec
 
 FOLDER = Path(__file__).parents[2] / "unilora_core" / "testing" / "vectors"
@@ -54,6 +55,20 @@ SPECS = [
 ]
 
 
+RESIZED = [
+    {"D": 97, "d": 20, "first": 10, "seed": 1, "start": "identity"},
+    {"D": 97, "d": 5, "first": 10, "seed": 1, "start": "identity"},
+    {"D": 10007, "d": 192, "first": 64, "seed": 2**63 + 1, "start": "identity", "bound": 0.3},
+    {"D": 36864, "d": 2304, "first": 9, "seed": 43, "start": "identity"},
+    {"D": 36864, "d": 1, "first": 2304, "seed": 44},
+    {"D": 65537, "d": 65536, "first": 1, "seed": 7},
+    {"D": 1000003, "d": 1998, "first": 999, "seed": 9},
+    {"D": 2**33 + 12345, "d": 4 * (10**6 + 3), "first": 10**6 + 3, "seed": 16},
+    {"D": 2**40 + 1000, "d": 2**20, "first": 2**31, "seed": 17},
+    {"D": 2**48, "d": 2**31 - 2, "first": 2**30 - 1, "seed": 19},
+]
+"""Of `balanced`, where training began with another d."""
+
 CLASSES = [SPECS[i] for i in (1, 4, 7, 8, 18)]
 IDENTITY = [{"D": 1, "d": 1}, {"D": 97, "d": 97, "seed": 1, "start": "identity"}, {"D": 10007, "d": 10007, "seed": 2}]
 DENSE = [
@@ -76,9 +91,10 @@ def layout_of(D: int) -> Layout:
     return Layout((name, (r, size // r)) for name, r, size in zip(names, rows, sizes, strict=False))
 
 
-def case(D: int, grouping: str, **fields) -> dict:
+def case(D: int, grouping: str, first: int | None = None, **fields) -> dict:
     """One spec and what is known of it; arrays of floats as hexadecimal float32, little-endian."""
-    spec = ProjectionSpec(layout_of(D), grouping=grouping, **fields)
+    options = () if first is None else (("first_d", first),)
+    spec = ProjectionSpec(layout_of(D), grouping=grouping, options=options, **fields)
     known = {"spec": spec.to_json(), "groups": {a: spec.groups(a, b).tolist() for a, b in slices(spec)}}
     if spec.D <= WHOLE:
         theta_d = spec.init()
@@ -203,7 +219,7 @@ def method(name: str) -> dict:
 def slices(spec: ProjectionSpec) -> list[tuple[int, int]]:
     """(start, stop): the first, the last, the middle, and both sides of each border of a segment or a word."""
     algorithm = ALGORITHMS.get(spec.grouping, ALGORITHMS["balanced"])  # of which classes are made
-    segment = algorithm.segment(Problem(spec.D, spec.d, spec.seed))
+    segment = algorithm.segment(problem_of(spec))
     borders = {segment, spec.D // segment * segment, 2**31, 2**32, 2**40, spec.D // 2}
     starts = {0, max(0, spec.D - 8), *(border - 4 for border in borders if 4 <= border < spec.D)}
     return [(start, min(start + 8, spec.D)) for start in sorted(starts)]
@@ -244,12 +260,14 @@ def text(name: str) -> str:
         return lines(mixed(**fields) for fields in MIXED)
     if name in ("fastfood", "gaussian"):
         return lines(dense(grouping=name, **fields) for fields in DENSE)
+    if name == "resized":
+        return lines(case(grouping="balanced", **fields) for fields in RESIZED)
     specs = SPECS if name in ALGORITHMS else CLASSES
     small = [fields for fields in specs if name != "numpy-shuffle" or fields["D"] <= WHOLE]
     return lines(case(grouping=name, **fields) for fields in small)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [*MAPS, "adapter", "methods"]:
+    for name in sys.argv[1:] or [*MAPS, "adapter", "methods", "resized"]:
         with (FOLDER / f"{name}.json").open("x") as file:  # "x": never over an old one
             file.write(text(name))

@@ -3,9 +3,9 @@
 from unilora_core.maps.codebook import CODEBOOK
 from unilora_core.maps.dense import FASTFOOD, GAUSSIAN
 from unilora_core.maps.gather import GATHERS, IDENTITY
-from unilora_core.maps.mapping import Frozen, Instance, Map, Options
+from unilora_core.maps.mapping import FIRST_D, Frozen, Instance, Map, Options
 
-__all__ = ["MAPS", "Frozen", "Instance", "Map", "Options"]
+__all__ = ["FIRST_D", "MAPS", "Frozen", "Instance", "Map", "Options"]
 
 MAPS: dict[str, Map] = {
     **GATHERS,

@@ -8,7 +8,7 @@ kind of factor's own (not uniform), columns that are not divided by √n_j (not 
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import ModuleType
 
@@ -18,10 +18,10 @@ from unilora_core import grouping
 from unilora_core._namespace import Array, array_namespace, device, is_jax_array, is_torch_array, standard
 from unilora_core.errors import SpecError
 from unilora_core.layout import Layout
-from unilora_core.maps.mapping import Frozen, Instance, Map, Options
+from unilora_core.maps.mapping import FIRST_D, Frozen, Instance, Map, Options
 from unilora_core.schema import shown
 
-__all__ = ["GATHERS", "IDENTITY", "Class", "scale", "scatter_add", "sixteenth", "theta_rate"]
+__all__ = ["GATHERS", "IDENTITY", "Class", "carried", "problem_of", "scale", "scatter_add", "sixteenth", "theta_rate"]
 
 RATIO = 16
 """D/d by default: a sixteenth of LoRA's parameters."""
@@ -65,6 +65,30 @@ def scatter_add(y: Array, groups: Array, d: int, xp: ModuleType) -> Array:
     return xp.asarray(host, dtype=y.dtype, device=device(y))
 
 
+def carried(x: Array, before: np.ndarray, after: np.ndarray, power: int = 1) -> Array:
+    """What x, a number for each group, is where the groups were split, or were joined again: g mod d is kept.
+
+    Args:
+        x: (d,) float32 or float64, any namespace.
+        before, after: n_j of each, (d,) and (d′,) int64, NumPy, none 0; one length is a multiple of the other.
+        power: 1 for what is linear in θ_d: a split copies it, times √(n′/n), so that θ_D stays; joining is the least
+            squares fit, which takes a split back. 2 for mean squares of such numbers: a split copies them, since a
+            gradient's entry under P has the same mean square whatever d; joining is the mean, by n.
+
+    Returns:
+        (d′,), in the namespace, dtype and device of ``x``.
+    """
+    longer, shorter = (after, before) if len(after) > len(before) else (before, after)
+    parts = len(longer) // len(shorter)
+    xp, share = array_namespace(x), longer / np.tile(shorter, parts)
+    weight = np.sqrt(share) if power == 1 else share
+    weights = xp.asarray(weight if x.dtype == xp.float64 else weight.astype(np.float32), device=device(x))
+    if longer is after:
+        copies = xp.tile(x, (parts,))
+        return copies * weights if power == 1 else copies
+    return xp.sum(xp.reshape(x * weights, (parts, -1)), axis=0)
+
+
 def _frozen(of: Instance, xp: ModuleType, where: object, *, groups: Groups, counts: Counts) -> Frozen:
     """g (D,) int32, and n_j (d,) in NumPy, of which each dtype makes its own scale."""
     return groups(of, 0, of.D, xp, where), counts(of)
@@ -86,8 +110,10 @@ def _transpose(of: Instance, y: Array, frozen: Frozen, start: int) -> Array:
 # ---- one grouping for all positions: the grouping module's algorithms ------------------------------------------------
 
 
-def _problem(of: Instance) -> grouping.Problem:
-    return grouping.Problem(of.D, of.d, of.seed)
+def problem_of(of: Instance) -> grouping.Problem:
+    """What one grouping for all positions depends on."""
+    first_d = of.chosen.get(FIRST_D)
+    return grouping.Problem(of.D, of.d, of.seed, None if first_d is None else int(first_d))
 
 
 def _check_d(of: Instance) -> None:
@@ -95,6 +121,20 @@ def _check_d(of: Instance) -> None:
         raise SpecError(
             f"ProjectionSpec: expected 1 ≤ d ≤ min(D, 2^31), got d = {shown(of.d)} with D = {of.D}; "
             "d is the number of trained values, usually D/16."
+        )
+
+
+def _check_nested(of: Instance) -> None:
+    _check_d(of)
+    first_d = of.chosen.get(FIRST_D)
+    if first_d is None:
+        return
+    nested = of.d != first_d and 0 in (of.d % first_d, first_d % of.d)
+    if not (nested and first_d <= min(of.D, grouping.MAX_d)):
+        raise SpecError(
+            f"ProjectionSpec: {FIRST_D} is the d with which training began, where d is another one by now: one of both "
+            f"is a multiple of the other, and none is more than min(D, 2^31); got {FIRST_D} = {shown(first_d)} with "
+            f"d = {of.d} and D = {of.D}."
         )
 
 
@@ -124,10 +164,10 @@ def _gather(version: int, groups: Groups, counts: Counts, check: Callable[[Insta
 
 def _whole(name: str) -> Map:
     def groups(of: Instance, start: int, stop: int, xp: ModuleType, where: object) -> Array:
-        return grouping.groups(name, _problem(of), start, stop, xp, where)
+        return grouping.groups(name, problem_of(of), start, stop, xp, where)
 
     def counts(of: Instance) -> np.ndarray:
-        return grouping.counts(name, _problem(of))
+        return grouping.counts(name, problem_of(of))
 
     check = _check_shuffle if name == "numpy-shuffle" else _check_d
     return _gather(grouping.ALGORITHMS[name].version, groups, counts, check, counts)
@@ -235,6 +275,7 @@ def _unnormalised() -> Map:
 GATHERS: dict[str, Map] = {name: _whole(name) for name in grouping.ALGORITHMS}
 GATHERS |= {"local": _in_classes(_by_target, even=True), "by-factor": _in_classes(_by_piece, even=False)}
 GATHERS["unnormalised"] = _unnormalised()
+GATHERS["balanced"] = replace(GATHERS["balanced"], check=_check_nested, nests=2)
 
 
 # ---- identity: θ_D = θ_d ---------------------------------------------------------------------------------------------

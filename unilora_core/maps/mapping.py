@@ -13,12 +13,15 @@ import numpy as np
 from unilora_core._namespace import Array
 from unilora_core.layout import Layout
 
-__all__ = ["Frozen", "Instance", "Map", "Option", "Options"]
+__all__ = ["FIRST_D", "Frozen", "Instance", "Map", "Option", "Options"]
 
 Option = int | float
 """A positive number: a count is an int, a size is a float."""
 
 Options = Mapping[str, Option]
+
+FIRST_D = "first_d"
+"""The option of a map that nests: the d with which training began, where it is another one by now."""
 
 Frozen = tuple[Array, ...]
 """What is kept beside θ_d: it follows from the instance, and is never trained or stored in a file."""
@@ -74,6 +77,8 @@ class Map:
         start: instance → θ_d⁰ (d,) float32, NumPy, where the map has its own; else U(-bound, bound).
         rate: instance → what LoRA's learning rate is multiplied by for θ_d.
         options: name → default.
+        nests: the version of the algorithm with the option `FIRST_D`: whatever d it has then, its columns are those of
+            that first d, split or joined, so that `unilora_core.resizing` keeps the function; None where it cannot.
         exact: whether θ_D has the same bits in each namespace; else it agrees to rounding.
         source: where it was published.
     """
@@ -93,4 +98,5 @@ class Map:
     weighs: Callable[[Instance], np.ndarray] | None = None
     start: Callable[[Instance], np.ndarray] | None = None
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    nests: int | None = None
     exact: bool = False

@@ -7,7 +7,8 @@ import numpy as np
 
 from unilora_core import grouping
 from unilora_core._namespace import standard
-from unilora_core.grouping import ALGORITHMS, Kernel, Problem
+from unilora_core.grouping import ALGORITHMS, Kernel
+from unilora_core.maps.gather import problem_of
 from unilora_core.spec import ProjectionSpec
 from unilora_core.testing.backend import Subject
 from unilora_core.testing.compare import close, same, text_of
@@ -23,7 +24,7 @@ TRACED = (2**64 - 1, 42, 13, 16, 17, 19)
 def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
     """What the backend says that it compiles."""
     if (compiler := subject.compile) and subject.compiles_groups:
-        for case in vectors():
+        for case in vectors((*ALGORITHMS, "resized")):
             if case["spec"]["seed"] in TRACED and case["spec"]["grouping"] != "numpy-shuffle":
                 yield f"compiled_groups-{name_of(case)}", partial(compiled_groups, subject, compiler, case)
     if compiler and subject.compiles_project:
@@ -40,13 +41,13 @@ def kernel(spec: ProjectionSpec, segment: int, xp) -> Kernel:
     """p → g of position p of a segment: (n,) int32 to (n,) int32, what a backend compiles."""
     make = ALGORITHMS[spec.grouping].kernel
     assert make, f"{spec.grouping} is a table"
-    return make(Problem(spec.D, spec.d, spec.seed), segment, standard(xp), None)
+    return make(problem_of(spec), segment, standard(xp), None)
 
 
 def frozen_positions(case: dict) -> Iterator[tuple[int, np.ndarray, list[int]]]:
     """(segment, positions, groups): each frozen slice, cut where a segment ends."""
     spec = spec_of(case)
-    length = ALGORITHMS[spec.grouping].segment(Problem(spec.D, spec.d, spec.seed))
+    length = ALGORITHMS[spec.grouping].segment(problem_of(spec))
     for start, expected in case["groups"].items():
         for segment, offset, n in grouping._pieces(int(start), int(start) + len(expected), length, length):
             first = segment * length + offset - int(start)

@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 
 from unilora_core.grouping import ALGORITHMS
-from unilora_core.maps import MAPS
+from unilora_core.maps import FIRST_D, MAPS
 from unilora_core.spec import ProjectionSpec
 from unilora_core.testing import reference
 from unilora_core.testing.backend import Subject
 from unilora_core.testing.compare import close, expect, same, sha256, text_of
 
-__all__ = ["FOLDER", "checks", "hexadecimal", "name_of", "spec_of", "vectors", "wholes"]
+__all__ = ["FILES", "FOLDER", "checks", "hexadecimal", "name_of", "spec_of", "vectors", "wholes"]
 
 FOLDER = Path(__file__).parent / "vectors"
+
+FILES = (*MAPS, "resized")
+"""Those of each map, and those of `balanced` where d has changed."""
 
 
 def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
     """Groups and θ_d⁰ of every frozen spec, θ_D where D ≤ 10^5, all groups where D ≤ 2·10^6."""
-    known = [case for case in vectors(tuple(MAPS)) if case["spec"]["grouping"] in subject.maps]
+    known = [case for case in vectors(FILES) if case["spec"]["grouping"] in subject.maps]
     for case in known:
         if "groups" in case:
             yield f"frozen_groups-{name_of(case)}", partial(frozen_groups, subject, case)
@@ -35,9 +38,9 @@ def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 @functools.cache
-def vectors(maps: tuple[str, ...] = tuple(ALGORITHMS)) -> tuple[dict, ...]:
-    """Each frozen spec of these maps and what is known of it."""
-    return tuple(case for name in maps for case in json.loads((FOLDER / f"{name}.json").read_text("utf-8")))
+def vectors(files: tuple[str, ...] = tuple(ALGORITHMS)) -> tuple[dict, ...]:
+    """Each frozen spec of these files and what is known of it."""
+    return tuple(case for name in files for case in json.loads((FOLDER / f"{name}.json").read_text("utf-8")))
 
 
 def wholes(smallest: int, largest: int, cases: Iterable[dict] | None = None) -> list[dict]:
@@ -47,8 +50,9 @@ def wholes(smallest: int, largest: int, cases: Iterable[dict] | None = None) -> 
 
 
 def name_of(case: dict) -> str:
-    """Grouping, d and seed tell the frozen specs apart."""
-    return "{grouping}-{d}-{seed}".format(**case["spec"])
+    """Grouping, d and seed tell the frozen specs apart, and the first d where that is another."""
+    name, first_d = "{grouping}-{d}-{seed}".format(**case["spec"]), case["spec"].get("options", {}).get(FIRST_D)
+    return name if first_d is None else f"{name}-from-{first_d}"
 
 
 def spec_of(case: dict) -> ProjectionSpec:
