@@ -51,6 +51,25 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
+def used(layer, use, x):
+    """What a model makes of a layer, in the way that ``use`` says."""
+    if use == "bypassed":
+        return nn.functional.linear(x, layer.weight, layer.bias)
+    if use == "detached":
+        return x + layer(x).detach()
+    if use == "no_grad":
+        with torch.no_grad():
+            y = layer(x)
+        return x + y
+    if use == "times zero":
+        return x + 0 * layer(x)
+    if use == "unused":
+        return x
+    if use == "argmax":
+        return layer(x).argmax(-1)
+    return layer(x)
+
+
 def mlp(**kwargs):
     """The same `Mlp` each time."""
     torch.manual_seed(0)

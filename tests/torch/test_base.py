@@ -125,7 +125,7 @@ def test_load_takes_a_base_in_another_dtype_and_another_head(path):
     model = Text().bfloat16()
     with torch.no_grad():
         model.head.bias.add_(1)
-    unilora_torch.load(model, path)
+    assert unilora_torch.load(model, path).spec.d == 9
 
 
 def test_swap_refuses_another_base(path):
@@ -141,7 +141,7 @@ def test_a_second_adapter_does_not_change_the_base(path):
     first = unilora_torch.attach(model, ["up"], d=5, name="first")
     with torch.no_grad():
         first.theta_d.add_(1)
-    unilora_torch.load(model, path)
+    assert unilora_torch.load(model, path).spec.d == 9
 
 
 def test_a_file_that_does_not_say_is_taken(path):

@@ -88,6 +88,12 @@ def places(run, how, count=PLACES, seed=0):
         yield f"{end.__name__} at {n} of {whole.count}"
 
 
+def spread(whole):
+    """Some of the places of a run, from its first on."""
+    assert whole.count
+    return range(1, whole.count + 1, max(1, whole.count // PLACES))
+
+
 WAYS = pytest.mark.parametrize("how", [Interrupted, Stopped])
 
 
@@ -230,10 +236,9 @@ def test_detach(name, merge, how):
     model, adapter, x = KINDS[name].made()
     with how() as whole:
         adapter.detach(merge=merge)
-    assert whole.count
     detached, gone = {key: value.clone() for key, value in model.state_dict().items()}, hooks(model)
     assert gone == hooks(base)
-    for n in range(1, whole.count + 1, max(1, whole.count // PLACES)):
+    for n in spread(whole):
         model, adapter, x = KINDS[name].made()
         wanted = truth(model, adapter, x)
         with contextlib.suppress(KeyboardInterrupt), how(n):
@@ -328,13 +333,16 @@ def test_attach(how):
     before = snapshot(base)
     with how() as whole:
         unilora_torch.attach(mlp(), d=20)
-    for n in range(1, whole.count + 1, max(1, whole.count // PLACES)):
+    undone = 0
+    for n in spread(whole):
         model = mlp()
         with contextlib.suppress(KeyboardInterrupt), how(n):
             unilora_torch.attach(model, d=20)
         if not unilora_torch.adapters(model):
+            undone += 1
             assert_unchanged(model, before)
             assert "_call_impl" not in vars(model), n
+    assert undone
 
 
 @WAYS
@@ -344,12 +352,15 @@ def test_load(how, tmp_path):
     before = snapshot(base)
     with how() as whole:
         unilora_torch.load(mlp(), tmp_path / "a", check_base=False)
-    for n in range(1, whole.count + 1, max(1, whole.count // PLACES)):
+    undone = 0
+    for n in spread(whole):
         model = mlp()
         with contextlib.suppress(KeyboardInterrupt), how(n):
             unilora_torch.load(model, tmp_path / "a", check_base=False)
         if not unilora_torch.adapters(model):
+            undone += 1
             assert_unchanged(model, before)
+    assert undone
 
 
 # ---- banks ----------------------------------------------------------------------------------------------------------

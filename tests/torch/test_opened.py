@@ -65,7 +65,7 @@ def test_any_rank_where_it_is_asked_for(path):
 
 def test_an_adapter_of_usual_rank_on_a_narrow_layer_is_its_own_file(path):
     unilora_torch.attach(mlp(), ["head"], rank=64, d=5).save(path)
-    unilora_torch.load(mlp(), path)
+    assert unilora_torch.load(mlp(), path).spec.D == 64 * 9
 
 
 def test_many_blocks_of_one_layer_are_bounded_together(path):

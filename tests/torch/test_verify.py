@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from small_models import adapted, mlp
+from small_models import adapted, mlp, used
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,25 +15,6 @@ import unilora_torch
 from unilora_core import TargetError
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
-
-
-def used(layer, use, x):
-    """What a model makes of a layer, in the way that ``use`` says."""
-    if use == "bypassed":
-        return nn.functional.linear(x, layer.weight, layer.bias)
-    if use == "detached":
-        return x + layer(x).detach()
-    if use == "no_grad":
-        with torch.no_grad():
-            y = layer(x)
-        return x + y
-    if use == "times zero":
-        return x + 0 * layer(x)
-    if use == "unused":
-        return x
-    if use == "argmax":
-        return layer(x).argmax(-1)
-    return layer(x)
 
 
 class Model(nn.Module):
