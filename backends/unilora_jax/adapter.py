@@ -11,7 +11,8 @@ from jax import Array
 
 from unilora_core import ProjectionSpec, rates
 from unilora_core.methods import method_of
-from unilora_jax import export, saving
+from unilora_core.resizing import grown, shrunk
+from unilora_jax import export, growing, saving
 from unilora_jax.chains import Chains
 from unilora_jax.checks import checked_theta
 from unilora_jax.merging import merged
@@ -92,6 +93,29 @@ class Adapter:
     def learning_rate(self, lora_rate: float) -> float:
         """The rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_core.rates`)."""
         return rates.theta_rate(self.spec, lora_rate)
+
+    def grow(self, theta_d: Array, factor: int = 2) -> tuple["Adapter", Array]:
+        """The adapter of ``factor`` times d, and its θ_d: the adapted model computes what it did.
+
+        What an optimiser keeps goes the same way by `unilora_core.resizing.carried`, and `learning_rate` is another.
+        Outside of `jax.jit`; inside, `unilora_core.resizing.grow` gives θ_d alone.
+
+        Raises:
+            SpecError: a map whose P does not nest (all but ``balanced``), or a d past D; with the remedy.
+            ValuesError: ``theta_d`` does not fit.
+        """
+        chains, theta_d = growing.resized(self.chains, grown(self.spec, factor), theta_d, "grow")
+        return Adapter(chains), theta_d
+
+    def shrink(self, theta_d: Array, factor: int = 2) -> tuple["Adapter", Array]:
+        """The adapter of d / ``factor``, and the θ_d that computes most nearly the same; takes a growth back.
+
+        Raises:
+            SpecError: a map whose P does not nest, or a factor that does not divide d.
+            ValuesError: ``theta_d`` does not fit.
+        """
+        chains, theta_d = growing.resized(self.chains, shrunk(self.spec, factor), theta_d, "shrink")
+        return Adapter(chains), theta_d
 
     def summary(self) -> str:
         """One line: what trains, and how little of the model it is."""
