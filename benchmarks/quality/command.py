@@ -23,6 +23,7 @@ from common import SMOKE, parser
 
 from quality import report
 from quality.jobs import SEEDS, best_rate, judged, options_of, read, run, sweep
+from quality.smoke import smoke
 from quality.tasks import TaskError, find, names
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     try:
         if SMOKE:
-            report.smoke(arguments.work)
+            smoke()
         else:
             COMMANDS[arguments.command](arguments)
     except TaskError as error:

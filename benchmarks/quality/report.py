@@ -1,7 +1,155 @@
-"""Tables and plots of the results alone."""
+"""Tables and plots of what has been run, made from the files of results alone."""
 
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from common import DOCS, RESULTS
 
-def smoke(work: Path) -> None: ...
-def write(folders) -> None: ...
+from quality.jobs import FOLDER, SEEDS, SWEEP, Row, read
+from quality.tasks import Task, find, names
+
+PAGE = DOCS / "evidence.md"
+BEGIN, END = "<!-- begin: benchmarks/quality report -->\n", "<!-- end -->\n"
+LORA = "lora", ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The runs of a case at one rate on the seeds that are judged."""
+
+    name: str
+    task: Task
+    rows: tuple[Row, ...]
+
+    @property
+    def label(self) -> str:
+        """Method and options; "untouched" is Uni-LoRA as it comes, at the rate that the command takes by default."""
+        job = self.rows[0].job
+        untouched = job.method == "uni-lora" and not job.options and job.rate == self.task.rate
+        said = [job.method, *(f"{name} = {value}" for name, value in job.options)]
+        return ", ".join(said) + (", **untouched**" if untouched else "")
+
+    @property
+    def trained(self) -> int:
+        """Numbers beside the head."""
+        return int(self.rows[0].about["trained"])
+
+    def values(self, metric: str) -> list[float]:
+        """A figure of every seed."""
+        return [row.figures[metric] for row in self.rows]
+
+    def mean(self) -> float:
+        """Of the task's own figure."""
+        return statistics.mean(self.values(self.task.metric))
+
+
+def entries(name: str, task: Task) -> list[Entry]:
+    """What a task was judged on, by trained numbers."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in read(name):
+        if row.job.seed in SEEDS:
+            found.setdefault((row.job.case, row.job.rate), []).append(row)
+    return sorted((Entry(name, task, tuple(rows)) for rows in found.values()), key=lambda entry: entry.trained)
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean ± standard error, and how many seeds it is of where some are missing."""
+    count = "" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}{count}"
+
+
+def write(folders: Sequence[Path] = ()) -> None:
+    """The page's tables, and a plot of each task."""
+    tasks = {name: find(name, folders) for name in names(folders) if read(name)}
+    lines = list(leaderboard(tasks))
+    for name, task in tasks.items():
+        lines += ["", f"### {task.title}", "", f"![{task.title}](../{picture(name, task)})", "", *details(name, task)]
+        lines += ["", *sweeps(name, task)]
+    before, after = PAGE.read_text(encoding="utf-8").split(BEGIN)[0], PAGE.read_text(encoding="utf-8").split(END)[1]
+    PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after, encoding="utf-8")
+    print("\n".join(lines))
+
+
+def leaderboard(tasks: dict[str, Task]) -> Iterator[str]:
+    """A line a method, a column a task."""
+    every = {name: entries(name, task) for name, task in tasks.items()}
+    labels = list(dict.fromkeys(entry.label for found in every.values() for entry in found))
+    titles = [f"{task.title}: {task.metric} {'↑' if task.higher else '↓'}" for task in tasks.values()]
+    yield f"| method | {' | '.join(titles)} |"
+    yield "|---|" + "---|" * len(titles)
+    for label in sorted(
+        labels, key=lambda each: min(e.trained for es in every.values() for e in es if e.label == each)
+    ):
+        yield f"| {label} | {' | '.join(_best(found, label) for found in every.values())} |"
+
+
+def _best(found: Iterable[Entry], label: str) -> str:
+    mine = [entry for entry in found if entry.label == label]
+    if not mine:
+        return "–"
+    entry = max(mine, key=lambda each: each.mean() * (1 if each.task.higher else -1))
+    return shown(entry.values(entry.task.metric))
+
+
+def details(name: str, task: Task) -> Iterator[str]:
+    """All figures of a task, with what they cost."""
+    found = entries(name, task)
+    metrics = list(found[0].rows[0].figures) if found else []
+    lora = next((entry.mean() for entry in found if entry.rows[0].job.case == LORA), None)
+    start = next((e.mean() for e in found if e.rows[0].job.method == ("head" if task.head else "none")), None)
+    yield f"| method | rate | {' | '.join(metrics)} | of LoRA's gain | trained | head | bytes | seconds of CPU |"
+    yield "|---|---|" + "---|" * (len(metrics) + 5)
+    for entry in found:
+        about, figures = entry.rows[0].about, [shown(entry.values(metric)) for metric in metrics]
+        gain = None if lora is None or start is None or lora == start else (entry.mean() - start) / (lora - start)
+        seconds = statistics.median(row.about["seconds"] for row in entry.rows)
+        yield (
+            f"| {entry.label} | {entry.rows[0].job.rate:g} | {' | '.join(figures)} "
+            f"| {'–' if gain is None else f'{gain:.0%}'} | {about['trained']:,} | {about['head']:,} "
+            f"| {about['bytes']:,} | {seconds:.0f} |"
+        )
+
+
+def sweeps(name: str, task: Task) -> Iterator[str]:
+    """The rates that were tried, on validation examples."""
+    cases: dict[tuple[object, ...], list[Row]] = {}
+    for row in read(name):
+        if row.job.seed == SWEEP:
+            cases.setdefault(row.job.case, []).append(row)
+    if cases:
+        yield f"| swept | rate → {task.metric} on validation examples, seed {SWEEP} |"
+        yield "|---|---|"
+    for rows in cases.values():
+        job = rows[0].job
+        label = ", ".join([job.method, *(f"{option} = {value}" for option, value in job.options)])
+        rows.sort(key=lambda row: row.job.rate)
+        tried = ", ".join(f"{row.job.rate:g} → {row.figures[task.metric]:.3f}" for row in rows)
+        yield f"| {label} | {tried} |"
+
+
+def picture(name: str, task: Task) -> str:
+    """Figures over trained numbers, into the folder of results; the path from the root."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for entry in entries(name, task):
+        values = entry.values(task.metric)
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        label = entry.label.replace("**", "")
+        if entry.trained:
+            axes.errorbar(entry.trained, entry.mean(), error, fmt="o", capsize=3, label=label)
+        else:
+            axes.axhline(entry.mean(), linestyle="--", color="0.5", label=label)
+    axes.set(title=task.title, xscale="log", xlabel="trained numbers beside the head", ylabel=task.metric)
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    path = FOLDER / f"{name}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return f"benchmarks/results/{path.relative_to(RESULTS).as_posix()}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from common import SMOKE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ import unilora_timm
 from quality.tasks import Data, Task, data_folder
 from quality.training import fit
 
-EXAMPLES, EPOCHS, BATCH, RATE = 10_000, 12, 64, 1e-3
+EXAMPLES, EPOCHS, BATCH, RATE = (128, 1, 64, 1e-3) if SMOKE else (10_000, 12, 64, 1e-3)
 """Of the base's own training."""
 
 Example = tuple[Tensor, int]
@@ -70,7 +71,7 @@ def train_base(folder: Path) -> dict[str, Tensor]:
             "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=5
         )
         groups = [{"params": list(vit.parameters()), "lr": RATE, "weight_decay": 0.05}]
-        images = cifar("train", 0)
+        images = cifar("train", 0)[:EXAMPLES]
         fit(
             vit,
             groups,
