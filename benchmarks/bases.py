@@ -6,13 +6,10 @@ Tiny random models of eight architectures are saved, loaded again in each dtype 
 adapted at the default targets (a mixture: its experts, too). Writes ``benchmarks/results/bases.json`` and ``bases.md``.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -53,7 +50,9 @@ PLAIN = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.b
 DTYPES = [*PLAIN, "nf4", "bnb int8", "torchao int8", "torchao int4", "hqq int4"]
 EXPERTS = ["q_proj", "v_proj", "experts.gate_up_proj", "experts.down_proj"]
 QUANTISERS = ("bitsandbytes", "torchao", "hqq")
-STEPS = 10
+STEPS = 2 if common.SMOKE else 10
+if common.SMOKE:
+    MODELS = {name: MODELS[name] for name in ("Llama", "Mixtral")}
 
 
 def quantisation(dtype: str, cls: str) -> object:
@@ -208,8 +207,8 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--reload", type=Path)
+    parser = common.parser(__doc__)
+    parser.add_argument("--reload", type=Path, metavar="FOLDER", help="load what a run has saved, in this process")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -232,8 +231,7 @@ def main() -> None:
                 print(name, dtype, row.get("losses", [None])[-1], flush=True)
             if name != "Mixtral":
                 results["peft_nf4"][name] = with_peft(folder, cls, "nf4")
-        command = [sys.executable, __file__, "--reload", str(Path(scratch, "cases"))]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        out = common.again(__file__, "--reload", str(Path(scratch, "cases")))
         for case, difference in json.loads(out.splitlines()[-1]).items():
             name, dtype = case.split(", ")
             results["unilora"][name][dtype]["reloaded"] = difference

@@ -1,15 +1,56 @@
-"""What the benchmarks share: interleaved timing, and results with a header that says where they come from."""
+"""What the benchmarks share: ``--smoke``, timing in turns, and results with a header that says where they come from."""
 
+import argparse
+import atexit
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+SMOKE = "--smoke" in sys.argv
+"""Whether this run only shows that the script still runs: tiny sizes, few rounds, and nothing is written for good."""
+
+
+def _root() -> Path:
+    """The checkout; with ``--smoke``, a copy of its results and pages that is gone when the script ends."""
+    root = Path(__file__).parents[1]
+    if not SMOKE:
+        return root
+    copy = tempfile.TemporaryDirectory()
+    atexit.register(copy.cleanup)
+    for folder in ("benchmarks/results", "docs"):
+        shutil.copytree(root / folder, Path(copy.name, folder))
+    return Path(copy.name)
+
+
+_ROOT = _root()
+RESULTS, DOCS = _ROOT / "benchmarks" / "results", _ROOT / "docs"
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the text of a script as it stands, and knows ``--smoke``."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--smoke", action="store_true", help="tiny sizes, in seconds; what is written is thrown away")
+    return made
+
+
+def again(script: str, *arguments: str, **env: str) -> str:
+    """Run a script in a new process, as small as this one; what it prints.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; what it said has gone to standard error.
+    """
+    command = [sys.executable, script, *arguments, *(["--smoke"] if SMOKE else [])]
+    path = {"PYTHONPATH": str(Path(__file__).parent)}  # also where PYTHONSAFEPATH is set
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | path | env).stdout
 
 
 def interleaved(
@@ -24,8 +65,9 @@ def interleaved(
         clock: ``time.process_time`` counts this process alone, all its threads together.
 
     Returns:
-        Name → median, fastest and slowest, in seconds.
+        Name → median, fastest and slowest, in seconds; of two rounds with ``--smoke``.
     """
+    repeats, warmup = (2, 0) if SMOKE else (repeats, warmup)
     times: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(warmup + repeats):
         for name, case in cases.items():

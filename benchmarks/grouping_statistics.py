@@ -12,7 +12,6 @@ One row is one test on one source and one (D, d): n p-values (over seeds, slices
 p-value of their uniformity, and the smallest p-value (two-sided) times n, after Bonferroni.
 """
 
-import argparse
 import csv
 import functools
 import itertools
@@ -30,6 +29,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import scipy
+from common import RESULTS, SMOKE, machine, parser
 from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -38,7 +39,6 @@ from tqdm import tqdm
 from unilora_core import grouping
 from unilora_core.grouping import Problem
 
-RESULTS = Path(__file__).parent / "results"
 SOURCES = ("balanced", "numpy-shuffle", "iid", "numpy-integers")
 WITHOUT_REPLACEMENT = ("balanced", "numpy-shuffle")
 DITHER = np.random.default_rng(20250601)
@@ -232,6 +232,9 @@ def plain(D, width):
 
 
 def cases():
+    """Layouts of models, and sizes that are odd in some way."""
+    if SMOKE:
+        return [Case("q,v", lora([(64, 64)] * 2, 4), 64, 2), Case("d = D / 2", plain(4000, 256), 2000, 2)]
     minilm = lora([(384, 384)] * 12, 4)
     vit = lora([(768, 768)] * 24, 4)
     llama = lora(([(512, 512)] * 4 + [(1408, 512)] * 2 + [(512, 1408)]) * 8, 16)
@@ -429,9 +432,10 @@ def dithered(survival, k):
 
 def run_permutation(table):
     poisson = stats.poisson(1).sf(np.arange(-1, 60))
-    for D in tqdm((500, 1009, 4096, 10_000, 36_864, 65_536), desc="permutation", disable=None):
+    sizes, seeds = ((500,), 2) if SMOKE else ((500, 1009, 4096, 10_000, 36_864, 65_536), 100)
+    for D in tqdm(sizes, desc="permutation", disable=None):
         i = np.arange(D)
-        for source, seed in itertools.product(WITHOUT_REPLACEMENT, range(100)):
+        for source, seed in itertools.product(WITHOUT_REPLACEMENT, range(seeds)):
             pi = groups(source, D, D, seed)
 
             def add(test, p, key=(source, D, D)):
@@ -486,11 +490,12 @@ def many(source, D, d, seeds):
 
 def run_tiny(table, extra):
     sizes = [(D, D) for D in range(3, 9)] + [(6, 2), (6, 3), (7, 2), (7, 3), (8, 2), (8, 4), (9, 3), (10, 2), (12, 3)]
+    sizes, least = ([(6, 2)], 200) if SMOKE else (sizes, 20_000)
     for (D, d), source in tqdm(list(itertools.product(sizes, WITHOUT_REPLACEMENT)), desc="tiny", disable=None):
         possible = math.factorial(D) // math.prod(
             math.factorial(n) for n in grouping.counts("balanced", Problem(D, d, 0)).tolist()
         )
-        seeds = max(20_000, 8 * possible)
+        seeds = max(least, 8 * possible)
         code = (many(source, D, d, seeds).astype(np.int64) * d ** np.arange(D)).sum(axis=1)
         _, found = np.unique(code, return_counts=True)
         never = possible - len(found)
@@ -530,16 +535,17 @@ def compare(table, test, source, D, d, g, h, d2=None):
 
 def run_avalanche(table):
     sizes = ((36_864, 2304), (36_864, 256), (65_536, 256), (100_003, 101), (10_000, 2))
+    sizes, seeds, bits = (((1000, 100),), 4, 2) if SMOKE else (sizes, 100, 64)
     for (D, d), source in tqdm(list(itertools.product(sizes, SOURCES)), desc="avalanche", disable=None):
         base = groups(source, D, d, 0)
         last = base
-        for seed in range(1, 101):
+        for seed in range(1, seeds + 1):
             g = groups(source, D, d, seed)
             compare(table, "seed, seed + 1", source, D, d, last, g)
             last = g
-        for bit in range(64):
+        for bit in range(bits):
             compare(table, "one bit of the seed", source, D, d, base, groups(source, D, d, 1 << bit))
-        for seed in range(50):
+        for seed in range(seeds // 2):
             g = groups(source, D, d, seed)
             if source in grouping.ALGORITHMS and source != "numpy-shuffle":
                 compare(table, "D, D + 1", source, D, d, g, groups(source, D + 1, d, seed)[:D])
@@ -548,7 +554,7 @@ def run_avalanche(table):
         run_segments(table, source)
 
 
-def run_segments(table, source, D=2**40, d=4096, n=2**17):
+def run_segments(table, source, D=2**40, d=4096, n=2**12 if SMOKE else 2**17):
     """The same offsets of ten segments of one projection, and across the seam of two."""
     problem = Problem(D, d, 5)
     length = grouping.ALGORITHMS[source].segment(problem)
@@ -590,6 +596,8 @@ def run_rounds(table, extra):
         Case("power of two", plain(2**16, 256), 256, 12),
         Case("square", plain(250_000, 256), 500, 6),
     ]
+    squares = ((11, 4000), (32, 400), (128, 40))
+    small, squares = (cases(), ((11, 4),)) if SMOKE else (small, squares)
     for rounds in tqdm(range(1, grouping.ROUNDS + 1), desc="rounds", disable=None):
         source = f"balanced:{rounds}"
         for case in small:
@@ -603,7 +611,7 @@ def run_rounds(table, extra):
                     test(table, key, case, g, counts)
                 test_serial(table, key, case, g)
                 test_residues(table, key, case, g)
-    for n, seeds in ((11, 4000), (32, 400), (128, 40)):
+    for n, seeds in squares:
         for rounds in tqdm((*range(2, grouping.ROUNDS + 1), 0), desc=f"differential {n}", disable=None):
             z, ratio = differential(n, rounds, seeds, "balanced" if rounds else "numpy-shuffle")
             name = f"balanced:{rounds}" if rounds else "numpy-shuffle"
@@ -715,6 +723,7 @@ def run_smallcrush(table, extra, prefix):
 
 
 def run_time(extra, D=12_500_000, d=524_288):
+    D, d = (12_500, 524) if SMOKE else (D, d)
     times = {name: [] for name in grouping.ALGORITHMS}
     for seed in range(5):
         for name, found in times.items():
@@ -731,21 +740,6 @@ def run_time(extra, D=12_500_000, d=524_288):
 
 SECTIONS = ("frequencies", "collisions", "serial", "permutation", "tiny", "avalanche", "rounds", "time")
 BATTERIES = ("dieharder", "smallcrush")
-
-
-def machine():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scipy": __import__("scipy").__version__,
-    }
 
 
 def verdicts(rows):
@@ -840,7 +834,8 @@ def write(table, extra, sections, folder):
     rows = [short(row) for row in kept + list(table.rows())]
     plain_rows = [r for r in rows if not r["source"].startswith("balanced:")]
     details = old["details"] | {name: value for name, value in extra.items() if value}
-    result = {"machine": machine(), "summary": verdicts(plain_rows), "rows": rows, "details": details}
+    header = {**machine(), "scipy": scipy.__version__}
+    result = {"machine": header, "summary": verdicts(plain_rows), "rows": rows, "details": details}
     lines = ",\n".join(json.dumps(row) for row in rows)
     file.write_text(json.dumps(result | {"rows": "@"}, indent=1).replace('"@"', f"[\n{lines}\n]") + "\n")
     with (folder / "grouping_statistics.csv").open("w", newline="") as handle:
@@ -853,14 +848,14 @@ def write(table, extra, sections, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="*", choices=SECTIONS + BATTERIES, default=SECTIONS)
-    parser.add_argument("--stream", choices=STREAMS, help="write random bytes to standard output, endlessly")
-    parser.add_argument("--first-seed", type=int, default=0, help="of --stream")
-    parser.add_argument("--psamples", type=int, default=10, help="samples of each dieharder test")
-    parser.add_argument("--testu01", default="/usr", help="where TestU01 is installed")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
-    args = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--sections", nargs="*", choices=SECTIONS + BATTERIES, default=SECTIONS)
+    command.add_argument("--stream", choices=STREAMS, help="write random bytes to standard output, endlessly")
+    command.add_argument("--first-seed", type=int, default=0, help="of --stream")
+    command.add_argument("--psamples", type=int, default=10, help="samples of each dieharder test")
+    command.add_argument("--testu01", default="/usr", help="where TestU01 is installed")
+    command.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
+    args = command.parse_args()
     if args.stream:
         try:
             for block in stream(args.stream, args.first_seed):

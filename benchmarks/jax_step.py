@@ -7,7 +7,6 @@ Each part times its cases in turn in one process; ratios of medians are what cou
 (the model of the tests is copied from its PyTorch twin).
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import qwix
-from common import interleaved, write
+from common import SMOKE, interleaved, parser, write
 from flax import nnx
 
 import unilora_jax
@@ -29,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "jax"))
 import twins
 
 SIZES = {"vocabulary": 1000, "hidden": 512, "intermediate": 1376, "layers": 8, "heads": 8, "kv_heads": 8}
+if SMOKE:
+    SIZES |= {"hidden": 64, "intermediate": 172, "layers": 2}
 TARGETS = r".*_proj/kernel"
 MODULES = ".*_proj"
 RANK = 8
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, SIZES["vocabulary"], (8, 128)))
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, SIZES["vocabulary"], (8, 16 if SMOKE else 128)))
 
 
 def loss_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -159,7 +160,8 @@ def vmap(repeats: int) -> dict:
 
 def groups(repeats: int) -> dict:
     """P and its transpose for 10 M LoRA parameters, the groups cached or computed."""
-    shapes = {f"layers.{i}.q_proj.{f}": (8, 4096) if f == "A" else (4096, 8) for i in range(152) for f in "AB"}
+    layers = range(2 if SMOKE else 152)
+    shapes = {f"layers.{i}.q_proj.{f}": (8, 4096) if f == "A" else (4096, 8) for i in layers for f in "AB"}
     spec = ProjectionSpec(Layout(shapes.items()), sum(a * b for a, b in shapes.values()) // 16)
     stacks = [((name,), name.endswith(".B")) for name in shapes]
     theta_d, gradient = jnp.asarray(spec.init()), jax.jit(jax.grad(_sum_of_squares, argnums=1))
@@ -184,10 +186,10 @@ def _wait(function: Callable, *args: object) -> None:
 PARTS = {"step": step, "vmap": vmap, "groups": groups}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=PARTS)
-    parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("part", nargs="?", choices=PARTS)
+    command.add_argument("--repeats", type=int, default=15)
+    options = command.parse_args()
     for name in [options.part] if options.part else PARTS:
         results = PARTS[name](options.repeats)
         print(name, *(f"{key}: {value}" for key, value in results.items()), sep="\n  ")

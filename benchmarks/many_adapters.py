@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import interleaved, write
+from common import SMOKE, interleaved, parser, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import unilora_core
@@ -22,7 +22,7 @@ import unilora_torch
 import unilora_transformers
 from unilora_core.header import write_targets
 
-ADAPTERS, ROWS, RANK = 1000, 32, 4
+ADAPTERS, ROWS, RANK = 40 if SMOKE else 1000, 32, 4
 TARGETS = {"q and v": None, "all-linear": "all-linear"}
 
 
@@ -30,9 +30,9 @@ def base_model() -> LlamaForCausalLM:
     """4.4 M parameters."""
     config = LlamaConfig(
         vocab_size=2048,
-        hidden_size=256,
+        hidden_size=64 if SMOKE else 256,
         intermediate_size=688,
-        num_hidden_layers=4,
+        num_hidden_layers=2 if SMOKE else 4,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -138,6 +138,7 @@ def resident() -> int:
 
 
 if __name__ == "__main__":
+    parser(__doc__).parse_args()
     results = {name: batch(targets) for name, targets in TARGETS.items()}
     for name, result in results.items():
         print(name, {key: value for key, value in result.items() if not isinstance(value, dict)}, file=sys.stderr)

@@ -8,10 +8,8 @@ A row says d and D, the bytes of the file, the loss before and after, the larges
 process, and of the merged model's. It ends with an error where one of them is not as it should be.
 """
 
-import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -28,7 +26,7 @@ from torch import nn  # noqa: E402
 import unilora_torch  # noqa: E402
 from unilora_core.methods import METHODS  # noqa: E402
 
-WIDTH, STEPS, LORA_RATE = 64, 20, 2e-3
+WIDTH, STEPS, LORA_RATE = 64, 5 if common.SMOKE else 20, 2e-3
 OPTIONS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 64},
     "lora-xs": {"rank": 8},
@@ -37,7 +35,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gaussian": {"d": 256},
 }
 """What models of width 64 need, or a minute allows, in place of the methods' defaults."""
-MODELS = ("llama", "vit", "plain")
+MODELS = ("llama", "plain") if common.SMOKE else ("llama", "vit", "plain")
+CHOSEN = ["uni-lora", "vera", "gpart"] if common.SMOKE else list(METHODS)
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 
 
@@ -134,8 +133,7 @@ def run_all(methods: list[str], kind: str) -> dict[str, dict[str, Any]]:
     """Every method on one model; their files are loaded in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         rows = {method: run(method, kind, Path(folder)) for method in methods}
-        command = [sys.executable, __file__, "--reload", folder, kind]
-        again = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        again = json.loads(common.again(__file__, "--reload", folder, kind))
     return {method: row | {"new process": again[method]} for method, row in rows.items()}
 
 
@@ -168,7 +166,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def write_doc(rows: dict[str, dict[str, Any]]) -> None:
     """The table between its marks in docs/framework.md."""
-    page = Path(__file__).parents[1] / "docs" / "framework.md"
+    page = common.DOCS / "framework.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     page.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}", encoding="utf-8")
@@ -176,11 +174,13 @@ def write_doc(rows: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run, or reload what a run has saved."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME")
+    parser = common.parser(__doc__)
+    parser.add_argument("--methods", nargs="+", default=CHOSEN, metavar="NAME")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/methods.json")
     parser.add_argument("--write-doc", action="store_true", help="write the committed results into the page")
-    parser.add_argument("--reload", nargs=2, metavar=("FILE", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--reload", nargs=2, metavar=("FILE", "KIND"), help="load what a run has saved, in this process"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.reload:
@@ -194,8 +194,10 @@ def main() -> None:
     print(table(rows))
     if bad := [name for name, row in rows.items() if not holds(row)]:
         sys.exit(f"the loss did not fall, or loading or merging gave other logits: {', '.join(bad)}")
-    if arguments.write:
+    if arguments.write or common.SMOKE:
         common.write("methods", {"steps": STEPS, "lora_rate": LORA_RATE, "rows": rows})
+    if common.SMOKE:
+        write_doc(rows)
 
 
 def holds(row: dict[str, Any]) -> bool:

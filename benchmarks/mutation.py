@@ -7,7 +7,6 @@ A whole run takes days, so a sample is drawn. Each mutant meets the tests of its
 checkout. Needs cosmic-ray, pytest, hypothesis and what the package needs, with unilora itself not installed.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import write
+from common import SMOKE, parser, write
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
@@ -58,14 +57,15 @@ TESTS = {
         "live": "verify threads plural",
         "merging": "merge hooks computed_weights",
         "opened": "opened files",
+        "paths": "paths convolutions",
         "replaced": "convolutions attention computed_weights",
         "rows": "bank",
         "saving": "files",
-        "streamed": "method_lives methods",
+        "streamed": "generic method_lives methods",
         "structure": "replaced_modules",
         "swapping": "plural files",
         "switching": "plural",
-        "targets": "attach attention convolutions",
+        "targets": "attach attention convolutions files",
         "untouched": "verify",
         "vector": "attach merge",
         "verifying": "verify",
@@ -144,12 +144,14 @@ def changed(diff: str) -> str:
 
 def main() -> None:
     """Draw the sample, run it, print what was missed and the score, write both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", choices=SOURCES)
-    parser.add_argument("--sample", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="a module; nothing is written")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("package", choices=SOURCES, nargs="?" if SMOKE else None)
+    command.add_argument("--sample", type=int, default=100)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--only", help="a module; nothing is written")
+    if SMOKE:
+        command.set_defaults(package="unilora_core", only="layout", sample=1)
+    options = command.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for each in COPIED:
@@ -174,7 +176,7 @@ def main() -> None:
     total = sum(ends.values())
     score = 1 - ends[TestOutcome.SURVIVED.value] / max(1, total)
     print(f"{options.package}: {score:.1%} of {total} mutants found, of {len(there)}; {dict(ends)}")
-    if options.only is None:
+    if options.only is None or SMOKE:
         results = {"mutants": len(there), "sample": total, "seed": options.seed, "score": score, **ends}
         print(write(f"mutation_{options.package}", results | {"missed": missed}))
 

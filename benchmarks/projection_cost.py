@@ -16,7 +16,6 @@ one product allocates at once, by tracemalloc, and what is kept beside θ_d.
 Results: ``benchmarks/results/projection_cost.{json,png}``; docs/properties.md shows them.
 """
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import time
 import tracemalloc
 
 import numpy as np
-from common import RESULTS, interleaved, write
+from common import RESULTS, SMOKE, again, interleaved, parser, write
 
 from unilora_core import Layout, ProjectionSpec
 from unilora_core.counting import operations
@@ -41,6 +40,8 @@ THEORY = {
 }
 OVER_D = [(round(10 ** (k / 2)), 256) for k in range(10, 17)]
 OVER_d = [(10**6, 2**k) for k in range(4, 20, 2)]
+if SMOKE:
+    OVER_D, OVER_d = [(1000, 16), (4000, 16)], [(1000, 16), (1000, 64)]
 LONGEST, COUNTED = 12.0, 10**8
 """Seconds of one product; up to so many operations in theory they are counted."""
 
@@ -165,15 +166,16 @@ def draw(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="up to D = 10^6, nothing written")
-    parser.add_argument("--plot", action="store_true", help="draw the results that are there, and stop")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--quick", action="store_true", help="up to D = 10^6, nothing written")
+    command.add_argument("--plot", action="store_true", help="draw the results that are there, and stop")
+    options = command.parse_args()
     if options.plot:
         draw(json.loads((RESULTS / "projection_cost.json").read_text(encoding="utf-8")))
         return
     if not ENVIRONMENT.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
+        print(again(__file__, *sys.argv[1:], **ENVIRONMENT), end="")
+        return
     results = measure(10**6 if options.quick else 10**9)
     for row in [*results["over_D"], *results["over_d"], *results["exponents"]]:
         print(json.dumps({key: float(f"{v:.3g}") if isinstance(v, float) else v for key, v in row.items()}))

@@ -8,19 +8,20 @@ of the paper's RoBERTa-base (12 layers of width 768, d = 23,040), where P is loo
 """
 
 import re
-from pathlib import Path
 
-from common import RESULTS
+from common import DOCS, RESULTS, SMOKE, parser
 
 from unilora_cli.analyze import draw_support, table_of, write_figures
 from unilora_cli.analyze_cases import made_up, planned
 from unilora_core import analyze
 
-PAGE = Path(__file__).parents[1] / "docs" / "properties.md"
+PAGE = DOCS / "properties.md"
 LAYOUTS = {
     "small": (4, 64, "auto", ["all"]),
     "roberta": (12, 768, 23_040, ["uni-lora", "uni-lora/iid", "lora", "vera", "fastfood"]),
 }
+if SMOKE:
+    LAYOUTS = {"small": (1, 16, "auto", ["uni-lora", "vera"]), "roberta": (2, 32, 64, ["uni-lora", "fastfood"])}
 
 
 def measured(name: str) -> str:
@@ -36,11 +37,14 @@ def measured(name: str) -> str:
 
 
 def main() -> None:
+    parser(__doc__).parse_args()
     page = PAGE.read_text(encoding="utf-8")
     for name in LAYOUTS:
         before, mark, rest = re.split(rf"(<!-- {name}: .*? -->\n)", page)
         after = rest[rest.index("\n<!-- end -->") :]
-        page = f"{before}{mark}{measured(name)}{after}"
+        table = measured(name)
+        print(table)
+        page = f"{before}{mark}{table}{after}"
     PAGE.write_text(page, encoding="utf-8")
 
 

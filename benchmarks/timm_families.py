@@ -12,7 +12,6 @@ default targets, all linear layers, and all convolutions, each: attach, one Adam
 W + B·A.
 """
 
-import argparse
 import copy
 import json
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from common import RESULTS, write
+from common import DOCS, RESULTS, SMOKE, parser, write
 from peft import LoraConfig, UniLoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -340,10 +339,11 @@ def row(name: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help="modules or members of timm; all of them by default")
-    parser.add_argument("--write-doc", action="store_true", help="write docs/timm-models.md from the results and stop")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    default = ["vit_tiny_patch16_224", "test_byobnet"] if SMOKE else []
+    command.add_argument("modules", nargs="*", default=default, help="modules or members of timm; by default all")
+    command.add_argument("--write-doc", action="store_true", help="write docs/timm-models.md from the results and stop")
+    options = command.parse_args()
     if options.write_doc:
         write_doc(json.loads((RESULTS / "timm_families.json").read_text(encoding="utf-8")))
         return
@@ -355,6 +355,8 @@ def main() -> None:
             rows[name] = row(name)
             print(json.dumps(rows[name]), flush=True)
             write("timm_families", {"families": [rows[member] for member in MEMBERS if member in rows]})
+    if SMOKE:
+        write_doc(json.loads(path.read_text(encoding="utf-8")))
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ def write_doc(results: dict) -> None:
         table="\n".join(map(line, rows)),
         reasons="\n".join(f"* `{member}`, {name}: {reason}" for member, name, reason in refused) or "None.",
     )
-    (Path(__file__).parents[1] / "docs" / "timm-models.md").write_text(page, encoding="utf-8")
+    (DOCS / "timm-models.md").write_text(page, encoding="utf-8")
 
 
 def line(row: dict) -> str:

@@ -4,16 +4,13 @@
     python benchmarks/vit_b16.py --device cuda
 
 Query and value, r = 4, batches of 8 random images, float32, random weights, AdamW, ten classes, the head trained in
-every case. PEFT cannot adapt blocks of a fused qkv, so its LoRA and its UniLora adapt qkv whole; ``lora`` is a plain
-LoRA of q and v, the outputs that ours adapts. Forward, backward and optimiser of each case take turns in one process,
-and the order turns round after round. Peak memory: each case in a process of its own, VmHWM after three steps on the
-processor, torch.cuda.max_memory_allocated on a GPU. Writes results/vit_b16_cpu.json or vit_b16_cuda.json.
+every case. PEFT cannot adapt blocks of a fused qkv, so its LoRA and its UniLora adapt qkv whole; ``lora`` is the method
+of that name here, of q and v, the outputs that ours adapts. Forward, backward and optimiser of each case take turns in
+one process, and the order turns round after round. Peak memory: each case in a process of its own, VmHWM after three
+steps on the processor, torch.cuda.max_memory_allocated on a GPU. Writes results/vit_b16_cpu.json or vit_b16_cuda.json.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +18,17 @@ from statistics import median
 
 import timm
 import torch
-from common import machine, write
+from common import SMOKE, again, machine, parser, write
 from peft import LoraConfig, UniLoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from vision_tasks import Lora
 
 import unilora_timm
 
-RANK, BATCH, CLASSES = 4, 8, 10
-D = 12 * 2 * RANK * (768 + 768)
+RANK, BATCH, CLASSES = 4, 1 if SMOKE else 8, 10
+MODEL, WIDTH = ("vit_tiny_patch16_224", 192) if SMOKE else ("vit_base_patch16_224", 768)
+D = 12 * 2 * RANK * (WIDTH + WIDTH)
 
 
 def unilora(model: nn.Module) -> nn.Module:
@@ -40,10 +37,7 @@ def unilora(model: nn.Module) -> nn.Module:
 
 
 def lora(model: nn.Module) -> nn.Module:
-    model.requires_grad_(False)
-    model.head.requires_grad_(True)
-    for block in model.blocks:
-        block.attn.qkv = Lora(block.attn.qkv, RANK)
+    unilora_timm.attach(model, method="lora", rank=RANK)
     return model
 
 
@@ -61,12 +55,14 @@ def full(model: nn.Module) -> nn.Module:
 
 
 CASES = {"unilora": unilora, "peft-lora": peft_lora, "lora": lora, "peft-unilora": peft_unilora, "full": full}
+if SMOKE:
+    CASES = {name: CASES[name] for name in ("unilora", "peft-lora")}
 
 
 def stepper(name: str, device: str) -> tuple[Callable[[], None], int]:
     """A function that makes one training step of a case, and how many numbers it trains."""
     torch.manual_seed(0)
-    model = CASES[name](timm.create_model("vit_base_patch16_224", num_classes=CLASSES)).to(device).train()
+    model = CASES[name](timm.create_model(MODEL, num_classes=CLASSES)).to(device).train()
     images = torch.randn(BATCH, 3, 224, 224, device=device)
     labels = torch.randint(0, CLASSES, (BATCH,), device=device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -120,19 +116,18 @@ def peak(name: str, device: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
-    parser.add_argument("--peak", choices=list(CASES), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    command.add_argument("--repeats", type=int, default=1 if SMOKE else 15, help="rounds that count")
+    command.add_argument("--warmup", type=int, default=0 if SMOKE else 2, help="rounds before them")
+    command.add_argument("--peak", choices=list(CASES), help="the memory of one case, in this process")
+    arguments = command.parse_args()
     if arguments.peak:
         print(json.dumps(peak(arguments.peak, arguments.device)))
         return
     results = times(arguments.device, arguments.repeats, arguments.warmup)
     for name in tqdm(CASES, desc="memory"):
-        command = [sys.executable, __file__, "--device", arguments.device, "--peak", name]
-        results[name]["peak_bytes"] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        results[name]["peak_bytes"] = json.loads(again(__file__, "--device", arguments.device, "--peak", name))
     header = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else machine()["cpu"],
         "threads": torch.get_num_threads(),

@@ -6,13 +6,12 @@
 Each part times its cases in turn in one process; ratios of medians are what counts.
 """
 
-import argparse
 import copy
 import sys
 import warnings
 
 import torch
-from common import interleaved, write
+from common import SMOKE, interleaved, parser, write
 from peft import LoraConfig, UniLoraConfig, get_peft_model
 from peft.tuners.unilora.layer import UniLoraLayer
 from peft.tuners.unilora.model import UniLoraModel
@@ -27,7 +26,7 @@ warnings.filterwarnings("ignore", category=UserWarning)
 
 def groups() -> dict:
     """Groups of D = 12.5 M (Gemma-7B, r = 4), d = 524,288."""
-    D, d = 12_500_992, 524_288
+    D, d = _sized(12_500_992), _sized(524_288)
     spec = ProjectionSpec(Layout([("factors", (D,))]), d)
     times = interleaved(
         {"unilora": lambda: spec.groups(), "peft": lambda: UniLoraModel.generate_index(D, d, 42)}, repeats=7
@@ -37,25 +36,23 @@ def groups() -> dict:
 
 def memory() -> dict:
     """Bytes of frozen state per LoRA parameter, with a float32 base."""
-    ours, peft = _stacks(D=1_000_000, d=10_000)
-    adapter, D = ours.unilora, ours.unilora.spec.D
+    ours, peft = _stacks(D=_sized(1_000_000), d=_sized(10_000))
+    projection, D, d = ours.unilora.projection, ours.unilora.spec.D, ours.unilora.spec.d
     layers = [module for module in peft.modules() if isinstance(module, UniLoraLayer)]
     buffers = [
-        tensor
+        store["default"]
         for layer in layers
         for store in (layer.unilora_indices_A, layer.unilora_indices_B, layer.unilora_scales_A, layer.unilora_scales_B)
-        for tensor in (store["default"],)
     ]
-    frozen = sum(b.numel() * b.element_size() for b in adapter.buffers())
-    per_d = adapter._scale.element_size() * (1 if adapter._origin is None else 2)
+    frozen, peft_bytes = (sum(tensor.nbytes for tensor in each) for each in (projection.tensors, buffers))
     return {
         "D": D,
-        "d": adapter.spec.d,
-        "unilora_bytes_per_parameter": adapter._groups.element_size(),
-        "unilora_bytes_per_trained_number": per_d,
+        "d": d,
+        "unilora_bytes_per_parameter": projection.groups.nbytes / D,
+        "unilora_bytes_per_trained_number": (frozen - projection.groups.nbytes) / d,
         "unilora_bytes": frozen,
-        "peft_bytes": sum(b.numel() * b.element_size() for b in buffers),
-        "peft_bytes_per_parameter": sum(b.numel() * b.element_size() for b in buffers) / D,
+        "peft_bytes": peft_bytes,
+        "peft_bytes_per_parameter": peft_bytes / D,
     }
 
 
@@ -65,7 +62,7 @@ def projection() -> dict:
     ``unilora`` is P and Pᵀ alone; ``unilora_factors`` also cuts θ_D into the 128 factors and joins their gradients,
     as a training step does and as the figure for PEFT includes.
     """
-    ours, peft = _stacks(D=10_000_000, d=100_000)
+    ours, peft = _stacks(D=_sized(10_000_000), d=_sized(100_000))
     adapter = ours.unilora
     layers = [module for module in peft.modules() if isinstance(module, UniLoraLayer)]
     theta = peft.base_model.unilora_theta_d["default"]
@@ -106,9 +103,9 @@ def step() -> dict:
     """A training step of a small Llama: 8 layers, width 512, all linear, r = 16, 4 × 128 tokens, AdamW."""
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
+        hidden_size=64 if SMOKE else 512,
+        intermediate_size=172 if SMOKE else 1376,
+        num_hidden_layers=2 if SMOKE else 8,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=256,
@@ -132,6 +129,11 @@ def step() -> dict:
         "unilora/peft_lora": _ratio(times, "unilora", "peft_lora"),
         "unilora/peft_unilora": _ratio(times, "unilora", "peft_unilora"),
     }
+
+
+def _sized(number: int) -> int:
+    """A number, or a fiftieth of it in a smoke run."""
+    return number // 50 if SMOKE else number
 
 
 def _stepper(model: nn.Module, tokens: torch.Tensor):
@@ -174,9 +176,9 @@ def _ratio(times: dict[str, dict[str, float]], a: str, b: str) -> float:
 PARTS = {"groups": groups, "memory": memory, "projection": projection, "step": step}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
-    chosen = parser.parse_args().part or list(PARTS)
+    command = parser(__doc__)
+    command.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
+    chosen = command.parse_args().part or list(PARTS)
     torch.manual_seed(0)
     for part in chosen:
         result = PARTS[part]()
