@@ -63,6 +63,8 @@ def test_no_match_lists_the_nearest_names():
     refused(
         TargetError, r"no module matches \('zzz',\).*\['up', 'down', 'head'\], for example 'blocks.0.up'", None, ["zzz"]
     )
+    many = nn.ModuleDict({f"query{i}": nn.Linear(6, 6) for i in range(5)})
+    refused(TargetError, r"nearest linear layers end in \[('query\d'(, )?){3}\], for example", many, ["quer"])
 
 
 def test_an_empty_list():
