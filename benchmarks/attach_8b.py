@@ -124,7 +124,6 @@ def main() -> None:
             row = results["cases"][case][library] = json.loads(out.splitlines()[-1])
             shown = f"{row['seconds']:.2f} s ({row['cpu_seconds']:.2f} s of the processor)"
             print(f"{case}: {library}: {shown}, {row['bytes_per_lora_parameter']:.2f} bytes", flush=True)
-    results["load_average"] = os.getloadavg()
     common.write("attach_8b", results)
 
 

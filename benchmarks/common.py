@@ -79,7 +79,7 @@ def interleaved(
 
 
 def machine() -> dict[str, object]:
-    """CPU, cores and the versions that matter; no host name, no path."""
+    """CPU, cores, how busy they were in the last minute, and the versions that matter; no host name, no path."""
     packages = {}
     for name in ("numpy", "torch", "transformers", "peft", "timm", "jax", "flax", "qwix"):
         try:
@@ -87,7 +87,8 @@ def machine() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **packages}
+    load = round(os.getloadavg()[0], 1)
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "python": platform.python_version(), **packages}
 
 
 def write(name: str, results: dict) -> Path:

@@ -21,7 +21,6 @@ What comes of it is one of
     wrong       anything else, such as another number or a traceback
 """
 
-import argparse
 import contextlib
 import copy
 import gc
@@ -45,7 +44,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import RESULTS, write
+from common import DOCS, RESULTS, SMOKE, parser, write
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -714,12 +713,13 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="model types; by default all that have no result yet")
-    parser.add_argument("--write-doc", action="store_true", help="write the table of docs/bases.md and stop")
-    parser.add_argument("--counts", action="store_true", help="print what the results say and stop")
-    parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    command = parser(__doc__)
+    default = ["deit", "mistral"] if SMOKE else []
+    command.add_argument("types", nargs="*", default=default, help="model types; by default all without a result yet")
+    command.add_argument("--write-doc", action="store_true", help="write the table of docs/bases.md and stop")
+    command.add_argument("--counts", action="store_true", help="print what the results say and stop")
+    command.add_argument("--reload", type=Path, metavar="FOLDER", help="load what a sweep has saved, and stop")
+    options = command.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
@@ -731,6 +731,8 @@ def main() -> None:
         print(counts(list(results().values())))
     else:
         _sweep_all(options.types)
+        if SMOKE:
+            write_doc(json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8")))
 
 
 def _sweep_all(types: list[str]) -> None:
@@ -829,7 +831,7 @@ def write_doc(found: dict[str, Any]) -> None:
         merged=max(kinds["merged"]),
         reasons="\n".join(_reasons(rows)),
     )
-    path = Path(__file__).parents[1] / "docs" / "bases.md"
+    path = DOCS / "bases.md"
     before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
     path.write_text(before + MARKS[0] + page + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
 

@@ -7,7 +7,6 @@ Each part times its cases in turn in one process; ratios of medians are what cou
 """
 
 import copy
-import sys
 import warnings
 
 import torch
@@ -182,5 +181,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for part in chosen:
         result = PARTS[part]()
-        print(part, {key: value for key, value in result.items() if not isinstance(value, dict)}, file=sys.stderr)
+        print(part, {key: value for key, value in result.items() if not isinstance(value, dict)})
         print(write(f"vs_peft_{part}", result))
