@@ -15,14 +15,18 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 from unilora_cli import distributed
 from unilora_cli.console import CommandError
 from unilora_cli.lengths import fit_length
+from unilora_cli.task import Task
+from unilora_core import SpecError
 from unilora_core.frames import Sizes
 from unilora_core.methods import plan_spec
 from unilora_core.schema import shown
+from unilora_torch import Growth
 
 __all__ = [
     "Shares",
     "adapter_options",
     "check_classes",
+    "check_growth",
     "check_method",
     "check_tokens",
     "checkpoint_activations",
@@ -122,6 +126,19 @@ def check_method(arguments: argparse.Namespace) -> None:
     width = math.lcm(2**10, *whole)  # which they divide
     if width <= 2**15:  # of wider layers no weight may have all entries, so that is left to the model's own
         plan_spec([("layer", Sizes(width, width))], options=options, **fields)
+
+
+def check_growth(task: Task, grow_to: int | None) -> None:
+    """Refuse a --grow-to that cannot be, before training.
+
+    Raises:
+        CommandError: the method's P does not nest, or it is less than twice d, or more than D.
+    """
+    if grow_to is not None:
+        try:
+            Growth(task.adapter, grow_to)
+        except SpecError as error:
+            raise CommandError(f"--grow-to {grow_to}: {error}") from error
 
 
 def check_classes(arguments: argparse.Namespace, count: int) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Contents:
     Attributes:
         settings, spec: see `made_for`.
         epochs, losses, skipped, seconds: what `Recorder` knows.
+        growth: of `--grow-to`; empty without.
     """
 
     settings: dict[str, str]
@@ -51,6 +52,7 @@ class Contents:
     scheduler: dict[str, Any]
     scaler: dict[str, Any]
     generators: tuple[dict[str, Any], ...]
+    growth: dict[str, Any] = field(default_factory=dict)
 
 
 def write(folder: Path, contents: Mapping[str, Any]) -> None:
@@ -77,9 +79,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def made_for(settings: Mapping[str, Any], spec: ProjectionSpec) -> dict[str, Any]:
-    """What a run must agree on with its continuation: the arguments, and the projection."""
+    """What a run must agree on with its continuation: the arguments, and the projection that it began with."""
     kept = {name: str(value) for name, value in settings.items() if name not in FREE}
-    return {"settings": kept, "spec": json.dumps(spec.to_json(), sort_keys=True)}
+    return {"settings": kept, "spec": json.dumps(spec.first.to_json(), sort_keys=True)}
 
 
 def check_settings(contents: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> None:
@@ -141,6 +143,8 @@ def restore(state: dict[str, Any], task: Task, parts: Mapping[str, Any], device:
         CommandError: it is no state of this run.
     """
     with readable_errors(f"cannot go on from {FILE}"):
+        if "growth" in parts:
+            parts["growth"].load_state_dict(state["growth"])  # θ_d gets its size
         for name, value in _trained(task).items():
             saved = state["trained"][name]
             if saved.shape != value.shape or not saved.isfinite().all():

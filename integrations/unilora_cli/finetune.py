@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from unilora_cli import checkpoint, distributed, loop
-from unilora_cli.adapting import check_method, checkpoint_activations
+from unilora_cli.adapting import check_growth, check_method, checkpoint_activations
 from unilora_cli.console import CommandError, one_line, path_of, say, table
 from unilora_cli.loading import prepare
 from unilora_cli.plan import plan_of, rows_of
@@ -64,7 +64,9 @@ def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
         accumulate=arguments.accumulate,
         max_grad_norm=arguments.max_grad_norm,
         patience=arguments.patience,
+        grow_to=arguments.grow_to,
     )
+    check_growth(task, arguments.grow_to)
     plan = plan_of(task, settings)
     say("plan\n" + table(rows_of(task, plan, settings)) + "\n\ntraining")
     with Recorder(folder, task, {**about, "plan": plan, **task.facts}, arguments.keep, resumed) as recorder:

@@ -12,7 +12,7 @@ import numpy as np
 from unilora_cli.console import say, table
 from unilora_core import AdapterFile, read_adapter
 from unilora_core.header import FROZEN, Header, read_header
-from unilora_core.maps import MAPS
+from unilora_core.maps import FIRST_D, MAPS
 from unilora_core.methods import method_of
 from unilora_core.serialisation import FORMAT_VERSION
 
@@ -120,7 +120,9 @@ def _kind(facts: dict[str, Any]) -> str:
 def _start(facts: dict[str, Any]) -> str:
     """The start, and what θ_d is drawn from there, unless it is 0 or the map has a start of its own."""
     drawn = facts["start"] != "zero" and MAPS[facts["algorithm"]["grouping"]].start is None
-    return facts["start"] + (f", U(-{facts['bound']:.4g}, {facts['bound']:.4g})" if drawn else "")
+    first_d = facts["options"].get(FIRST_D)
+    at = "" if first_d is None else f" of {first_d:,} numbers"
+    return facts["start"] + (f", U(-{facts['bound']:.4g}, {facts['bound']:.4g}){at}" if drawn else "")
 
 
 def _summarised(targets: dict[str, dict[str, list[int]]]) -> list[tuple[str, ...]]:

@@ -17,7 +17,9 @@ from unilora_cli.console import CommandError, one_line
 from unilora_cli.metrics import Outcome
 from unilora_cli.report import ADAPTER, Recorder
 from unilora_cli.task import Task
-from unilora_core import ValuesError
+from unilora_core import ValuesError, read_adapter
+from unilora_torch import Growth
+from unilora_torch.growing import resize
 
 __all__ = ["Settings", "TrainingError", "conclude", "evaluate", "fit", "parameter_groups", "steps_of"]
 
@@ -41,6 +43,7 @@ class Settings:
         accumulate: batches per step.
         max_grad_norm: gradients are scaled down to this norm, all of them as one vector; or None.
         patience: epochs without a better score after which training stops; or None.
+        grow_to: d doubles up to this where the held-out loss has come to rest (`unilora_torch.Growth`); or None.
     """
 
     lora_rate: float
@@ -56,6 +59,7 @@ class Settings:
     accumulate: int = 1
     max_grad_norm: float | None = None
     patience: int | None = None
+    grow_to: int | None = None
 
 
 def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, Any] | None = None) -> None:
@@ -73,7 +77,9 @@ def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, A
     steps = steps_of(task, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _curve(steps, settings))
     scaler = _scaler(settings)
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    if settings.grow_to is not None:
+        parts["growth"] = Growth(task.adapter, settings.grow_to, optimizer=optimizer, scheduler=scheduler)
     keeper = _Keeper(trained, recorder)
     step = epochs_done = 0
     if resumed:
@@ -107,7 +113,17 @@ def fit(task: Task, settings: Settings, recorder: Recorder, resumed: dict[str, A
             with _above(bar):
                 recorder.epoch(epoch, step, scores)
             keeper.epoch_saved = True
+            if settings.grow_to is not None and step < steps:
+                with _above(bar):
+                    _grow(parts["growth"], scores["loss"], recorder)
             recorder.checkpoint(checkpoint.state(epoch, step, task, parts, settings.device))
+
+
+def _grow(growth: Growth, loss: float, recorder: Recorder) -> None:
+    """Let d double, if it is to, and say so."""
+    if growth.step(loss):
+        d = growth.adapter.spec.d
+        recorder.tell(f"  the held-out loss has come to rest: d grows from {d // 2:,} to {d:,}")
 
 
 def evaluate(task: Task, settings: Settings) -> dict[str, float]:
@@ -135,6 +151,7 @@ def conclude(task: Task, settings: Settings, recorder: Recorder) -> None:
     """With the adapter that is kept: score the test data, and write what the task has to show of its predictions."""
     if task.test is None and task.look is None:
         return
+    resize(task.adapter, read_adapter(recorder.folder / ADAPTER).spec.d)  # it may be that of before a growth
     task.adapter.swap(recorder.folder / ADAPTER)
     if task.test is not None:
         recorder.test = evaluate(replace(task, held_out=task.test), settings)

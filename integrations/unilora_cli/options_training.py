@@ -50,6 +50,12 @@ def adapter_arguments(group: Any, kind: str) -> None:
         "--d", type=auto_or_positive, metavar="N", default="auto", help="trained numbers; auto: the method's"
     )
     group.add_argument(
+        "--grow-to",
+        type=positive,
+        metavar="N",
+        help="double d, up to N, after an epoch whose held-out loss has come to rest, while that pays",
+    )
+    group.add_argument(
         "--targets",
         type=selection,
         metavar="NAMES",

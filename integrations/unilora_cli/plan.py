@@ -54,6 +54,8 @@ def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[
         ("batch", _batch(plan, settings)),
         ("steps", _steps(plan, settings)),
     ]
+    if settings.grow_to is not None:
+        rows.insert(-2, ("growth", f"d doubles up to {settings.grow_to:,}, where the held-out loss has come to rest"))
     if heads:
         rows.insert(-2, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
     return rows

@@ -38,6 +38,7 @@ class Recorder:
         skipped: steps that were not taken because the gradient overflowed float16.
         stopped_early: why training ended before its last step; empty unless it did.
         unwritten: what stands beside the adapter and could not be written, and why.
+        saved: the spec of the adapter in the file; d may have grown since.
     """
 
     def __init__(
@@ -51,6 +52,9 @@ class Recorder:
         self.skipped = resumed["skipped"] if resumed else 0
         self.stopped_early = ""
         self.unwritten: dict[str, str] = {}
+        self.saved = task.adapter.spec
+        if resumed and (folder / ADAPTER).is_file():
+            self.saved = read_adapter(folder / ADAPTER).spec
         self.began = time.perf_counter() - (resumed["seconds"] if resumed else 0)
         self._since = len(self.losses)
         self._file: IO[str] | None = None
@@ -112,6 +116,8 @@ class Recorder:
         row: dict[str, Any] = {"epoch": epoch, "step": step}
         if recent:
             row["train_loss"] = sum(recent) / len(recent)
+        if self.about["settings"].get("grow_to"):
+            row["d"] = self.task.adapter.spec.d
         self.epochs.append(row | dict(scores) | {"seconds": self._seconds()})
         if epoch and self.kept() is self.epochs[-1]:
             self.save()
@@ -176,6 +182,7 @@ class Recorder:
             OSError: nor anywhere else.
         """
         _save(self.task, self.folder / ADAPTER)
+        self.saved = self.task.adapter.spec
 
     def failed(self, why: str) -> None:
         """Write down why training ended early."""
@@ -210,7 +217,7 @@ class Recorder:
             "final": final,
             **({"test": self.test} if self.test else {}),
             "epochs": self.epochs,
-            "bytes": _bytes(self.folder / ADAPTER, self.task.adapter.spec),
+            "bytes": _bytes(self.folder / ADAPTER, self.saved),
             "seconds": self._seconds(),
         }
         with self.beside("metrics.json"):
@@ -266,7 +273,7 @@ def _epoch_rows(recorder: Recorder) -> list[list[object]]:
 
 
 def _summary(recorder: Recorder) -> list[tuple[str, str]]:
-    kept, sizes = recorder.kept(), _bytes(recorder.folder / ADAPTER, recorder.task.adapter.spec)
+    kept, sizes, plan = recorder.kept(), _bytes(recorder.folder / ADAPTER, recorder.saved), recorder.about["plan"]
     as_lora = f" (as LoRA: {sizes['adapter_as_lora']:,})" if "adapter_as_lora" in sizes else ""
     names = ("loss", *(metric.name for metric in recorder.task.metrics))
     scores = [(f"held-out {name}", number(kept[name])) for name in names]
@@ -283,7 +290,7 @@ def _summary(recorder: Recorder) -> list[tuple[str, str]]:
     scores += [(f"test {name}", number(value)) for name, value in recorder.test.items()]
     return [
         *scores,
-        ("trained numbers", f"{recorder.about['plan']['trained']:,}"),
+        ("trained numbers", f"{plan['trained'] + recorder.saved.d - plan['d']:,}"),
         ("adapter", f"{recorder.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
         ("time", f"{recorder._seconds():.1f} s"),
         ("also written", f"{', '.join(recorder.also_written)} in {recorder.folder}"),

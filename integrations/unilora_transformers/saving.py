@@ -4,6 +4,7 @@
 nothing else. They are attributes of that one model; no class is changed.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -25,14 +26,24 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, ValuesError, __version__, read_adapter
+from unilora_core import (
+    AdapterFileError,
+    MismatchError,
+    ProjectionSpec,
+    SpecError,
+    ValuesError,
+    __version__,
+    read_adapter,
+)
 from unilora_core.files import new_files
 from unilora_core.header import FROZEN, Header, read_header
 from unilora_core.methods import METHODS, method_of
+from unilora_core.resizing import resized
 from unilora_core.schema import shown
 from unilora_torch.adapter import NAME, Adapter, adapters
 from unilora_torch.chains import Frozen
 from unilora_torch.frozen import frozen_in_file, tensors_of
+from unilora_torch.growing import resize
 from unilora_transformers.class_names import Classes, read_classes, write_classes
 
 __all__ = [
@@ -381,7 +392,8 @@ class Checkpoints:
     def before(
         self, model: nn.Module, state_dict: dict[str, Any], prefix: str, beside: Mapping[str, Any], *_: Any
     ) -> None:
-        """Compare the specs, and take what stands between the trained numbers.
+        """Compare the specs, and take what stands between the trained numbers; θ_d gets the checkpoint's d, where it
+        grew or shrank after it was attached as it is here.
 
         Args:
             beside: what `_describe` put beside the state_dict of another model, such as sentence-transformers loads of
@@ -406,7 +418,7 @@ class Checkpoints:
                 raise MismatchError(
                     f"the checkpoint holds an adapter {name!r}, the model has {list(there)}; attach it under that name."
                 )
-            mine = _identity(there[name].spec)
+            mine = _identity(_at_d(there[name].spec, found))
             if other := [field for field in mine if found.get(field) != mine[field]]:
                 theirs, ours = ({field: fields.get(field) for field in other} for fields in (found, mine))
                 raise MismatchError(
@@ -414,6 +426,8 @@ class Checkpoints:
                     "attach as for the first part of the training (targets, rank, d, seed, …) to go on from it."
                 )
             found_frozen[name] = _take_frozen(there[name], f"{prefix}{name}.", state_dict)
+        for name, found in specs.items():
+            resize(there[name], found["d"])
         for name, frozen in found_frozen.items():
             if frozen is not None:
                 there[name].chains.copy_(frozen)
@@ -471,6 +485,15 @@ def _describe(model: nn.Module, _state_dict: dict[str, Any], _prefix: str, besid
 def _identity(spec: ProjectionSpec) -> dict[str, Any]:
     """Everything that fixes P, in short."""
     return spec.to_json() | {"layout": spec.layout.fingerprint[:16]}
+
+
+def _at_d(spec: ProjectionSpec, found: Mapping[str, Any]) -> ProjectionSpec:
+    """The spec at the d of a checkpoint, where that is all that tells them apart; else itself."""
+    d, after = found.get("d"), spec
+    if type(d) is int and 1 <= d <= spec.D:
+        with contextlib.suppress(SpecError):
+            after = resized(spec, d)
+    return after if _identity(after) == found else spec
 
 
 def _frozen(there: Mapping[str, Adapter]) -> dict[str, Tensor]:
