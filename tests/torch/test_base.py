@@ -92,6 +92,20 @@ def test_values_that_are_elsewhere_do_not_count():
     assert identity(part) is None
 
 
+@pytest.mark.parametrize("place", [(0, 0), (2, 4), (-1, -1)])
+def test_a_weight_that_no_checkpoint_gave_values(place):
+    """Some of its values count, where it is said to be one."""
+    base, other = Text(), Text()
+    with torch.no_grad():
+        other.head.weight[0, 1:3] += 1  # these are not looked at
+        other.up.weight.add_(1)
+        check_base("f", identity(base, fresh=["head.weight"]), identity(other, fresh=["head.weight"]))
+        other.head.weight[place] += 1
+    assert same(base, other)
+    with pytest.raises(MismatchError, match=r"and head\.weight, which no checkpoint gave values .* is another"):
+        check_base("f", identity(base, fresh=["head.weight"]), identity(other, fresh=["head.weight"]))
+
+
 def test_it_is_small_and_reads_little():
     big = nn.ModuleList(nn.LayerNorm(4096, device="meta") for _ in range(500))
     assert len(write_identity(identity(big))["base"]) < 700
