@@ -19,7 +19,7 @@ def test_the_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_the_page_has_its_blocks():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     assert all("assert" in block for block in BLOCKS)
 
 
