@@ -12,20 +12,20 @@ PEFT's LoRA at each rate of a sweep. AdamW without weight decay, linear schedule
 repeated.
 """
 
-import argparse
 import gzip
 import itertools
 import json
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, machine, write
+from common import RESULTS, SMOKE, machine, parser, write
 from peft import LoraConfig, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
@@ -36,8 +36,8 @@ import unilora_transformers
 
 FILE = RESULTS / "llama_ratio.jsonl"
 VOCABULARY, LENGTH, BATCH = 2048, 128, 4
-PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_RATE = 400, 8, 3e-3
-STEPS = 60
+PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_RATE = 2 if SMOKE else 400, 8, 3e-3
+STEPS = 2 if SMOKE else 60
 HELD_OUT = 100
 RANK = 4
 RATIOS = [4, 8, 16, 32, 64, 128, 256]
@@ -271,14 +271,28 @@ def _rows() -> list[dict]:
     return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
 
 
+def smoke() -> None:
+    """The base and both methods, two steps each."""
+    with tempfile.TemporaryDirectory() as folder:
+        pretrain(Path(folder))
+        train, held_out = gsm8k(Path(folder))
+        ways = {"base": {}, "lora": {"rate": LORA_RATES[0]}, "unilora": {"rate": LORA_RATES[0], "ratio": RATIOS[0]}}
+        for method, chosen in ways.items():
+            print(run_one({"method": method, "seed": 0, **chosen}, Path(folder), train, held_out))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "plot", "table"])
-    parser.add_argument("--base", type=Path, help="folder of the pretrained base; made unless it is there")
-    arguments = parser.parse_args()
-    if arguments.what != "run":
+    made = parser(__doc__)
+    made.add_argument("what", choices=["run", "plot", "table"], nargs="?" if SMOKE else None)
+    made.add_argument("--base", type=Path, help="folder of the pretrained base; made unless it is there")
+    arguments = made.parse_args()
+    if SMOKE and "UNILORA_DATA" not in os.environ:
+        print("left out: the data are in the folder that UNILORA_DATA names, which is unset")
+    elif SMOKE:
+        smoke()
+    elif arguments.what != "run":
         {"plot": plot, "table": table}[arguments.what]()
     elif arguments.base is None:
-        parser.error("run needs --base FOLDER, outside the repository")
+        made.error("run needs --base FOLDER, outside the repository")
     else:
         run(arguments.base)

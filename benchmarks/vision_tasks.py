@@ -14,7 +14,6 @@ weight decay, linear schedule with 6 % warm-up, float32, one thread; query and v
 new; it trains at 1e-2 in every method, and alone at the best of its own sweep.
 """
 
-import argparse
 import functools
 import gzip
 import hashlib
@@ -32,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from common import RESULTS, machine, write
+from common import RESULTS, SMOKE, machine, parser, write
 from peft import UniLoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -48,7 +47,7 @@ BEGIN, END = "<!-- begin: vision_tasks.py table -->\n", "<!-- end -->\n"
 WIDTH, DEPTH, RANK = 128, 6, 4
 D = DEPTH * 2 * RANK * (WIDTH + WIDTH)
 BASE_EPOCHS, BASE_RATE, BASE_BATCH = 12, 1e-3, 64
-EXAMPLES, EPOCHS, BATCH = 2000, 5, 32
+EXAMPLES, EPOCHS, BATCH = (64, 1, 32) if SMOKE else (2000, 5, 32)
 SEEDS = range(5)
 SWEEP_SEED, SWEEP_TASK = 100, "others"
 RATES = {
@@ -229,7 +228,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     per_epoch = len(images) // batch
     steps = epochs * per_epoch
-    warmup = round(0.06 * steps)
+    warmup = max(1, round(0.06 * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, (steps - t) / (steps - warmup))
     )
@@ -455,20 +454,31 @@ def _rows() -> list[dict]:
     return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
 
 
+def smoke() -> None:
+    """Every method on 64 images, beside a base that was not trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(new_model().state_dict(), Path(folder, "base.safetensors"))
+        for method, rates in {"unilora": [HEAD_RATE], **RATES}.items():
+            print(run_one({"task": "digits", "method": method, "rate": rates[0], "seed": 0}, Path(folder)))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["base", "sweep", "run", "why", "table", "plot"])
-    parser.add_argument("--base", type=Path, help="folder of the base's weights, outside the repository")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run, from the I-th (default: all)")
-    arguments = parser.parse_args()
-    if arguments.what in ("table", "plot"):
+    made = parser(__doc__)
+    made.add_argument("what", choices=["base", "sweep", "run", "why", "table", "plot"], nargs="?" if SMOKE else None)
+    made.add_argument("--base", type=Path, help="folder of the base's weights, outside the repository")
+    made.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run, from the I-th (default: all)")
+    arguments = made.parse_args()
+    torch.set_num_threads(1)
+    if SMOKE and "UNILORA_DATA" not in os.environ:
+        print("left out: the data are in the folder that UNILORA_DATA names, which is unset")
+    elif SMOKE:
+        smoke()
+    elif arguments.what in ("table", "plot"):
         {"table": table, "plot": plot}[arguments.what]()
     elif arguments.base is None:
-        parser.error(f"{arguments.what} needs --base FOLDER, outside the repository")
+        made.error(f"{arguments.what} needs --base FOLDER, outside the repository")
+    elif arguments.what == "base":
+        train_base(arguments.base)
     else:
-        torch.set_num_threads(1)
-        if arguments.what == "base":
-            train_base(arguments.base)
-        else:
-            jobs = {"sweep": sweep, "run": table_jobs, "why": variants}[arguments.what]()
-            run(jobs, arguments.base, arguments.part)
+        jobs = {"sweep": sweep, "run": table_jobs, "why": variants}[arguments.what]()
+        run(jobs, arguments.base, arguments.part)

