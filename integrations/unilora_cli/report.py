@@ -38,7 +38,6 @@ class Recorder:
         skipped: steps that were not taken because the gradient overflowed float16.
         stopped_early: why training ended before its last step; empty unless it did.
         unwritten: what stands beside the adapter and could not be written, and why.
-        saved: the spec of the adapter in the file; d may have grown since.
     """
 
     def __init__(
@@ -52,9 +51,6 @@ class Recorder:
         self.skipped = resumed["skipped"] if resumed else 0
         self.stopped_early = ""
         self.unwritten: dict[str, str] = {}
-        self.saved = task.adapter.spec
-        if resumed and (folder / ADAPTER).is_file():
-            self.saved = read_adapter(folder / ADAPTER).spec
         self.began = time.perf_counter() - (resumed["seconds"] if resumed else 0)
         self._since = len(self.losses)
         self._file: IO[str] | None = None
@@ -113,17 +109,14 @@ class Recorder:
         """Save the adapter, if it is to be kept, and what is known so far, and print a line."""
         recent = [loss for _, loss, _ in self.losses[self._since :]]
         self._since = len(self.losses)
-        row: dict[str, Any] = {"epoch": epoch, "step": step}
-        if recent:
-            row["train_loss"] = sum(recent) / len(recent)
-        if self.about["settings"].get("grow_to"):
-            row["d"] = self.task.adapter.spec.d
-        self.epochs.append(row | dict(scores) | {"seconds": self._seconds()})
+        loss = {"train_loss": sum(recent) / len(recent)} if recent else {}
+        width = {"d": self.task.adapter.spec.d} if self.about["settings"].get("grow_to") else {}
+        self.epochs.append({"epoch": epoch, "step": step, **loss, **width, **scores, "seconds": self._seconds()})
         if epoch and self.kept() is self.epochs[-1]:
             self.save()
         self.write("running")
         name = f"epoch {epoch}" if epoch else "before"
-        before = f"training loss {number(row['train_loss'])}, " if recent else ""
+        before = f"training loss {number(loss['train_loss'])}, " if recent else ""
         held_out = ", ".join(f"{key} {number(value)}" for key, value in scores.items())
         self.tell(f"  {name}: {before}held out: {held_out}")
 
@@ -182,7 +175,6 @@ class Recorder:
             OSError: nor anywhere else.
         """
         _save(self.task, self.folder / ADAPTER)
-        self.saved = self.task.adapter.spec
 
     def failed(self, why: str) -> None:
         """Write down why training ended early."""
@@ -217,7 +209,7 @@ class Recorder:
             "final": final,
             **({"test": self.test} if self.test else {}),
             "epochs": self.epochs,
-            "bytes": _bytes(self.folder / ADAPTER, self.saved),
+            "bytes": _bytes(self.folder / ADAPTER, _saved(self)),
             "seconds": self._seconds(),
         }
         with self.beside("metrics.json"):
@@ -256,6 +248,12 @@ def _try(recorder: Recorder) -> None:
         file.unlink()
 
 
+def _saved(recorder: Recorder) -> ProjectionSpec:
+    """The spec of the adapter in the file, whose d may be that of before a growth."""
+    spec, file = recorder.task.adapter.spec, recorder.folder / ADAPTER
+    return read_adapter(file).spec if spec.first is not spec and file.is_file() else spec
+
+
 def _bytes(file: Path, spec: ProjectionSpec) -> dict[str, int]:
     size = file.stat().st_size if file.is_file() else 0
     lora = {"adapter_as_lora": size + 4 * (spec.D - spec.d) if size else 0} if spec.frame == "pair" else {}
@@ -273,7 +271,8 @@ def _epoch_rows(recorder: Recorder) -> list[list[object]]:
 
 
 def _summary(recorder: Recorder) -> list[tuple[str, str]]:
-    kept, sizes, plan = recorder.kept(), _bytes(recorder.folder / ADAPTER, recorder.saved), recorder.about["plan"]
+    kept, plan, saved = recorder.kept(), recorder.about["plan"], _saved(recorder)
+    sizes = _bytes(recorder.folder / ADAPTER, saved)
     as_lora = f" (as LoRA: {sizes['adapter_as_lora']:,})" if "adapter_as_lora" in sizes else ""
     names = ("loss", *(metric.name for metric in recorder.task.metrics))
     scores = [(f"held-out {name}", number(kept[name])) for name in names]
@@ -290,7 +289,7 @@ def _summary(recorder: Recorder) -> list[tuple[str, str]]:
     scores += [(f"test {name}", number(value)) for name, value in recorder.test.items()]
     return [
         *scores,
-        ("trained numbers", f"{plan['trained'] + recorder.saved.d - plan['d']:,}"),
+        ("trained numbers", f"{plan['trained'] + saved.d - plan['d']:,}"),
         ("adapter", f"{recorder.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
         ("time", f"{recorder._seconds():.1f} s"),
         ("also written", f"{', '.join(recorder.also_written)} in {recorder.folder}"),
