@@ -70,7 +70,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, _output: Tensor) -> None:
         ctx.theta_d, ctx.spec, ctx.frozen, ctx.spans = inputs
-        ctx.version = ctx.theta_d._version
+        ctx.version = None if ctx.theta_d.is_inference() else ctx.theta_d._version
 
     @staticmethod
     def forward(theta_d: Tensor, spec: ProjectionSpec, frozen: tuple[Tensor, ...], spans: Spans) -> Tensor:

@@ -49,6 +49,17 @@ def test_a_copy_computes_the_same_and_is_its_own(method, copied):
 
 
 @every_method
+@every_place
+def test_inference_mode_computes_the_same_and_training_goes_on(method, place):
+    _, model, adapter, x = moved(method, place)
+    wanted = run(model, adapter, x)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), wanted[0], atol=1e-5)  # attention has another kernel without gradients
+    for found, expected in zip(run(model, adapter, x), wanted, strict=True):
+        assert torch.equal(found, expected)
+
+
+@every_method
 def test_shapes_without_values(method):
     """A model that went to the meta device still says which shapes it gives, and a copy of it with values computes."""
     _, model, _, x = moved(method)
