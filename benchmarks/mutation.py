@@ -46,7 +46,7 @@ TESTS = {
     },
     "unilora_torch": {
         "adapter": "attach errors training",
-        "bypassed": "verify",
+        "bypassed": "bypassed verify",
         "calls": "interrupts threads",
         "checks": "attach computed_weights odds convolutions",
         "export": "lora method_files",
