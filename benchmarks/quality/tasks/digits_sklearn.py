@@ -103,7 +103,7 @@ TASK = Task(
     examples=150,
     epochs=66,
     batch=50,
-    rate=2e-2,
+    rate=2e-2,  # LoRA's best: of 5e-3, 1e-2, 2e-2, 4e-2 on the validation images (0.90, 0.93, 0.96, 0.83)
     head_rate=3e-2,
     full_rate=1e-3,
 )
