@@ -1,4 +1,4 @@
-"""Orders made of the words in orders.json, to be answered with JSON; judged on names, things and cities that are new."""
+"""Orders in the words of orders.json, to be answered with JSON; judged on names, things and cities that are new."""
 
 import json
 import random
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from quality.tasks import Data
 from quality.tasks._smollm import Example, answers, encoded, held_out, task, tokenizer
-from torch import nn
 
 ASK = "Write the order as JSON with the keys name, count, item, city, day."
 KEPT = ("first", "last", "things", "cities")
