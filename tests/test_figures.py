@@ -67,8 +67,8 @@ def vocabulary(texts):
 
 
 def unknown(words, known):
-    """The words of a command that its script does not know; numbers and FOLDERs stand for what a user has."""
-    return [word for word in words if word not in known and not re.fullmatch(r"[\d.e-]+|[A-Z_]+", word)]
+    """The words of a command that its script does not know; numbers, a FOLDER, what is mine and x=y are a user's own."""
+    return [word for word in words if word not in known and not re.fullmatch(r"[\d.e-]+|[A-Z_]+|mine|\w+=.*", word)]
 
 
 def sessions():
