@@ -45,6 +45,13 @@ class Entry:
         """Of the task's own figure."""
         return statistics.mean(self.values(self.task.metric))
 
+    def shown(self, metric: str) -> str:
+        """Mean ± standard error, and how many seeds it is of where some are missing."""
+        values, wanted = self.values(metric), 1 if self.rows[0].job.method == "none" else len(SEEDS)
+        count = "" if len(values) == wanted else f" ({len(values)} of {wanted} seeds)"
+        error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{error}{count}"
+
 
 def entries(name: str, task: Task) -> list[Entry]:
     """What a task was judged on, by trained numbers."""
@@ -53,13 +60,6 @@ def entries(name: str, task: Task) -> list[Entry]:
         if row.job.seed in SEEDS:
             found.setdefault((row.job.case, row.job.rate), []).append(row)
     return sorted((Entry(name, task, tuple(rows)) for rows in found.values()), key=lambda entry: entry.trained)
-
-
-def shown(values: Sequence[float]) -> str:
-    """Mean ± standard error, and how many seeds it is of where some are missing."""
-    count = "" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)"
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{error}{count}"
 
 
 def write(folders: Sequence[Path] = ()) -> None:
@@ -92,7 +92,7 @@ def _best(found: Iterable[Entry], label: str) -> str:
     if not mine:
         return "–"
     entry = max(mine, key=lambda each: each.mean() * (1 if each.task.higher else -1))
-    return shown(entry.values(entry.task.metric))
+    return entry.shown(entry.task.metric)
 
 
 def details(name: str, task: Task) -> Iterator[str]:
@@ -104,7 +104,7 @@ def details(name: str, task: Task) -> Iterator[str]:
     yield f"| method | rate | {' | '.join(metrics)} | of LoRA's gain | trained | head | bytes | seconds of CPU |"
     yield "|---|---|" + "---|" * (len(metrics) + 5)
     for entry in found:
-        about, figures = entry.rows[0].about, [shown(entry.values(metric)) for metric in metrics]
+        about, figures = entry.rows[0].about, [entry.shown(metric) for metric in metrics]
         gain = None if lora is None or start is None or lora == start else (entry.mean() - start) / (lora - start)
         seconds = statistics.median(row.about["seconds"] for row in entry.rows)
         yield (
