@@ -224,7 +224,7 @@ def test_options_have_one_order():
 
 
 FUTURE = [
-    ({"grouping": "spiral"}, "grouping 'spiral' version 1 is not known here .known: balanced version 1 or 2, .*codebook"),
+    ({"grouping": "spiral"}, "'spiral' version 1 is not known here .known: balanced version 1 or 2, .*codebook"),
     ({"grouping_version": 2}, "grouping 'identity' version 2 is not known here"),
     ({"frame": "ring"}, "frame 'ring' version 1 is not known here .known: pair version 1, .*; a newer unilora may"),
     ({"frame_version": 2}, "frame 'scaled' version 2 is not known here"),

@@ -225,7 +225,7 @@ def test_an_older_reader_refuses_it_by_name(monkeypatch):
             r"one of both is a multiple .*; got first_d = 40 with d = 40 and D = 1",
         ),
         ({"options": {"first_d": 7}}, SpecError, "got first_d = 7 with d = 40"),
-        ({"options": {"first_d": 400}}, SpecError, "none is more than min"),
+        ({"options": {"first_d": 400}}, SpecError, "none is more than min.D, 2.31., and first_d"),
         ({"options": {"first_d": 0}}, SpecError, "first_d must be a positive integer, got 0"),
         ({"options": {"first_d": 10.0}}, SpecError, "first_d must be a positive integer, got 10.0"),
         ({"grouping": "iid", "grouping_version": 1}, SpecError, r"has the options \[\], got \['first_d'\]"),
@@ -258,6 +258,15 @@ def test_a_d_past_D():
         grown(spec, largest + 1)
     with pytest.raises(SpecError, match="d cannot grow any more"):
         grown(planned(d=spec.D))
+
+
+def test_a_file_of_few_numbers_cannot_ask_for_many(spec_of):
+    """θ_d⁰ of the first d would have to be drawn."""
+    assert spec_of(2**40, 2**19, options=(("first_d", 2**31),)).first.d == 2**31
+    with pytest.raises(SpecError, match=r"and first_d at most 4096 times d; got first_d = 2147483648 with d = 262144"):
+        spec_of(2**40, 2**18, options=(("first_d", 2**31),))
+    with pytest.raises(SpecError, match="at most 4096 times d"):
+        shrunk(spec_of(2**20, 2**13), 2**13)
 
 
 def test_a_d_that_does_not_divide():

@@ -26,6 +26,9 @@ __all__ = ["GATHERS", "IDENTITY", "Class", "carried", "problem_of", "scale", "sc
 RATIO = 16
 """D/d by default: a sixteenth of LoRA's parameters."""
 
+SHRUNK = 2**12
+"""θ_d⁰ of the first d is drawn where d is a part of it: a file of few numbers cannot ask for any number of them."""
+
 Groups = Callable[[Instance, int, int, ModuleType, object], Array]
 Counts = Callable[[Instance], np.ndarray]
 Split = Callable[[Iterable[str]], list[list[str]]]
@@ -130,11 +133,11 @@ def _check_nested(of: Instance) -> None:
     if first_d is None:
         return
     nested = of.d != first_d and 0 in (of.d % first_d, first_d % of.d)
-    if not (nested and first_d <= min(of.D, grouping.MAX_d)):
+    if not (nested and first_d <= min(of.D, grouping.MAX_d, SHRUNK * of.d)):
         raise SpecError(
             f"ProjectionSpec: {FIRST_D} is the d with which training began, where d is another one by now: one of both "
-            f"is a multiple of the other, and none is more than min(D, 2^31); got {FIRST_D} = {shown(first_d)} with "
-            f"d = {of.d} and D = {of.D}."
+            f"is a multiple of the other, none is more than min(D, 2^31), and {FIRST_D} at most {SHRUNK} times d; got "
+            f"{FIRST_D} = {shown(first_d)} with d = {of.d} and D = {of.D}."
         )
 
 
