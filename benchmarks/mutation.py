@@ -58,7 +58,7 @@ TESTS = {
         "merging": "merge hooks computed_weights",
         "opened": "opened files",
         "paths": "paths convolutions",
-        "replaced": "convolutions attention computed_weights",
+        "replaced": "convolutions attention computed_weights bank",
         "rows": "bank",
         "saving": "files",
         "streamed": "generic method_lives methods",

@@ -163,6 +163,19 @@ def test_tensors_are_given_to_their_modules_in_one_pass(path):
     assert heads["ab"]["weight"].shape == (3, 2)
 
 
+def test_a_head_that_cannot_train_is_refused_where_the_model_has_its_values(path):
+    state = {f"head.{name}": value.numpy() for name, value in mlp().head.state_dict().items()}
+    wrote(path, [("blocks.0.up", 6, 12)], 1, state, modules_to_save=["head"])
+    model = mlp()
+    model.tied = nn.Linear(6, 3)
+    model.tied.weight = model.head.weight
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=r"modules_to_save: head\.weight is tied, it is also tied\.weight"):
+        unilora_torch.load(model, path)
+    assert_unchanged(model, before)
+    assert set(open_file(path, mlp().to("meta"), loaded=False).heads) == {"head"}
+
+
 # ---- what else a header may say -------------------------------------------------------------------------------------
 
 
