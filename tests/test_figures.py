@@ -67,7 +67,7 @@ def vocabulary(texts):
 
 
 def unknown(words, known):
-    """The words of a command that its script does not know; numbers, a FOLDER, what is mine and x=y are a user's own."""
+    """The words of a command that its script does not know; numbers, a FOLDER, `mine` and x=y are a user's own."""
     return [word for word in words if word not in known and not re.fullmatch(r"[\d.e-]+|[A-Z_]+|mine|\w+=.*", word)]
 
 
