@@ -29,7 +29,7 @@ import twins
 
 SIZES = {"vocabulary": 1000, "hidden": 512, "intermediate": 1376, "layers": 8, "heads": 8, "kv_heads": 8}
 if SMOKE:
-    SIZES |= {"hidden": 64, "intermediate": 172, "layers": 2}
+    SIZES |= {"hidden": 64, "intermediate": 172, "layers": 1}
 TARGETS = r".*_proj/kernel"
 MODULES = ".*_proj"
 RANK = 8
@@ -160,7 +160,7 @@ def vmap(repeats: int) -> dict:
 
 def groups(repeats: int) -> dict:
     """P and its transpose for 10 M LoRA parameters, the groups cached or computed."""
-    layers = range(2 if SMOKE else 152)
+    layers = range(1 if SMOKE else 152)
     shapes = {f"layers.{i}.q_proj.{f}": (8, 4096) if f == "A" else (4096, 8) for i in layers for f in "AB"}
     spec = ProjectionSpec(Layout(shapes.items()), sum(a * b for a, b in shapes.values()) // 16)
     stacks = [((name,), name.endswith(".B")) for name in shapes]
