@@ -3,8 +3,11 @@
 import ast
 import functools
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,17 @@ def test_scripts_know_smoke(script):
     """`nox -s benchmarks` runs each with `--smoke`; one that reads no arguments would run in full."""
     text = "\n".join(sources(script).values())
     assert '"--smoke"' in text or re.search(r"\bparser\(__doc__\)", text)
+
+
+def test_a_smoke_run_writes_into_a_copy_that_goes():
+    code = "import common; print(common.write('planted', {})); print((common.DOCS / 'method.md').exists())"
+    env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [sys.executable, "-c", code, "--smoke"]
+    path, copied = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()
+    assert Path(path).name == "planted.json"
+    assert copied == "True"
+    assert not Path(path).exists()
+    assert not (RESULTS / "planted.json").exists()
 
 
 @functools.cache
