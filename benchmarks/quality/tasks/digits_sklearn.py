@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from common import SMOKE
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def train_base(folder: Path) -> dict[str, Tensor]:
         torch.manual_seed(0)
         made = vit()
         groups = [{"params": list(made.parameters()), "lr": 1e-3, "weight_decay": 0.05}]
-        fit(made, groups, pool, collate, loss, epochs=40, batch=64, seed=0, title="the base")
+        fit(made, groups, pool, collate, loss, epochs=1 if SMOKE else 40, batch=64, seed=0, title="the base")
     made.eval()
     with torch.inference_mode():
         known = figures(made, test)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import SMOKE
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,7 +18,7 @@ from quality.tasks import Data, Task, data_folder
 from quality.training import fit
 
 VOCABULARY, LENGTH = 2048, 128
-STEPS, BATCH, RATE = 400, 8, 3e-3
+STEPS, BATCH, RATE = 2 if SMOKE else 400, 8, 3e-3
 """Of the base's own training."""
 
 
