@@ -158,7 +158,7 @@ def run(jobs: Iterable[Job], task: Task, data: Data, work: Path, part: str = "0/
     done = {row.job for row in read(wanted[0].task)} if wanted else set()
     made = []
     for job in tqdm([job for job in wanted if job not in done][first::step], desc="runs", disable=SMOKE):
-        made.append(run_one(job, task, data, work, progress=True).row)
+        made.append(run_one(job, task, data, work, progress=not SMOKE).row)
         with (FOLDER / f"{job.task}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(made[-1].to_json()) + "\n")
     return made

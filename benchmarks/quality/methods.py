@@ -1,5 +1,6 @@
 """What is trained: every method of the framework by ``attach``, PEFT's, all weights, the head alone, nothing."""
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -94,12 +95,14 @@ def _peft(model: nn.Module, task: Task, method: str, rate: float, seed: int, opt
     import peft
 
     common = {"target_modules": list(task.layers), "modules_to_save": list(task.head) or None}
+    layers = [layer for name, layer in model.named_modules() if name.rpartition(".")[2] in task.layers]
+    sizes = [size for layer in layers for size in (layer.in_features, layer.out_features)]
     config = {
         "peft-lora": lambda: peft.LoraConfig(**common, **{"r": 4, "lora_alpha": options.get("r", 4)} | options),
         "peft-unilora": lambda: peft.UniLoraConfig(proj_seed=seed, **common, **{"r": 4} | options),
         "peft-vera": lambda: peft.VeraConfig(projection_prng_key=seed, **common, **options),
         "peft-vblora": lambda: peft.VBLoRAConfig(
-            **common, **{"r": 4, "vector_length": 128, "num_vectors": 90} | options
+            **common, **{"r": 4, "vector_length": math.gcd(128, *sizes), "num_vectors": 90} | options
         ),
     }
     if method not in config:
