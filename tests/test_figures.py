@@ -1,6 +1,7 @@
 """Every figure of the README and of docs/ names what makes it, and that is there: a command, its words, its results."""
 
 import ast
+import csv
 import functools
 import json
 import os
@@ -338,8 +339,24 @@ def vit_b16(*keys):
     return lambda: [found[case][key] / (1e9 if "bytes" in key else 1) for case in cases for key in keys]
 
 
+def demonstrated():
+    values = []
+    for part in ("vision", "text", "language"):
+        with (RESULTS / "demo" / f"{part}.csv").open(encoding="utf-8") as file:
+            rows = [{key: float(row[key]) for key in row if key != "method"} for row in csv.DictReader(file)]
+        _, lora, unilora = rows
+        values += [100 * row.get("accuracy", row.get("exact")) for row in rows]
+        values += [row[key] for key in ("trained", "bytes") for row in (unilora, lora)]
+    return values
+
+
 N = r"([\d.,]+\d|\d)"
 DERIVED = {
+    "demo": (
+        "README.md",
+        rf"\| {N} % \| {N} % \| \*\*{N} %\*\* \| {N} instead of {N} \| {N} instead of {N} \|",
+        demonstrated,
+    ),
     "frozen": ("README.md", rf"per LoRA parameter {N} bytes against {N}", frozen_bytes),
     "projection": ("README.md", rf"at D = 10 M {N} of PEFT's", vs_peft("projection", "unilora_factors/peft")),
     "step, LoRA": ("README.md", rf"small Llama {N} of PEFT's plain", vs_peft("step", "unilora/peft_lora")),
