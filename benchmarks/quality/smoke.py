@@ -5,6 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from common import SMOKE
+
 from quality import report
 from quality.jobs import FOLDER, SEEDS, SWEEP, Job, run
 from quality.methods import middle
@@ -17,8 +19,10 @@ def smoke() -> None:
     """Every task whose data are there with Uni-LoRA; the first task with every kind of method; the report.
 
     Raises:
-        TaskError: there is no task that needs no data.
+        TaskError: no task can be run, or results would be lost.
     """
+    if not SMOKE:
+        raise TaskError("a smoke run throws its results away; start it as python benchmarks/quality --smoke.")
     shutil.rmtree(FOLDER, ignore_errors=True)  # a copy: see common.py
     ran: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
