@@ -71,7 +71,8 @@ def compare(name: str, folder: Path) -> None:
         result = run_one(Job(PARTS[name], method, SEED, rate), task, data, folder, progress=True)
         about = {key: result.row.about[key] for key in ("trained", "head", "bytes", "seconds", "steps")}
         rows.append({"method": label, task.metric: result.row.figures[task.metric], **about})
-        losses[label] = result.losses
+        if result.losses:
+            losses[label] = result.losses
         if task.kind == "language":
             said[label] = answered(result.trained.model, data.test[:SHOWN])
     report(folder, task, rows, losses, said)
@@ -137,7 +138,7 @@ def plot(path: Path, title: str, losses: dict[str, list[float]]) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for label, values in losses.items():
         window = max(1, len(values) // 10)
-        smooth = np.convolve(values, np.ones(window) / window, mode="valid") if values else []
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(range(window, window + len(smooth)), smooth, label=label)
     axes.set(xlabel="step", ylabel="training loss", title=title, ylim=(0, None))
     axes.legend()

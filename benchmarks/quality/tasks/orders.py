@@ -79,5 +79,5 @@ TASK = task(
     examples=160,
     epochs=1,
     batch=4,
-    rate=3e-3,
+    rate=3e-3,  # LoRA's better one of 1e-3 and 3e-3 on GSM8K; 0.95 of the validation orders here, no other tried
 )
