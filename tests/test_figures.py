@@ -27,9 +27,6 @@ SCRIPTS = {
 }
 """What can be run: files, and folders with a `__main__.py`."""
 
-OF_A_COMMIT = {"text_rates.jsonl": "46fa186", "text_rates_machine.json": "46fa186"}
-"""Results of a script as it once was; their page says of which commit."""
-
 COPIED = {"demo": "nox -s demo"}
 """Folders of results that are copied from what a session writes; a page names the session."""
 
@@ -163,7 +160,7 @@ def results():
 
 @pytest.mark.parametrize("result", results())
 def test_results_are_made_by_a_script_that_a_page_names(result):
-    by_hand = OF_A_COMMIT.get(result) or COPIED.get(Path(result).parts[0])
+    by_hand = COPIED.get(Path(result).parts[0])
     if by_hand:
         assert any(by_hand in text for text in PAGES.values())
         return
@@ -175,7 +172,6 @@ def test_results_are_made_by_a_script_that_a_page_names(result):
 
 
 def test_exceptions_are_still_there():
-    assert set(OF_A_COMMIT) <= set(results())
     assert set(COPIED) <= {Path(result).parts[0] for result in results()}
 
 
