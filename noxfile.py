@@ -73,7 +73,7 @@ def strict(session: nox.Session) -> None:
 @nox.session
 def torch(session: nox.Session) -> None:
     """The core in PyTorch, and the PyTorch backend."""
-    session.install(".[torch]", PEFT, *PYTEST)
+    session.install(".[torch]", PEFT, "matplotlib>=3.8", *PYTEST)  # matplotlib: what the benchmarks plot is tested
     pytest(session, "tests/core", "-k", "torch", expect="numpy,torch")
     pytest(session, "tests/torch", *TOP_LEVEL, expect="torch")
 

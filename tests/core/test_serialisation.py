@@ -414,7 +414,7 @@ def test_an_unknown_format_version_is_named(path, version):
         load_adapter(path)
 
 
-@pytest.mark.parametrize("fields", [{"grouping": "sorted"}, {"grouping_version": 2}, {"start": "warm"}], ids=str)
+@pytest.mark.parametrize("fields", [{"grouping": "sorted"}, {"grouping_version": 3}, {"start": "warm"}], ids=str)
 def test_an_unknown_algorithm_is_named(path, fields):
     rewrite_spec(path, **fields)
     with pytest.raises(UnknownVersionError, match=r"adapter\.safetensors: .* is not known here .*a newer unilora"):
