@@ -132,24 +132,37 @@ def sweeps(name: str, task: Task) -> Iterator[str]:
 
 
 def picture(name: str, task: Task) -> str:
-    """Figures over trained numbers, into the folder of results; the path from the root."""
+    """Figures over trained numbers, a line for what differs in d alone, into the results; the path from the root."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    series: dict[str, list[Entry]] = {}
     for entry in entries(name, task):
-        values = entry.values(task.metric)
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        label = entry.label.replace("**", "")
-        if entry.trained:
-            axes.errorbar(entry.trained, entry.mean(), error, fmt="o", capsize=3, label=label)
-        else:
-            axes.axhline(entry.mean(), linestyle="--", color="0.5", label=label)
+        series.setdefault(_series(entry), []).append(entry)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    for label, found in series.items():
+        if not found[0].trained:
+            axes.axhline(found[0].mean(), linestyle="--", color="0.5", label=label)
+            continue
+        best = {entry.trained: entry for entry in sorted(found, key=lambda each: each.mean() * (2 * task.higher - 1))}
+        values = [entry.values(task.metric) for _, entry in sorted(best.items())]
+        errors = [statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0 for each in values]
+        axes.errorbar(
+            sorted(best), [statistics.mean(each) for each in values], errors, fmt="o-", capsize=3, label=label
+        )
     axes.set(title=task.title, xscale="log", xlabel="trained numbers beside the head", ylabel=task.metric)
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(frameon=False, fontsize="small", loc="outside right upper")
     path = FOLDER / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return f"benchmarks/results/{path.relative_to(RESULTS).as_posix()}"
+
+
+def _series(entry: Entry) -> str:
+    """Method and options but for d, and for the rank that all have by default."""
+    job = entry.rows[0].job
+    apart = {("rank", 4)} | {(name, value) for name, value in job.options if name in ("d", "theta_d_length")}
+    return ", ".join([job.method, *(f"{name} = {value}" for name, value in job.options if (name, value) not in apart)])
