@@ -29,6 +29,8 @@ PAPER_BOUND = 0.02
 
 STARTS = ("paper", "identity", "zero")
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+LARGEST_SUMMED = 2.0**60
+"""Sums and differences of 2^31 numbers of this size, two times over, are float32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class ProjectionSpec:
         number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
         if not (number and SMALLEST <= self.bound <= LARGEST):
             raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {shown(self.bound)}.")
+        if self.bound > LARGEST_SUMMED and not self.map.exact:
+            raise SpecError(
+                f"ProjectionSpec: bound must be at most 2^60 with the grouping {self.grouping!r}, which adds up d numbers "
+                f"of θ_d, got {shown(self.bound)}."
+            )
 
     @property
     def map(self) -> Map:

@@ -252,11 +252,15 @@ class Snapshot:
         self.model.load_state_dict(self.state, strict=False)
 
 
-def adapter_file(scratch: Path, model: nn.Module, targets: Any, metadata: Any = None, **options: Any) -> File:
-    """The parts of a file that `Adapter.save` writes for the model, which stays as it is."""
+def adapter_file(
+    scratch: Path, model: nn.Module, targets: Any, metadata: Any = None, grown: int = 1, **options: Any
+) -> File:
+    """The parts of a file that `Adapter.save` writes for the model, which stays as it is; ``grown``: times its d."""
     import unilora_torch
 
     adapter = unilora_torch.attach(model, targets, **{"rank": 2, "d": 24} | options)
+    if grown > 1:
+        adapter.grow(grown)
     adapter.save(scratch / "seed.safetensors", metadata=metadata)
     adapter.detach()
     model.requires_grad_(True)
@@ -411,7 +415,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class LoadMethods(Load):
-    """As `Load`, of files of the other methods."""
+    """As `Load`, of files of the other methods, and of Uni-LoRA with another d than it began with."""
 
     name, share = "load (methods)", 1.2
 
@@ -419,7 +423,7 @@ class LoadMethods(Load):
         return [
             adapter_file(self.scratch, self.model, LINEAR, **{"method": method, "d": "auto"} | options)
             for method, options in METHODS.items()
-        ]
+        ] + [adapter_file(self.scratch, self.model, LINEAR, d=12, grown=2)]
 
 
 class Swap(Load):
