@@ -18,7 +18,7 @@ from unilora_core.schema import shown
 __all__ = ["FASTFOOD", "GAUSSIAN", "hadamard"]
 
 MOST = 2**31
-ENTRIES = 2**21
+ENTRIES = 2**19
 """So many numbers of a Gaussian P at a time."""
 
 
