@@ -88,8 +88,8 @@ class ProjectionSpec:
             raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {shown(self.bound)}.")
         if self.bound > LARGEST_SUMMED and not self.map.exact:
             raise SpecError(
-                f"ProjectionSpec: bound must be at most 2^60 with the grouping {self.grouping!r}, which adds up numbers of "
-                f"θ_d, got {shown(self.bound)}."
+                f"ProjectionSpec: bound must be at most 2^60 with the grouping {self.grouping!r}, which adds up "
+                f"numbers of θ_d, got {shown(self.bound)}."
             )
 
     @property
