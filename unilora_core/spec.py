@@ -83,14 +83,7 @@ class ProjectionSpec:
         if not 0 <= self.seed < 2**64:
             raise SpecError(f"ProjectionSpec: expected 0 ≤ seed < 2^64, got {shown(self.seed)}.")
         _check_start(self)
-        number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
-        if not (number and SMALLEST <= self.bound <= LARGEST):
-            raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {shown(self.bound)}.")
-        if self.bound > LARGEST_SUMMED and not self.map.exact:
-            raise SpecError(
-                f"ProjectionSpec: bound must be at most 2^60 with the grouping {self.grouping!r}, which adds up "
-                f"numbers of θ_d, got {shown(self.bound)}."
-            )
+        _check_bound(self)
 
     @property
     def map(self) -> Map:
@@ -237,6 +230,17 @@ class ProjectionSpec:
                 f"got {version}: {FIRST_D} is said with version {spec.map.nests}, and only there."
             )
         return spec
+
+
+def _check_bound(spec: ProjectionSpec) -> None:
+    number = isinstance(spec.bound, (int, float)) and not isinstance(spec.bound, bool)
+    if not (number and SMALLEST <= spec.bound <= LARGEST):
+        raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {shown(spec.bound)}.")
+    if spec.bound > LARGEST_SUMMED and not spec.map.exact:
+        raise SpecError(
+            f"ProjectionSpec: bound must be at most 2^60 with the grouping {spec.grouping!r}, which adds up numbers of "
+            f"θ_d, got {shown(spec.bound)}."
+        )
 
 
 def _checked_options(spec: ProjectionSpec) -> tuple[tuple[str, Option], ...]:
