@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import DOCS, RESULTS
 
-from quality.jobs import FOLDER, SEEDS, SWEEP, Row, read
+from quality.jobs import FOLDER, SEEDS, SWEEP, Job, Row, read
 from quality.tasks import Task, find, names
 
 PAGE = DOCS / "evidence.md"
@@ -29,8 +29,7 @@ class Entry:
         """Method and options; "untouched" is Uni-LoRA as it comes, at the rate that the command takes by default."""
         job = self.rows[0].job
         untouched = job.method == "uni-lora" and not job.options and job.rate == self.task.rate
-        said = [job.method, *(f"{name} = {value}" for name, value in job.options)]
-        return ", ".join(said) + (", **untouched**" if untouched else "")
+        return said(job) + (", **untouched**" if untouched else "")
 
     @property
     def trained(self) -> int:
@@ -51,6 +50,12 @@ class Entry:
         count = "" if len(values) == wanted else f" ({len(values)} of {wanted} seeds)"
         error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.3f}{error}{count}"
+
+
+def said(job: Job, without: Container[tuple[str, object]] = ()) -> str:
+    """Method and options, but for those left out."""
+    chosen = (f"{name} = {value}" for name, value in job.options if (name, value) not in without)
+    return ", ".join([job.method, *chosen])
 
 
 def entries(name: str, task: Task) -> list[Entry]:
@@ -125,7 +130,7 @@ def sweeps(name: str, task: Task) -> Iterator[str]:
         yield "|---|---|"
     for rows in cases.values():
         job = rows[0].job
-        label = ", ".join([job.method, *(f"{option} = {value}" for option, value in job.options)])
+        label = said(job)
         rows.sort(key=lambda row: row.job.rate)
         tried = ", ".join(f"{row.job.rate:g} → {row.figures[task.metric]:.3f}" for row in rows)
         yield f"| {label} | {tried} |"
@@ -164,5 +169,4 @@ def picture(name: str, task: Task) -> str:
 def _series(entry: Entry) -> str:
     """Method and options but for d, and for the rank that all have by default."""
     job = entry.rows[0].job
-    apart = {("rank", 4)} | {(name, value) for name, value in job.options if name in ("d", "theta_d_length")}
-    return ", ".join([job.method, *(f"{name} = {value}" for name, value in job.options if (name, value) not in apart)])
+    return said(job, {("rank", 4)} | {(name, value) for name, value in job.options if name in ("d", "theta_d_length")})

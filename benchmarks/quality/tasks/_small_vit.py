@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import timm
 import torch
 from common import SMOKE
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 import unilora_timm
 from quality.tasks import Data, Task, data_folder
+from quality.tasks._classifier import accuracy, kept, loss
 from quality.training import fit
 
 EXAMPLES, EPOCHS, BATCH, RATE = (128, 1, 64, 1e-3) if SMOKE else (10_000, 12, 64, 1e-3)
@@ -38,8 +38,8 @@ def task(title: str, read: Callable[[], Data], *, classes: int, augmented: bool,
         data=read,
         model=functools.partial(model, classes=classes),
         collate=functools.partial(collate, augmented=augmented),
-        loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
-        figures=figures,
+        loss=loss,
+        figures=functools.partial(accuracy, collate=functools.partial(collate, augmented=False)),
         attach=unilora_timm.attach,
         layers=("qkv",),
         head=("head",),
@@ -52,42 +52,26 @@ def task(title: str, read: Callable[[], Data], *, classes: int, augmented: bool,
 
 def model(folder: Path, *, classes: int) -> nn.Module:
     """The base, with a fresh head."""
-    path = folder / "small_vit.safetensors"
-    vit = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=5
-    )
-    if not path.exists():
-        save_file(train_base(folder), path)
-    vit.load_state_dict(load_file(path))
-    vit.reset_classifier(classes)
-    return vit
+    made = kept(folder / "small_vit.safetensors", vit, functools.partial(train, folder=folder))
+    made.reset_classifier(classes)
+    return made
 
 
-def train_base(folder: Path) -> dict[str, Tensor]:
-    """The weights after 12 epochs on every second class of CIFAR-10; what came of it goes beside them."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vit = timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=5
-        )
-        groups = [{"params": list(vit.parameters()), "lr": RATE, "weight_decay": 0.05}]
-        images = cifar("train", 0)[:EXAMPLES]
-        fit(
-            vit,
-            groups,
-            images,
-            functools.partial(collate, augmented=True),
-            lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
-            epochs=EPOCHS,
-            batch=BATCH,
-            seed=0,
-            title="the base",
-        )
-    vit.eval()
+def vit() -> nn.Module:
+    """timm's ViT with 16 patches of 8 × 8, six blocks of width 128, 1.2 million parameters."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes)
+
+
+def train(base: nn.Module, folder: Path) -> None:
+    """12 epochs on every second class of CIFAR-10; what came of it goes into the folder."""
+    groups = [{"params": list(base.parameters()), "lr": RATE, "weight_decay": 0.05}]
+    images, cropped = cifar("train", 0)[:EXAMPLES], functools.partial(collate, augmented=True)
+    fit(base, groups, images, cropped, loss, epochs=EPOCHS, batch=BATCH, seed=0, title="the base")
+    base.eval()
     with torch.inference_mode():
-        known = figures(vit, cifar("test", 0))
+        known = accuracy(base, cifar("test", 0), functools.partial(collate, augmented=False))
     (folder / "small_vit.json").write_text(json.dumps(known) + "\n", encoding="utf-8")
-    return vit.state_dict()
 
 
 def collate(examples: list[Example], rng: np.random.Generator | None, *, augmented: bool) -> tuple[Tensor, Tensor]:
@@ -107,15 +91,6 @@ def crop_and_flip(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     columns = torch.where(torch.from_numpy(rng.random((n, 1)) < 0.5), columns, columns.flip(1)) + right
     rows = torch.arange(height) + down
     return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def figures(model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy."""
-    hits = 0
-    for start in range(0, len(examples), 250):
-        pixels, labels = collate(list(examples[start : start + 250]), None, augmented=False)
-        hits += int((model(pixels).argmax(-1) == labels).sum())
-    return {"accuracy": hits / len(examples)}
 
 
 def cifar(part: str, first: int) -> list[Example]:

@@ -1,20 +1,20 @@
 """The digits 5 to 9 of scikit-learn, by a ViT that knows 0 to 4: trained here once, then kept. No data, no network."""
 
+import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from common import SMOKE
-from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 import unilora_timm
 from quality.tasks import Data, Task, split
+from quality.tasks._classifier import accuracy, kept, loss
 from quality.training import fit
 
 Example = tuple[Tensor, int]
@@ -38,28 +38,20 @@ def vit() -> nn.Module:
 
 def model(folder: Path) -> nn.Module:
     """The base, with a fresh head."""
-    path = folder / "digits_vit.safetensors"
-    if not path.exists():
-        save_file(train_base(folder), path)
-    made = vit()
-    made.load_state_dict(load_file(path))
+    made = kept(folder / "digits_vit.safetensors", vit, functools.partial(train, folder=folder))
     made.reset_classifier(5)
     return made
 
 
-def train_base(folder: Path) -> dict[str, Tensor]:
-    """The weights after 400 steps on the digits 0 to 4; what came of it goes beside them."""
+def train(base: nn.Module, folder: Path) -> None:
+    """400 steps on the digits 0 to 4; what came of it goes into the folder."""
     pool, _, test = split(digits(0), 0, 200)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = vit()
-        groups = [{"params": list(made.parameters()), "lr": 1e-3, "weight_decay": 0.05}]
-        fit(made, groups, pool, collate, loss, epochs=1 if SMOKE else 40, batch=64, seed=0, title="the base")
-    made.eval()
+    groups = [{"params": list(base.parameters()), "lr": 1e-3, "weight_decay": 0.05}]
+    fit(base, groups, pool, collate, loss, epochs=1 if SMOKE else 40, batch=64, seed=0, title="the base")
+    base.eval()
     with torch.inference_mode():
-        known = figures(made, test)
+        known = accuracy(base, test, collate)
     (folder / "digits_vit.json").write_text(json.dumps(known) + "\n", encoding="utf-8")
-    return made.state_dict()
 
 
 def collate(examples: list[Example], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
@@ -77,17 +69,6 @@ def augmented(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     return grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy."""
-    return cross_entropy(model(batch[0]), batch[1])
-
-
-def figures(model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy."""
-    pixels, labels = collate(list(examples), None)
-    return {"accuracy": (model(pixels).argmax(-1) == labels).double().mean().item()}
-
-
 TASK = Task(
     title="scikit-learn's digits 5–9, ViT of 0–4",
     kind="images",
@@ -97,7 +78,7 @@ TASK = Task(
     model=model,
     collate=collate,
     loss=loss,
-    figures=figures,
+    figures=functools.partial(accuracy, collate=collate),
     attach=unilora_timm.attach,
     layers=("qkv",),
     head=("head",),

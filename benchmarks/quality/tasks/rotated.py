@@ -1,17 +1,15 @@
 """Digits turned by 90°, by a small classifier that knows upright ones: no transformer, every layer adapted."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import unilora_torch
 from quality.tasks import Data, Task, _mnist, split
+from quality.tasks._classifier import accuracy, kept, loss
 from quality.training import fit
 
 Example = tuple[Tensor, int]
@@ -38,27 +36,20 @@ def collate(examples: list[Example], _rng: np.random.Generator | None) -> tuple[
     return torch.stack([pixels for pixels, _ in examples]), torch.tensor([label for _, label in examples])
 
 
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy."""
-    return cross_entropy(model(batch[0]), batch[1])
-
-
-def figures(model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy."""
-    pixels, labels = collate(list(examples), None)
-    return {"accuracy": (model(pixels).argmax(-1) == labels).float().mean().item()}
-
-
 def model(folder: Path) -> nn.Module:
     """784-256-256-10, trained here once, then kept."""
-    net = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-    path = folder / "upright.safetensors"
-    if not path.exists():
-        groups = [{"params": list(net.parameters()), "lr": 2e-3}]
-        fit(net, groups, parts()[0], collate, loss, epochs=6, batch=32, seed=0, title="the base")
-        save_file(net.state_dict(), path)
-    net.load_state_dict(load_file(path))
-    return net
+    return kept(folder / "upright.safetensors", make, train)
+
+
+def make() -> nn.Module:
+    """With random weights."""
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def train(net: nn.Module) -> None:
+    """Six epochs of upright digits."""
+    groups = [{"params": list(net.parameters()), "lr": 2e-3}]
+    fit(net, groups, parts()[0], collate, loss, epochs=6, batch=32, seed=0, title="the base")
 
 
 TASK = Task(
@@ -70,7 +61,7 @@ TASK = Task(
     model=model,
     collate=collate,
     loss=loss,
-    figures=figures,
+    figures=functools.partial(accuracy, collate=collate),
     attach=functools.partial(unilora_torch.attach, targets="all-linear"),
     layers=("0", "2", "4"),
     head=(),

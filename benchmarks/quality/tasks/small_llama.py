@@ -86,7 +86,9 @@ def model(folder: Path) -> nn.Module:
             bos_token_id=None,
             eos_token_id=None,
         )
-        base = LlamaForCausalLM(config)
+        with torch.random.fork_rng():  # the same base whatever the seed of the run that makes it
+            torch.manual_seed(0)
+            base = LlamaForCausalLM(config)
         order = np.random.default_rng(0).permutation(len(corpus()[1]))[: STEPS * BATCH]
         groups = [{"params": list(base.parameters()), "lr": RATE}]
         chosen = list(corpus()[1][order])
