@@ -402,7 +402,7 @@ DERIVED = {
         outcomes,
     ),
     "ViT-B/16, table": (
-        "docs/benchmarks-vision.md",
+        "docs/fine-tune-your-vit.md",
         rf"\| {N} \| {N} s \| {N} s \| {N} \| {N} \| {N} GB \|",
         vit_b16("trained", "median_s", "min_s", "to_peft_lora", "to_peft_lora_by_round", "peak_bytes"),
     ),

@@ -1,5 +1,6 @@
 """What is compared, by name: each plan gives the cases of a task, whose rates are swept or said."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ import torch
 
 from quality.jobs import Case, best_rate, judged, options_of, read, run, sweep
 from quality.tasks import Task
+from unilora_core import Layout
 
-Plan = Callable[[Task, int], Iterator[tuple[str, dict[str, Any]]]]
-"""Task and D at rank 4 → method and options of each case."""
+Plan = Callable[[Task, Layout], Iterator[tuple[str, dict[str, Any]]]]
+"""Task and LoRA's layout at rank 4 → method and options of each case."""
 
 
-def baselines(task: Task, _D: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def baselines(task: Task, _layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     """LoRA at two ranks, all weights, the head alone or nothing, and Uni-LoRA."""
     yield "uni-lora", {}
     yield "lora", {}
@@ -22,32 +24,51 @@ def baselines(task: Task, _D: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "head" if task.head else "none", {}
 
 
-def shapes(_task: Task, D: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def shapes(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rank at fixed d, and d at fixed rank."""
     for part in (4, 16, 64):
         for rank in (1, 4, 16, 64):
-            yield "uni-lora", {"rank": rank, "d": D // part}
+            yield "uni-lora", {"rank": rank, "d": layout.size // part}
 
 
-def maps(_task: Task, D: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def maps(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     """Other choices of P at the same d, and Uni-LoRA's own."""
     yield "uni-lora", {}
     for grouping in ("iid", "local", "by-factor", "unnormalised"):
-        yield "uni-lora", {"grouping": grouping, "d": D // 16}
+        yield "uni-lora", {"grouping": grouping, "d": layout.size // 16}
     for method in ("fastfood", "gaussian"):
-        yield method, {"d": D // 16}
+        yield method, {"d": layout.size // 16}
     yield "uni-lora", {"start": "paper"}
 
 
-PLANS: dict[str, Plan] = {"baselines": baselines, "shapes": shapes, "maps": maps}
+def methods(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every method at as many numbers as Uni-LoRA has by default, or at the fewest that it can have if those are more."""
+    d, targets = layout.size // 16, len(layout.factors) // 2
+    sides = [side for _, shape in layout.factors for side in shape if side != 4]
+    yield "uni-lora", {}
+    for method in ("fastfood", "gaussian"):
+        yield method, {"d": d}
+    for method in ("gpart", "intrinsic-dimension"):
+        yield method, {}
+    yield "lora-xs", {"rank": min(math.isqrt(d // targets), *sides)}
+    yield "fourierft", {"frequencies": d // targets}
+    yield "vera", {"rank": 1}  # a number for each output, at least
+    yield "vera", {"d": d, "grouping": "balanced"}
+    yield "tied-lora", {"rank": 1}
+    yield "lora", {"rank": 1}
+    length = math.gcd(*sides)
+    yield "vb-lora", {"length": length, "vectors": max(2, round(d / (layout.size // length + length)))}
+
+
+PLANS: dict[str, Plan] = {"baselines": baselines, "shapes": shapes, "maps": maps, "methods": methods}
 
 
 def carry_out(plan: str, name: str, task: Task, work: Path, part: str, *, seeds: int) -> None:
     """Sweep the rates of each case, then judge it at the best; Uni-LoRA as it comes at the default rate, too."""
     torch.manual_seed(0)
-    D = task.attach(task.model(work), rank=4).spec.D
+    layout = task.attach(task.model(work), rank=4).spec.layout
     data = task.data()
-    for method, options in PLANS[plan](task, D):
+    for method, options in PLANS[plan](task, layout):
         case: Case = method, options_of(options)
         if method == "none":  # nothing trains, so every seed and rate is the same
             run(list(judged(name, case, 0.0))[:1], task, data, work, part)

@@ -22,18 +22,18 @@ Example = tuple[list[int], list[int], int]
 """input_ids, token_type_ids, label"""
 
 
-def task(title: str, read: Callable[[], Data], *, metric: str = "accuracy", **sizes: Any) -> Task:
-    """A task of labels 0 and 1; ``read`` gives `encoded` examples, ``sizes`` are those of `Task`."""
+def task(title: str, read: Callable[[], Data], *, metric: str = "accuracy", classes: int = 2, **sizes: Any) -> Task:
+    """A task of labels 0, 1, …; ``read`` gives `encoded` examples, ``sizes`` are those of `Task`."""
     return Task(
         title=title,
         kind="text",
         metric=metric,
         higher=True,
         data=read,
-        model=model,
+        model=functools.partial(model, classes=classes),
         collate=collate,
         loss=loss,
-        figures=figures,
+        figures=figures if classes == 2 else accuracy,
         attach=unilora_transformers.attach,
         layers=("query", "value"),
         head=("classifier",),
@@ -45,10 +45,10 @@ def task(title: str, read: Callable[[], Data], *, metric: str = "accuracy", **si
     )
 
 
-def model(_folder: Path) -> nn.Module:
-    """MiniLM without dropout, with a fresh classifier of two classes."""
+def model(_folder: Path, *, classes: int = 2) -> nn.Module:
+    """MiniLM without dropout, with a fresh classifier."""
     return AutoModelForSequenceClassification.from_pretrained(
-        FOLDER, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        FOLDER, num_labels=classes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
 
 
@@ -78,15 +78,26 @@ def loss(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
     return cross_entropy(logits.float(), labels)
 
 
-def figures(model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy, F1 of label 1, and Matthews' correlation: 0 where all predictions are the same."""
+def predicted(model: nn.Module, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """What the model says, and what is right: (n,) each."""
     ordered, found, true = sorted(examples, key=lambda each: len(each[0])), [], []
     for start in range(0, len(ordered), 64):
         inputs, labels = collate(ordered[start : start + 64], None)
         with torch.autocast("cpu", torch.bfloat16):
             found += model(**inputs).logits.argmax(-1).tolist()
         true += labels.tolist()
-    p, t = np.array(found), np.array(true)
+    return np.array(found), np.array(true)
+
+
+def accuracy(model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
+    """The part that is right."""
+    found, true = predicted(model, examples)
+    return {"accuracy": float((found == true).mean())}
+
+
+def figures(model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
+    """Accuracy, F1 of label 1, and Matthews' correlation: 0 where all predictions are the same."""
+    p, t = predicted(model, examples)
     tp, tn, fp, fn = (float((a & b).sum()) for a, b in ((p, t), (1 - p, 1 - t), (p, 1 - t), (1 - p, t)))
     norm = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return {

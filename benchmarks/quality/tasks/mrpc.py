@@ -6,6 +6,6 @@ TASK = _minilm.task(
     "MRPC, MiniLM",
     lambda: _glue.read("mrpc", (0, 3, 4), header=True, validation=400),
     examples=2400,
-    epochs=2,
+    epochs=1,
     batch=16,
 )
