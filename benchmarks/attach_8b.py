@@ -55,24 +55,29 @@ def skeleton() -> nn.Module:
     return model
 
 
+def numbers(model: nn.Module, targets: list[str], rank: int) -> int:
+    """D."""
+    layers = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in targets]
+    return rank * sum(layer.in_features + layer.out_features for layer in layers)
+
+
 def with_unilora(model: nn.Module, targets: list[str], rank: int) -> tuple[int, int, float, float, int]:
-    """D, d, seconds, the processor's seconds, and the bytes of what attaching makes."""
+    """D, d, seconds, the processor's seconds, and the bytes of what attaching makes; d = D/16."""
+    D = numbers(model, targets, rank)
     start, cpu = time.perf_counter(), time.process_time()
-    adapter = unilora_torch.attach(model, targets, rank=rank)
+    adapter = unilora_torch.attach(model, targets, rank=rank, d=round(D / 16))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     tensors = (*adapter.parameters(), *adapter.buffers(), *adapter.projection.tensors)
     size = sum(tensor.nbytes for tensor in tensors)
-    D, d = adapter.spec.D, adapter.spec.d
     adapter.detach()
-    return D, d, seconds, cpu, size
+    return D, round(D / 16), seconds, cpu, size
 
 
 def with_peft(model: nn.Module, targets: list[str], rank: int) -> tuple[int, int, float, float, int]:
     """The same for PEFT's UniLora, with as many trained numbers."""
     import peft
 
-    layers = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in targets]
-    D = rank * sum(layer.in_features + layer.out_features for layer in layers)
+    D = numbers(model, targets, rank)
     config = peft.UniLoraConfig(r=rank, theta_d_length=round(D / 16), target_modules=targets)
     start, cpu = time.perf_counter(), time.process_time()
     wrapped = peft.get_peft_model(model, config)

@@ -95,7 +95,7 @@ def with_hqq(model: transformers.PreTrainedModel) -> transformers.PreTrainedMode
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=4, group_size=32)
-    found = unilora_transformers.attach(model, targets_of(model))
+    found = unilora_transformers.attach(model, targets_of(model), rank=4)
     names = [target.module for target in found.targets]
     found.detach()
     for name in dict.fromkeys(names):
@@ -132,7 +132,7 @@ def adapt(folder: Path, cls: str, dtype: str, case: Path) -> dict[str, object]:
     """Attach, ten steps, save."""
     model = load(folder, cls, dtype)
     start = time.perf_counter()
-    adapter = unilora_transformers.attach(model, targets_of(model))
+    adapter = unilora_transformers.attach(model, targets_of(model), rank=4)
     attach_s = time.perf_counter() - start
     before, largest = adapter.theta_d.detach().clone(), []
     adapter.theta_d.register_hook(lambda grad: largest.append(grad.abs().max().item()))
@@ -158,7 +158,7 @@ def adapt(folder: Path, cls: str, dtype: str, case: Path) -> dict[str, object]:
 def with_peft(folder: Path, cls: str, dtype: str) -> dict[str, object]:
     """PEFT's UniLora on the same base, d as ours: the largest gradient of its θ_d in ten steps."""
     model = load(folder, cls, dtype)
-    adapter = unilora_transformers.attach(model)
+    adapter = unilora_transformers.attach(model, rank=4)
     modules, d = list(dict.fromkeys(target.module for target in adapter.targets)), adapter.spec.d
     heads = list(adapter.modules_to_save)
     adapter.detach()

@@ -53,11 +53,11 @@ def attached(task: Task, base: Path, seed: int, ratio: int | None) -> tuple[nn.M
     """The base with a fresh head of that seed, and an adapter; where there is no ratio, LoRA itself, θ_d = θ_D."""
     torch.manual_seed(seed)
     model = task.model(base)
-    adapter = task.attach(model, seed=seed, **({"method": "lora"} if ratio is None else {}))
+    adapter = task.attach(model, seed=seed, rank=4, **({"method": "lora"} if ratio is None else {}))
     if ratio is not None:
         d = max(1, adapter.spec.D // ratio)
         adapter.detach()
-        adapter = task.attach(model, seed=seed, d=d)
+        adapter = task.attach(model, seed=seed, rank=4, d=d)
     return model, adapter
 
 

@@ -10,7 +10,7 @@ from unilora_core.errors import SpecError
 from unilora_core.frames import FRAMES, Sizes, frame_layout
 from unilora_core.maps import MAPS
 from unilora_core.maps.mapping import Option, Options
-from unilora_core.rates import default_bound
+from unilora_core.rates import LORA_RANK, default_bound
 from unilora_core.schema import shown
 from unilora_core.spec import ProjectionSpec, known, option
 
@@ -38,8 +38,6 @@ class Method:
     d: int | None = None
 
 
-USUAL_RANK = 4
-
 ARGUMENTS = (
     "method",
     "rank",
@@ -56,7 +54,7 @@ ARGUMENTS = (
 """What stands beside the options where a method is chosen: words that an unknown option may be meant for."""
 
 METHODS: dict[str, Method] = {
-    "uni-lora": Method("pair", "balanced", "identity", 4, "Uni-LoRA, arXiv 2506.00799"),
+    "uni-lora": Method("pair", "balanced", "identity", 16, "Uni-LoRA, arXiv 2506.00799"),
     "lora": Method("pair", "identity", "identity", 4, "LoRA, arXiv 2106.09685"),
     "tied-lora": Method("tied", "identity", "identity", 4, "Tied-LoRA, arXiv 2311.09578"),
     "vera": Method("scaled", "identity", "zero", 256, "VeRA, arXiv 2310.11454"),
@@ -64,7 +62,7 @@ METHODS: dict[str, Method] = {
     "tinylora": Method("core", "gaussian", "zero", 2, "TinyLoRA with all targets tied, arXiv 2602.04118", d=64),
     "vb-lora": Method("rows", "codebook", "paper", 4, "VB-LoRA, arXiv 2405.15179"),
     "fourierft": Method("spectrum", "identity", "zero", None, "FourierFT, arXiv 2405.03003"),
-    "fastfood": Method("pair", "fastfood", "identity", 4, "Le, Sarlós and Smola 2013; arXiv 2506.00799"),
+    "fastfood": Method("pair", "fastfood", "identity", 16, "Le, Sarlós and Smola 2013; arXiv 2506.00799"),
     "gaussian": Method("pair", "gaussian", "identity", 4, "arXiv 2506.00799"),
     "gpart": Method("dense", "balanced", "zero", None, "GPart, arXiv 2605.14841"),
     "intrinsic-dimension": Method("dense", "fastfood", "zero", None, "arXiv 1804.08838 and 2012.13255"),
@@ -87,8 +85,8 @@ def plan_spec(
 
     Args:
         targets: name and sizes of each.
-        d: the number of trained values; ``"auto"``: the method's, which is D/16 for Uni-LoRA, and as many as Uni-LoRA
-            has at rank 4 where ΔW itself is made of them.
+        d: the number of trained values; ``"auto"``: the method's, which for Uni-LoRA is a sixteenth of the numbers that
+            LoRA has at rank 4, whatever the rank, and where ΔW itself is made of them.
         grouping: another map for the method's frame, such as ``"iid"``, or ``"balanced"`` for VeRA's vectors.
         bound: of θ_d⁰; by default `default_bound` for the identity start, else 0.02.
         options: name → value, of the options of the frame and the map; the others are their defaults.
@@ -109,9 +107,10 @@ def plan_spec(
     values = _values(method, dict(form.options) | dict(each.options), options or {})
     targets = list(targets)
     layout = frame_layout(form, targets, values | ranked)
-    as_lora = frame_layout(FRAMES["pair"], targets, {"rank": USUAL_RANK}) if form.dense and not each.fixed else layout
-    width = each.width(as_lora, values)
-    usual = width if chosen.d is None or each.fixed else min(chosen.d, layout.size)
+    as_lora = not each.fixed and (form.dense or chosen.frame == "pair")
+    counted = frame_layout(FRAMES["pair"], targets, {"rank": LORA_RANK}) if as_lora else layout
+    width = each.width(counted, values)
+    usual = width if each.fixed else min(width if chosen.d is None else chosen.d, layout.size)
     if each.fixed and d not in ("auto", width):
         raise SpecError(
             f"the method {method!r} trains d = {width} numbers here, got d = {shown(d)}; leave d out, or take a "

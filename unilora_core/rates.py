@@ -4,21 +4,30 @@ import math
 
 from unilora_core.spec import PAPER_BOUND, ProjectionSpec
 
-__all__ = ["default_bound", "map_rate", "theta_rate"]
+__all__ = ["LORA_RANK", "default_bound", "map_rate", "theta_rate"]
+
+LORA_RANK = 4
+"""Of the LoRA that Uni-LoRA is compared with: by default it has a sixteenth of its numbers, and trains at its rate."""
 
 
 def theta_rate(spec: ProjectionSpec, lora_rate: float) -> float:
-    """The rate for θ_d that trains as LoRA would at ``lora_rate``: the map's factor (η·(D/d)^¾ for Uni-LoRA, Fastfood
-    and Gaussian, η where d = D) times the frame's (10 for VeRA, LoRA-XS and FourierFT, by their own settings).
+    """The rate for θ_d that trains as LoRA would at ``lora_rate``: the map's factor ((D/d)^¾·√(4/r) for Uni-LoRA,
+    Fastfood and Gaussian, 1 where d = D) times the frame's (10 for VeRA, LoRA-XS and FourierFT, by their own settings).
     """
     return lora_rate * map_rate(spec) * spec.form.rate
 
 
 def map_rate(spec: ProjectionSpec) -> float:
-    """The map's factor; 1 where ΔW itself is made, whose entries LoRA has no rate for (D/d grows with the model there,
-    and a factor that grows with it was seen to diverge).
+    """The map's factor. Where a pair's numbers are shared it has √(4/r), since the sum of r rank-one updates grows like
+    √r while (D/d)^¾ grows with r. It is 1 where ΔW itself is made, whose entries LoRA has no rate for (D/d grows with
+    the model there, and a factor that grows with it was seen to diverge).
     """
-    return 1.0 if spec.form.dense else spec.map.rate(spec)
+    if spec.form.dense:
+        return 1.0
+    if spec.frame != "pair" or spec.map.fixed:
+        return spec.map.rate(spec)
+    _, (*_, rank, _) = spec.layout.factors[0]
+    return spec.map.rate(spec) * math.sqrt(LORA_RANK / rank)
 
 
 def default_bound(spec: ProjectionSpec) -> float:

@@ -57,8 +57,8 @@ def plan(
             (``["q_proj", "v_proj"]``), or a list of `Target`; see `find_targets`.
         exclude: taken away from ``targets``, by regular expression or list.
         method: a name of `unilora_core.methods.METHODS`; what is None below is the method's own.
-        rank: r of every target; 4 for Uni-LoRA.
-        d: the number of trained values, or ``"auto"``: D/16 for Uni-LoRA.
+        rank: r of every target; 16 for Uni-LoRA.
+        d: the number of trained values, or ``"auto"``: for Uni-LoRA a sixteenth of LoRA's at rank 4.
         seed: fixes P, θ_d⁰ and what a method draws.
         grouping: P: ``"balanced"``, ``"iid"``, ``"numpy-shuffle"``, …; see `unilora_core.ProjectionSpec`.
         start: ``"identity"`` (the adapted model starts as the base), ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)) or

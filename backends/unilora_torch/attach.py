@@ -50,8 +50,9 @@ def attach(
             `find_targets`), or a list of `Target`.
         exclude: taken away from ``targets``, by regular expression or list.
         method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
-        rank: r of every target; by default the method's, 4 for Uni-LoRA.
-        d: the number of trained values, or ``"auto"``: D/16, or what follows from the method.
+        rank: r of every target; by default the method's, 16 for Uni-LoRA.
+        d: the number of trained values, or ``"auto"``: a sixteenth of LoRA's at rank 4, or what follows from the
+            method.
         seed: fixes P, θ_d⁰, and what is random and frozen.
         grouping: the map P; by default the method's: ``"balanced"`` for Uni-LoRA. See `unilora_core.ProjectionSpec`.
         start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)), or

@@ -19,7 +19,7 @@ from quality.methods import RATES, Trained, adapt, middle
 from quality.tasks import Data, Task, TaskError
 from quality.training import fit
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised where anything changes that figures depend on; rows of another protocol are refused."""
 
 FOLDER = RESULTS / "quality"

@@ -16,8 +16,9 @@ Plan = Callable[[Task, Layout], Iterator[tuple[str, dict[str, Any]]]]
 
 
 def baselines(task: Task, _layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
-    """LoRA at two ranks, all weights, the head alone or nothing, and Uni-LoRA."""
+    """LoRA at two ranks, all weights, the head alone or nothing, and Uni-LoRA, also at LoRA's rank."""
     yield "uni-lora", {}
+    yield "uni-lora", {"rank": 4}
     yield "lora", {}
     yield "lora", {"rank": 16}
     yield "full", {}
@@ -25,34 +26,36 @@ def baselines(task: Task, _layout: Layout) -> Iterator[tuple[str, dict[str, Any]
 
 
 def shapes(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rank at fixed d, and d at fixed rank."""
+    """Rank at fixed d, and d at fixed rank: those of Uni-LoRA, 16 and D/16, are not said."""
     for part in (4, 16, 64):
         for rank in (1, 4, 16, 64):
-            yield "uni-lora", {"rank": rank, "d": layout.size // part}
+            yield (
+                "uni-lora",
+                ({} if rank == 16 else {"rank": rank}) | ({} if part == 16 else {"d": layout.size // part}),
+            )
 
 
-def maps(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Other choices of P at the same d, and Uni-LoRA's own."""
-    yield "uni-lora", {}
+def maps(_task: Task, _layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other choices of P at the same d, and Uni-LoRA's own; at rank 4, since the dense one costs D·d."""
+    yield "uni-lora", {"rank": 4}
     for grouping in ("iid", "local", "by-factor", "unnormalised"):
-        yield "uni-lora", {"grouping": grouping, "d": layout.size // 16}
+        yield "uni-lora", {"grouping": grouping, "rank": 4}
     for method in ("fastfood", "gaussian"):
-        yield method, {"d": layout.size // 16}
-    yield "uni-lora", {"start": "paper"}
+        yield method, {"rank": 4}
+    yield "uni-lora", {"start": "paper", "rank": 4}
 
 
 def methods(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every method at as many numbers as Uni-LoRA has by default, or at the fewest that it can have if those are more."""
+    """Every method at as many numbers as Uni-LoRA has by default, or at few if it cannot have as few."""
     d, targets = layout.size // 16, len(layout.factors) // 2
     sides = [side for _, shape in layout.factors for side in shape if side != 4]
-    yield "uni-lora", {}
-    for method in ("fastfood", "gaussian"):
-        yield method, {"d": d}
-    for method in ("gpart", "intrinsic-dimension"):
+    for method in ("uni-lora", "fastfood", "gpart", "intrinsic-dimension"):
         yield method, {}
+    if layout.size * d < 10**7:  # its cost
+        yield "gaussian", {"rank": 4}
     yield "lora-xs", {"rank": min(math.isqrt(d // targets), *sides)}
     yield "fourierft", {"frequencies": d // targets}
-    yield "vera", {"rank": 1}  # a number for each output, at least
+    yield "vera", {}  # more: a number for each output, at least
     yield "vera", {"d": d, "grouping": "balanced"}
     yield "tied-lora", {"rank": 1}
     yield "lora", {"rank": 1}
@@ -64,7 +67,7 @@ PLANS: dict[str, Plan] = {"baselines": baselines, "shapes": shapes, "maps": maps
 
 
 def carry_out(plan: str, name: str, task: Task, work: Path, part: str, *, seeds: int) -> None:
-    """Sweep the rates of each case, then judge it at the best; Uni-LoRA as it comes at the default rate, too."""
+    """Sweep the rates of each case, then judge it at the best; Uni-LoRA at the task's rate, too."""
     torch.manual_seed(0)
     layout = task.attach(task.model(work), rank=4).spec.layout
     data = task.data()
@@ -74,5 +77,5 @@ def carry_out(plan: str, name: str, task: Task, work: Path, part: str, *, seeds:
             run(list(judged(name, case, 0.0))[:1], task, data, work, part)
             continue
         run(sweep(name, task, case), task, data, work, part)
-        rates = {best_rate(read(name), task, case)} | ({task.rate} if case == ("uni-lora", ()) else set())
+        rates = {best_rate(read(name), task, case)} | ({task.rate} if method == "uni-lora" else set())
         run([job for rate in rates for job in list(judged(name, case, rate))[:seeds]], task, data, work, part)

@@ -45,7 +45,9 @@ def adapter_arguments(group: Any, kind: str) -> None:
         metavar="NAME=VALUE",
         help="an option of the method, such as vectors=64 of vb-lora (repeat)",
     )
-    group.add_argument("--rank", type=positive, metavar="R", help="of the factors (default: the method's; uni-lora: 4)")
+    group.add_argument(
+        "--rank", type=positive, metavar="R", help="of the factors (default: the method's; uni-lora: 16)"
+    )
     group.add_argument(
         "--d", type=auto_or_positive, metavar="N", default="auto", help="trained numbers; auto: the method's"
     )

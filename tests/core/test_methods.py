@@ -46,14 +46,27 @@ def planned(method, **given):
 
 def test_the_plan_of_uni_lora_is_that_of_always():
     spec = planned("uni-lora", seed=7)
-    layout = lora_layout(PLAIN, rank=4)
-    old = ProjectionSpec(layout, round(layout.size / 16), seed=7, start="identity")
+    layout = lora_layout(PLAIN, rank=16)
+    old = ProjectionSpec(layout, round(layout.size / 64), seed=7, start="identity")
     assert spec == ProjectionSpec(layout, old.d, 7, "balanced", "identity", default_bound(old))
     assert spec == plan_spec(TARGETS, seed=7)
 
 
+@pytest.mark.parametrize("method", ["uni-lora", "fastfood", "gaussian"])
+@pytest.mark.parametrize("rank", [1, 3, 4, 16, 40])
+def test_d_is_a_sixteenth_of_loras_numbers_at_rank_4_whatever_the_rank(method, rank):
+    spec = planned(method, rank=rank)
+    assert (spec.D, spec.d) == (lora_layout(PLAIN, rank=rank).size, round(lora_layout(PLAIN, rank=4).size / 16))
+
+
+def test_d_is_at_most_D():
+    narrow = [("a", Sizes(1000, 2))]
+    assert plan_spec(narrow, method="lora-xs", rank=1, grouping="balanced").d == 1
+    assert plan_spec([("a", Sizes(2, 1))], rank=1).d == 1
+
+
 PLANS = {  # frame, map, start, d, D
-    "uni-lora": ("pair", "balanced", "identity", 104, 1664),
+    "uni-lora": ("pair", "balanced", "identity", 104, 6656),
     "lora": ("pair", "identity", "identity", 1664, 1664),
     "tied-lora": ("tied", "identity", "identity", 1412, 1412),
     "vera": ("scaled", "identity", "zero", 1520, 1520),
@@ -61,7 +74,7 @@ PLANS = {  # frame, map, start, d, D
     "tinylora": ("core", "gaussian", "zero", 20, 20),
     "vb-lora": ("rows", "codebook", "paper", 8 * 16 + 104 * 8, 1664),
     "fourierft": ("spectrum", "identity", "zero", 250, 250),
-    "fastfood": ("pair", "fastfood", "identity", 104, 1664),
+    "fastfood": ("pair", "fastfood", "identity", 104, 6656),
     "gaussian": ("pair", "gaussian", "identity", 104, 1664),
     "gpart": ("dense", "balanced", "zero", 104, 8448),
     "intrinsic-dimension": ("dense", "fastfood", "zero", 104, 8448),
@@ -96,7 +109,14 @@ def test_numbers_of_any_library_are_numbers():
     assert json.loads(json.dumps(spec.to_json())) == spec.to_json()
 
 
-RATES = {"uni-lora": 8.0, "fastfood": 8.0, "gaussian": 8.0, "lora": 1.0, "tied-lora": 1.0, "vb-lora": 2.5}
+RATES = {
+    "uni-lora": 64**0.75 / 2,
+    "fastfood": 64**0.75 / 2,
+    "gaussian": 8.0,
+    "lora": 1.0,
+    "tied-lora": 1.0,
+    "vb-lora": 2.5,
+}
 RATES |= {
     "vera": 10.0,
     "lora-xs": 10.0,
@@ -110,6 +130,15 @@ RATES |= {
 @pytest.mark.parametrize("method", RATES)
 def test_the_rate_of_a_method(method):
     assert theta_rate(planned(method), 1e-3) == pytest.approx(RATES[method] * 1e-3)
+
+
+def test_the_rate_at_a_fixed_d_grows_like_the_fourth_root_of_the_rank():
+    """η·(D/d)^¾·√(4/r), and D grows like r."""
+    at_4 = theta_rate(planned("uni-lora", rank=4), 1.0)
+    assert at_4 == pytest.approx(8)
+    for rank in (1, 16, 64):
+        assert theta_rate(planned("uni-lora", rank=rank), 1.0) == pytest.approx(at_4 * (rank / 4) ** 0.25)
+        assert theta_rate(planned("lora", rank=rank), 1.0) == 1, "LoRA's is what it is"
 
 
 ISSUE = [
@@ -132,7 +161,7 @@ ISSUE = [
     ({"method": "lora-xs", "rank": 17}, "up: expected rank ≤ 16, the singular vectors .* got 17"),
     ({"method": "fourierft", "options": {}}, "up: expected frequencies ≤ 768, the entries of a weight, got 1000"),
     ({"start": "zero"}, "start='zero' with the frame 'pair' would leave every factor at zero, .*; take start="),
-    ({"rank": 10**9}, r"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = 26000000000 with D = 416000000000"),
+    ({"rank": 10**9, "d": 26 * 10**9}, r"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = 26000000000 with D = 416000000000"),
     ({"method": "vera", "rank": 10**9}, "with the grouping 'identity' D is at most 2.31, got 5000000240"),
     ({"d": 10**5000}, "got d = an? int"),
 ]

@@ -222,10 +222,10 @@ def test_an_older_reader_refuses_it_by_name(monkeypatch):
         (
             {"options": {"first_d": 40}},
             SpecError,
-            r"one of both is a multiple .*; got first_d = 40 with d = 40 and D = 1",
+            r"one of both is a multiple .*; got first_d = 40 with d = 40 and D = 672",
         ),
         ({"options": {"first_d": 7}}, SpecError, "got first_d = 7 with d = 40"),
-        ({"options": {"first_d": 400}}, SpecError, "none is more than min.D, 2.31., and first_d"),
+        ({"options": {"first_d": 4000}}, SpecError, "none is more than min.D, 2.31., and first_d"),
         ({"options": {"first_d": 0}}, SpecError, "first_d must be a positive integer, got 0"),
         ({"options": {"first_d": 10.0}}, SpecError, "first_d must be a positive integer, got 10.0"),
         ({"grouping": "iid", "grouping_version": 1}, SpecError, r"has the options \[\], got \['first_d'\]"),

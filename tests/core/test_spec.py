@@ -25,7 +25,7 @@ def spec():
     [
         ({"d": 0}, r"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = 0 with D = 14"),
         ({"d": -3}, "got d = -3 with D = 14"),
-        ({"d": 15}, "got d = 15 with D = 14.*usually D/16"),
+        ({"d": 15}, "got d = 15 with D = 14.*a sixteenth of the numbers of LoRA at rank 4"),
         ({"d": 3.0}, "d must be an integer, got 3.0"),
         ({"d": "3"}, "d must be an integer, got '3'"),
         ({"d": None}, "d must be an integer, got None"),

@@ -38,7 +38,7 @@ def test_outputs_and_gradients_match_the_naive_model(shape, start, device):
 @pytest.mark.parametrize("d", [1, 7, 101, 324])
 def test_every_grouping_and_awkward_d(d, grouping, start):
     x = torch.randn(4, 6)
-    model, adapter = adapted(start, d=d, grouping=grouping)
+    model, adapter = adapted(start, rank=4, d=d, grouping=grouping)
     assert adapter.spec.D == 324
     assert_same_run(run(model, adapter, x), naive_run(mlp(), adapter, x), rtol=1e-4)
 

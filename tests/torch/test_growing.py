@@ -370,7 +370,7 @@ def test_another_grouping(grouping):
 
 
 def test_past_D():
-    _, adapter = adapted(d=100)
+    _, adapter = adapted(rank=4, d=100)
     with pytest.raises(SpecError, match=r"^grow: 9 times d = 100 would be more than min.D, 2.31. = \d+; the largest"):
         adapter.grow(9)
 

@@ -34,7 +34,7 @@ def exported(folder, base, **kwargs):
 
 
 def test_the_folder_holds_exactly_A_and_B(tmp_path, start):
-    model = exported(tmp_path, mlp(), start=start)
+    model = exported(tmp_path, mlp(), start=start, rank=4)
     state = load_file(tmp_path / "adapter_model.safetensors")
     assert len(state) == 2 * len(model.unilora.targets)
     for name, factor in model.unilora.factors().items():
@@ -141,14 +141,14 @@ def test_the_name_of_the_base_model(tmp_path):
 
 def test_a_larger_rank_gives_the_same_outputs(tmp_path):
     base = mlp()
-    model, adapter = adapted(model=copy.deepcopy(base))
+    model, adapter = adapted(model=copy.deepcopy(base), rank=4)
     adapter.export_lora(tmp_path, rank=11)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 11
     torch.testing.assert_close(peft_model(base, tmp_path)(X), model(X), rtol=0, atol=1e-5)
 
 
 def test_a_rank_that_is_too_small_is_not_written(tmp_path):
-    _, adapter = adapted()
+    _, adapter = adapted(rank=4)
     with pytest.raises(SpecError, match=r"blocks\.0\.up: expected rank ≥ 4, .*got 3"):
         adapter.export_lora(tmp_path / "new", rank=3)
     assert not (tmp_path / "new").exists()

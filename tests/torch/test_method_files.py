@@ -222,7 +222,7 @@ REFUSED = [
     ({"method": "lora", "d": 7}, r"the method 'lora' trains d = 288 numbers here, got d = 7; leave d out, or take a"),
     ({"method": "vb-lora", "length": 2, "vectors": 4, "d": 7}, "the method 'vb-lora' trains d = "),
     ({"method": "gpart", "d": 577}, r"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = 577 with D = 576"),
-    ({"method": "fastfood", "d": 289}, "expected 1 ≤ d ≤ D, got d = 289 with D = 288"),
+    ({"method": "fastfood", "rank": 4, "d": 289}, "expected 1 ≤ d ≤ D, got d = 289 with D = 288"),
     ({"method": "lora-xs", "rank": 9}, "2: expected rank ≤ 8, the singular vectors of a weight of that side, got 9"),
     ({"method": "vera", "rank": 0}, "expected rank ≥ 1, got 0"),
 ]

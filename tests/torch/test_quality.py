@@ -193,7 +193,7 @@ def broken(line, text):
         broken("no json", r"larger\.jsonl, line 2: no row of results \(JSONDecodeError: .*\); take the line away"),
         broken('{"protocol": 1}', r"line 2: no row of results \(KeyError: 'options'\)"),
         broken("[]", r"line 2: no row of results \(TypeError"),
-        broken("OTHER", r"line 2: protocol 0, expected 1: its figures cannot be compared\. Take the file away"),
+        broken("OTHER", r"line 2: protocol 0, expected 2: its figures cannot be compared\. Take the file away"),
     ],
 )
 def test_a_line_that_is_no_row_is_refused_and_the_others_are_kept(quality, own, tmp_path, line, text):

@@ -123,7 +123,7 @@ def _check_d(of: Instance) -> None:
     if not 1 <= of.d <= min(of.D, grouping.MAX_d):
         raise SpecError(
             f"ProjectionSpec: expected 1 ≤ d ≤ min(D, 2^31), got d = {shown(of.d)} with D = {of.D}; "
-            "d is the number of trained values, usually D/16."
+            "d is the number of trained values, the default is a sixteenth of the numbers of LoRA at rank 4."
         )
 
 

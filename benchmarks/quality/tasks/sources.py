@@ -14,13 +14,13 @@ WORDS, EACH = 10, 1500
 
 def read() -> Data:
     """As many places of each source; in lower case, letters only; 1,000 to choose on, 2,000 to judge on."""
-    rng, pieces = np.random.default_rng(0), []
-    for name in FILES:
+    rng, pieces, labels = np.random.default_rng(0), [], []
+    for label, name in enumerate(FILES):
         words = re.findall(r"[a-z]+", text(name).lower())
         starts = rng.permutation(len(words) // WORDS)[:EACH] * WORDS
-        pieces.append([" ".join(words[start : start + WORDS]) for start in starts])
-    labels = [label for label, found in enumerate(pieces) for _ in found]
-    return Data(*split(_minilm.encoded([sum(pieces, [])], labels), 1000, 2000))
+        pieces += [" ".join(words[start : start + WORDS]) for start in starts]
+        labels += [label] * len(starts)
+    return Data(*split(_minilm.encoded([pieces], labels), 1000, 2000))
 
 
 def text(name: str) -> str:
