@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from quality.tasks import Task, find, names
 
 PAGE = DOCS / "evidence.md"
 BEGIN, END = "<!-- begin: benchmarks/quality report -->\n", "<!-- end -->\n"
-LORA = "lora", ()
+LORA, UNTOUCHED = ("lora", ()), "uni-lora, **untouched**"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,14 @@ class Entry:
         """Method and options; "untouched" is Uni-LoRA as it comes, at the rate that the command takes by default."""
         job = self.rows[0].job
         untouched = job.method == "uni-lora" and not job.options and job.rate == self.task.rate
-        return said(job) + (", **untouched**" if untouched else "")
+        return UNTOUCHED if untouched else said(job)
+
+    @property
+    def more(self) -> bool:
+        """Whether it is Uni-LoRA as it comes, but for four times as many numbers."""
+        job, ratio = self.rows[0].job, self.rows[0].about.get("D", 0) / max(1, self.rows[0].about.get("d", 0))
+        alone = job.method == "uni-lora" and [name for name, _ in job.options] == ["d"] and job.rate == self.task.rate
+        return alone and 15 < ratio < 17
 
     @property
     def trained(self) -> int:
@@ -70,7 +78,7 @@ def entries(name: str, task: Task) -> list[Entry]:
 def write(folders: Sequence[Path] = ()) -> None:
     """The page's tables, and a plot of each task."""
     tasks = {name: find(name, folders) for name in names(folders) if read(name)}
-    lines = list(leaderboard(tasks))
+    lines = [*summary(tasks), "", *leaderboard(tasks)]
     for name, task in tasks.items():
         lines += ["", f"### {task.title}", "", f"![{task.title}](../{picture(name, task)})", "", *details(name, task)]
         lines += ["", *sweeps(name, task)]
@@ -79,42 +87,70 @@ def write(folders: Sequence[Path] = ()) -> None:
     print("\n".join(lines))
 
 
+def summary(tasks: dict[str, Task]) -> Iterator[str]:
+    """A line a task: where it begins; Uni-LoRA as it comes, with four times the numbers, at its best; the others."""
+    columns = "begins at", "untouched", "of LoRA's gain", "d × 4", "best rate", "LoRA, r = 4", "LoRA, r = 16", "full"
+    yield f"| task | {' | '.join(columns)} |"
+    yield "|---|" + "---|" * len(columns)
+    for name, task in tasks.items():
+        found = entries(name, task)
+        larger = [entry.shown(task.metric) for entry in found if entry.more]
+        gains = [_gain(entry, found) for entry in found if entry.label == UNTOUCHED]
+        values = (
+            _best(found, "head" if task.head else "none"),
+            _best(found, UNTOUCHED),
+            *(gains or ["–"]),
+            *(larger or ["–"])[:1],
+            _best(found, "uni-lora", UNTOUCHED),
+            *(_best(found, label) for label in ("lora", "lora, rank = 16", "full")),
+        )
+        yield f"| {_title(task)} | {' | '.join(values)} |"
+
+
+def _title(task: Task) -> str:
+    return f"{task.title}: {task.metric} {'↑' if task.higher else '↓'}"
+
+
 def leaderboard(tasks: dict[str, Task]) -> Iterator[str]:
-    """A line a method, a column a task."""
+    """A line a method, a column a task; what only one task was tried with is among its own figures."""
     every = {name: entries(name, task) for name, task in tasks.items()}
-    labels = list(dict.fromkeys(entry.label for found in every.values() for entry in found))
-    titles = [f"{task.title}: {task.metric} {'↑' if task.higher else '↓'}" for task in tasks.values()]
-    yield f"| method | {' | '.join(titles)} |"
-    yield "|---|" + "---|" * len(titles)
+    tried = Counter(label for found in every.values() for label in {entry.label for entry in found})
+    labels = [label for label in dict.fromkeys(e.label for es in every.values() for e in es) if tried[label] > 1]
+    yield f"| method | {' | '.join(map(_title, tasks.values()))} |"
+    yield "|---|" + "---|" * len(tasks)
     for label in sorted(
         labels, key=lambda each: min(e.trained for es in every.values() for e in es if e.label == each)
     ):
         yield f"| {label} | {' | '.join(_best(found, label) for found in every.values())} |"
 
 
-def _best(found: Iterable[Entry], label: str) -> str:
-    mine = [entry for entry in found if entry.label == label]
+def _best(found: Iterable[Entry], *labels: str) -> str:
+    mine = [entry for entry in found if entry.label in labels]
     if not mine:
         return "–"
     entry = max(mine, key=lambda each: each.mean() * (1 if each.task.higher else -1))
     return entry.shown(entry.task.metric)
 
 
+def _gain(entry: Entry, found: Sequence[Entry]) -> str:
+    """How much of LoRA's distance (r = 4) to the head alone, or to the base as it is, a method makes."""
+    lora = next((each.mean() for each in found if each.rows[0].job.case == LORA), None)
+    start = next((e.mean() for e in found if e.rows[0].job.method == ("head" if entry.task.head else "none")), None)
+    return "–" if lora is None or start is None or lora == start else f"{(entry.mean() - start) / (lora - start):.0%}"
+
+
 def details(name: str, task: Task) -> Iterator[str]:
     """All figures of a task, with what they cost."""
     found = entries(name, task)
     metrics = list(found[0].rows[0].figures) if found else []
-    lora = next((entry.mean() for entry in found if entry.rows[0].job.case == LORA), None)
-    start = next((e.mean() for e in found if e.rows[0].job.method == ("head" if task.head else "none")), None)
     yield f"| method | rate | {' | '.join(metrics)} | of LoRA's gain | trained | head | bytes | seconds of CPU |"
     yield "|---|---|" + "---|" * (len(metrics) + 5)
     for entry in found:
         about, figures = entry.rows[0].about, [entry.shown(metric) for metric in metrics]
-        gain = None if lora is None or start is None or lora == start else (entry.mean() - start) / (lora - start)
         seconds = statistics.median(row.about["seconds"] for row in entry.rows)
         yield (
             f"| {entry.label} | {entry.rows[0].job.rate:g} | {' | '.join(figures)} "
-            f"| {'–' if gain is None else f'{gain:.0%}'} | {about['trained']:,} | {about['head']:,} "
+            f"| {_gain(entry, found)} | {about['trained']:,} | {about['head']:,} "
             f"| {about['bytes']:,} | {seconds:.0f} |"
         )
 

@@ -75,8 +75,8 @@ def sizes(shape):
 
 
 OPTIONS = {
-    "computed": {"d": 256, "groups": "computed"},
-    "cached": {"d": 256, "groups": "cached"},
+    "computed": {"rank": 4, "d": 256, "groups": "computed"},
+    "cached": {"rank": 4, "d": 256, "groups": "cached"},
     "gaussian": {"method": "gaussian", "d": 64},
     "scattered": {"method": "vera", "rank": 16, "grouping": "balanced"},
     "tied-lora": {"method": "tied-lora"},

@@ -54,6 +54,7 @@ def test_d_out_of_range(d):
     refused(
         SpecError,
         rf"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = {d} with D = 40; .* a sixteenth of the numbers of LoRA at rank 4",
+        rank=4,
         d=d,
     )
 

@@ -62,7 +62,7 @@ def test_theta_D_is_nowhere_gathered(runs, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_theta_d_is_summed_over_d_numbers(runs, way):
-    """No sum is larger than d, but for those of activations, which the model's own products need."""
+    """No array that is summed is larger than d, but for activations, which the model's own products need."""
     summed = [shape for kind, shapes in runs[way]["collectives"] if kind == "all-reduce" for shape in shapes]
     assert [SMALL_D] in summed or way.startswith(("data", "fsdp"))  # there every device has all of A and B
     assert [s for s in summed if np.prod(s) > SMALL_D and TOKENS not in s] == []
