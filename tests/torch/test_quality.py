@@ -3,12 +3,15 @@
 import importlib
 import json
 import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from unilora_core.methods import METHODS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OWN = '''
@@ -54,7 +57,7 @@ TASK = Task(
 @pytest.fixture(scope="module")
 def quality():
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("jobs", "methods", "report", "tasks", "training")
+    names = ("jobs", "methods", "plans", "report", "tasks", "training")
     yield type("quality", (), {name: importlib.import_module(f"quality.{name}") for name in names})
     sys.path.remove(str(BENCHMARKS))
 
@@ -179,8 +182,53 @@ def test_the_page_is_made_from_the_lines(quality, own, tmp_path, monkeypatch):
     assert f"| {sum(values) / 5:.3f} ± " in line
     assert "| 100% |" in line
     assert "uni-lora, **untouched**" in text
-    assert "uni-lora, rank = 2" in text
+    assert "| uni-lora, rank = 2 |" in text
+    (first,) = [line for line in text.splitlines() if line.startswith("| Larger: accuracy ↑ |")]
+    begins, untouched, gain, larger, best, lora, *_ = first.split(" | ")[1:]
+    assert begins == shown(quality, "head")
+    assert untouched == best == shown(quality, "uni-lora")
+    assert gain.endswith("%")
+    assert (larger, lora) == ("–", shown(quality, "lora"))
     assert (tmp_path / "results" / "larger.png").stat().st_size > 1000
+
+
+def shown(quality, method):
+    values = [row.figures["accuracy"] for row in rows_of(quality) if row.job.case == (method, ()) and row.job.seed < 5]
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / math.sqrt(5):.3f}"
+
+
+@pytest.mark.parametrize("plan", ["baselines", "shapes", "maps", "methods"])
+def test_the_cases_of_a_plan_are_different_and_can_be_attached(quality, own, tmp_path, plan):
+    layout = own.attach(own.model(tmp_path), rank=4).spec.layout
+    cases = list(quality.plans.PLANS[plan](own, layout))
+    assert len({(method, quality.jobs.options_of(options)) for method, options in cases}) == len(cases) > 5
+    trained = {}
+    for method, options in cases:
+        made = quality.methods.adapt(own.model(tmp_path), own, method, 1e-2, 0, options)
+        trained.setdefault(method, []).append(made.numbers)
+    if plan == "methods":
+        d = layout.size // 16
+        assert all(min(numbers) <= d for method, numbers in trained.items() if method not in MORE)
+        assert set(trained) == set(METHODS) - {"tinylora"}, "which has its own number"
+
+
+MORE = "lora", "tied-lora", "vb-lora"
+"""What cannot have as few numbers as Uni-LoRA."""
+
+
+def test_a_plan_is_carried_out_and_goes_on(quality, own, tmp_path, monkeypatch):
+    """Four rates on the sweep's seed, then the seeds that are judged, at the best; Uni-LoRA at the task's own, too."""
+    monkeypatch.setitem(quality.plans.PLANS, "one", lambda _task, _layout: [("uni-lora", {}), ("none", {})])
+    quality.plans.carry_out("one", "larger", own, tmp_path, "0/1", seeds=2)
+    jobs = [row.job for row in rows_of(quality)]
+    swept = sorted(job.rate for job in jobs if job.seed == quality.jobs.SWEEP)
+    assert swept == [0.005, 0.01, 0.02, 0.04]
+    best = quality.jobs.best_rate(rows_of(quality), own, ("uni-lora", ()))
+    judged = {(job.rate, job.seed) for job in jobs if job.method == "uni-lora" and job.seed != quality.jobs.SWEEP}
+    assert judged == {(rate, seed) for rate in (best, own.rate) for seed in range(2)}
+    assert [job.seed for job in jobs if job.method == "none"] == [0]
+    quality.plans.carry_out("one", "larger", own, tmp_path, "0/1", seeds=2)
+    assert [row.job for row in rows_of(quality)] == jobs
 
 
 def broken(line, text):
