@@ -27,11 +27,11 @@ def test_every_method_is_measured(unilora):
     found = rows(result.out)
     assert {name.removesuffix(" (at its start)") for name in found} >= {*METHODS, "uni-lora/local", "uni-lora/iid"}
     ours, local, vera = found["uni-lora"], found["uni-lora/local"], found["vera"]
-    assert (ours["d"], ours["rows of P"], ours["global"], ours["A and B"]) == ("16", "256", "100 %", "100 %")
-    assert (ours["rows/column"], ours["file"]) == ("16–16", "64")
+    assert (ours["d"], ours["rows of P"], ours["global"], ours["A and B"]) == ("32", "256", "100 %", "100 %")
+    assert (ours["rows/column"], ours["file"]) == ("8–8", "128")
     assert ours["gains"].startswith("1 ± ")
     assert (local["global"], vera["global"], vera["rows/column"]) == ("0 %", "0 %", "2–16")
-    assert found["uni-lora/unnormalised"]["gains"].startswith("16 ± ")
+    assert found["uni-lora/unnormalised"]["gains"].startswith("8 ± ")
     assert found["vb-lora (at its start)"]["operations"].endswith(" / –")
     assert found["gpart"]["A and B"] == "one factor"
 

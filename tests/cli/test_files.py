@@ -260,12 +260,12 @@ def test_check_says_which_engines_take_an_export(unilora, trained):
     result = unilora("convert", lm, "--to", "lora", "--engine", "vllm", "lora")
     assert result.code == 0, result.err
     assert "served by: vllm, sglang, lorax, llama.cpp" in result.out
-    assert json.loads(Path("lora/adapter_config.json").read_text())["r"] == 8
+    assert json.loads(Path("lora/adapter_config.json").read_text())["r"] == 16
     result = unilora("check", "lora", "--engine", "vllm")
     assert (result.code, result.err) == (0, "")
     assert "vllm (0.33.0): yes\n  vllm serve" in result.out
-    assert "--max-lora-rank 8 --lora-modules adapter=lora" in result.out
-    assert unilora("convert", text, "--to", "lora", "--rank", 6, "text").code == 0
+    assert "--max-lora-rank 16 --lora-modules adapter=lora" in result.out
+    assert unilora("convert", text, "--to", "lora", "--rank", 20, "text").code == 0
     result = unilora("check", "text", "--engine", "sglang")
     assert result.code == 1
     assert "sglang (0.5.23): no\n  - " in result.out
@@ -339,7 +339,7 @@ def test_convert_refuses_what_it_cannot_do(unilora, trained, tmp_path, small):
         (text, "out", "--to", "peft-unilora"): "numpy-shuffle",
         (vit, "out", "--to", "peft-unilora"): "for a timm model use --to lora",
         (text, "out", "--to", "peft-unilora", "--engine", "vllm"): "--engine and --rank go with --to lora",
-        (text, "out", "--to", "lora", "--rank", 2): "expected rank ≥ 4",
+        (text, "out", "--to", "lora", "--rank", 2): "expected rank ≥ 16",
     }
     for words, message in cases.items():
         result = unilora("convert", *words)
