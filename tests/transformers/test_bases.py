@@ -375,7 +375,7 @@ def test_peft_gives_the_same_logits_of_an_export(tiny, ids, train, tmp_path, cls
 
 
 def test_no_engine_takes_parameters(tiny, tmp_path):
-    adapter = unilora_transformers.attach(mixture(tiny, "MixtralForCausalLM"), EXPERTS)
+    adapter = unilora_transformers.attach(mixture(tiny, "MixtralForCausalLM"), EXPERTS, rank=4)
     with pytest.raises(AdapterFileError, match=r"vllm: .*gate_up_proj is adapted as a parameter.*merge the adapter"):
         adapter.export_lora(tmp_path / "new", engine="vllm")
     with pytest.raises(SpecError, match=r"expected rank ≥ 4, .* got 2"):
