@@ -423,6 +423,16 @@ def test_wrapped_for_several_processes(processes):
     assert len(adapter.theta_d.grad) == 80
 
 
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD")  # what one process can do
+def test_wrapped_by_fsdp_1(processes):
+    model, adapter = adapted()
+    fsdp, strategy = torch.distributed.fsdp.FullyShardedDataParallel, torch.distributed.fsdp.ShardingStrategy.NO_SHARD
+    wrapped = fsdp(model, use_orig_params=True, device_id=torch.device("cpu"), sharding_strategy=strategy)
+    refused(adapter, TargetError, "^WHAT: the model is wrapped in a FullyShardedDataParallel, which keeps the size")
+    loss(wrapped(X)).backward()
+    assert adapter.theta_d.grad.abs().max() > 0
+
+
 def test_sharded_over_processes(processes):
     model, adapter = adapted()
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
