@@ -16,9 +16,7 @@ LABELS = torch.tensor([1, 0, 1, 0])
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(BASE)
 model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=2)
-adapter = unilora_transformers.attach(
-    model
-)  # query and value, a sixteenth of LoRA's numbers; the new classifier trains in full
+adapter = unilora_transformers.attach(model)  # query and value; the new classifier trains in full
 print(adapter.summary())
 
 inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")

@@ -29,10 +29,9 @@ def shapes(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rank at fixed d, and d at fixed rank: those of Uni-LoRA, 16 and D/16, are not said."""
     for part in (4, 16, 64):
         for rank in (1, 4, 16, 64):
-            yield (
-                "uni-lora",
-                ({} if rank == 16 else {"rank": rank}) | ({} if part == 16 else {"d": layout.size // part}),
-            )
+            said = {"rank": rank, "d": layout.size // part}
+            usual = {"rank": 16, "d": layout.size // 16}
+            yield "uni-lora", dict(said.items() - usual.items())
 
 
 def maps(_task: Task, _layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -48,7 +47,7 @@ def maps(_task: Task, _layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
 def methods(_task: Task, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every method at as many numbers as Uni-LoRA has by default, or at few if it cannot have as few."""
     d, targets = layout.size // 16, len(layout.factors) // 2
-    sides = [side for _, shape in layout.factors for side in shape if side != 4]
+    sides = [shape[-1] if name.endswith(".A") else shape[-2] for name, shape in layout.factors]
     for method in ("uni-lora", "fastfood", "gpart", "intrinsic-dimension"):
         yield method, {}
     if layout.size * d < 10**7:  # its cost

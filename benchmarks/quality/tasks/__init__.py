@@ -3,6 +3,7 @@
 A task of one's own is such a module in any folder: ``python benchmarks/quality run mine --tasks FOLDER``.
 """
 
+import gzip
 import importlib.util
 import os
 import sys
@@ -124,6 +125,12 @@ def data_folder(name: str) -> Path:
     if not folder.is_dir():
         raise TaskError(f"UNILORA_DATA holds no folder {name!r}.")
     return folder
+
+
+def unpacked(path: Path) -> str:
+    """What is in a file of gzip."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return file.read()
 
 
 def split(examples: Sequence[Any], validation: int, test: int = 0) -> tuple[list[Any], list[Any], list[Any]]:

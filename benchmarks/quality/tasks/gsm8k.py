@@ -1,13 +1,12 @@
 """Questions of primary-school arithmetic, answered step by step; the answer stands behind ####."""
 
-import gzip
 import json
 import re
 from collections.abc import Sequence
 
 from torch import nn
 
-from quality.tasks import Data, data_folder, split
+from quality.tasks import Data, data_folder, split, unpacked
 from quality.tasks._smollm import Example, answers, encoded, held_out, task, tokenizer
 
 LONGEST, ASKED = 128, 20
@@ -15,8 +14,8 @@ LONGEST, ASKED = 128, 20
 
 def read() -> Data:
     """The training file's questions, without the calculator's marks; 100 to choose on, 200 to judge on."""
-    with gzip.open(data_folder("gsm8k_train") / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    lines = unpacked(data_folder("gsm8k_train") / "train.jsonl.gz").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     told = [re.sub(r"<<.*?>>", "", row["answer"]) for row in rows]
     return Data(*split(encoded([row["question"] for row in rows], told, LONGEST), 100, 200))
 

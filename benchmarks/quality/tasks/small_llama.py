@@ -1,7 +1,6 @@
 """GSM8K as plain text, by a small Llama that was trained here on other plain text: steps of a tenth of a second."""
 
 import functools
-import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import unilora_transformers
-from quality.tasks import Data, Task, data_folder
+from quality.tasks import Data, Task, data_folder, unpacked
 from quality.training import fit
 
 VOCABULARY, LENGTH = 2048, 128
@@ -22,16 +21,10 @@ STEPS, BATCH, RATE = 2 if SMOKE else 400, 8, 3e-3
 """Of the base's own training."""
 
 
-def text(path: Path) -> str:
-    """What is in a file of gzip."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return file.read()
-
-
 @functools.cache
 def corpus() -> tuple[ByteLevelBPETokenizer, Tensor]:
     """Tokens made for the corpora under UNILORA_DATA, and the corpora in blocks (n, LENGTH)."""
-    texts = [text(path) for path in sorted(data_folder("corpus").glob("*.gz"))]
+    texts = [unpacked(path) for path in sorted(data_folder("corpus").glob("*.gz"))]
     tokenizer = ByteLevelBPETokenizer()
     lines = (line for each in texts for line in each.splitlines())
     tokenizer.train_from_iterator(lines, VOCABULARY, show_progress=False)
@@ -46,7 +39,7 @@ def blocks(tokenizer: ByteLevelBPETokenizer, texts: Sequence[str]) -> Tensor:
 
 def read() -> Data:
     """Questions with their answers; 100 to choose on and 200 to judge on, none of them trained on."""
-    rows = [json.loads(line) for line in text(data_folder("gsm8k_train") / "train.jsonl.gz").splitlines()]
+    rows = [json.loads(line) for line in unpacked(data_folder("gsm8k_train") / "train.jsonl.gz").splitlines()]
     order = np.random.default_rng(0).permutation(len(rows))
     texts = [f"{rows[i]['question']}\n{rows[i]['answer']}\n\n" for i in order]
     validation, test, pool = (blocks(corpus()[0], part) for part in (texts[:100], texts[100:300], texts[300:]))

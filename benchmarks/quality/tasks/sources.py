@@ -1,12 +1,11 @@
 """Ten words: which of six sources are they from?"""
 
-import gzip
 import json
 import re
 
 import numpy as np
 
-from quality.tasks import Data, _minilm, data_folder, split
+from quality.tasks import Data, _minilm, data_folder, split, unpacked
 
 FILES = ("abc_rural", "abc_science", "brown_detagged", "tinyshakespeare", "wikitext2-valid", "c4_demo")
 WORDS, EACH = 10, 1500
@@ -26,10 +25,9 @@ def read() -> Data:
 def text(name: str) -> str:
     """A source, whole."""
     (path,) = data_folder("corpus").glob(f"{name}.*.gz")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        if path.name.endswith(".jsonl.gz"):
-            return " ".join(json.loads(line)["text"] for line in file)
-        return file.read()
+    if path.name.endswith(".jsonl.gz"):
+        return " ".join(json.loads(line)["text"] for line in unpacked(path).split("\n") if line)
+    return unpacked(path)
 
 
 TASK = _minilm.task("Six sources, MiniLM", read, classes=6, examples=2560, epochs=1, batch=16)
