@@ -129,6 +129,11 @@ class GroupsInInt64(Toy):
         return super().groups(spec, start, stop).astype(np.int64)
 
 
+class InitInFloat64(Toy):
+    def init(self, spec):
+        return super().init(spec).astype(np.float64)
+
+
 class SlicesNotChecked(Toy):
     def groups(self, spec, start, stop):
         return super().groups(spec, max(start, 0), max(start, 0, min(stop, spec.D)) if start < spec.D else start)
@@ -346,6 +351,7 @@ CAUGHT = {
     StartIgnored: ["identity_start_has_B_zero", "identity_start_moves_as_the_paper_start", "frozen_theta_D"],
     StartAtTheWrongFactors: ["identity_start_has_B_zero", "identity_start_moves_as_the_paper_start", "frozen_theta_D"],
     InitOfAnotherGenerator: ["frozen_init", "frozen_theta_D", "bits_of_the_reference"],
+    InitInFloat64: ["frozen_init"],
     ResultInFloat64: ["dtype_and_device_are_kept", "project_is_P", "frozen_theta_D"],
     TransposeInFloat64: ["dtype_and_device_are_kept", "project_transpose_is_P_transposed", "gradient"],
     ComputesInTheNarrowDtype: ["computed_in_float32"],
@@ -415,6 +421,12 @@ def test_the_text_says_what_differs():
     assert "expected float16, got float64" in complaint(ResultInFloat64, "dtype_and_device_are_kept")
     text = complaint(AnotherError, "project_refuses")
     assert text.startswith("project: theta_d as (49,) float32: expected ValuesError, got TypeError")
+
+
+def test_a_wrong_dtype_of_right_values_is_named():
+    assert complaint(GroupsInInt64, "all_frozen_groups").endswith(": dtype: expected int32, got int64")
+    assert complaint(InitInFloat64, "frozen_init").endswith(": dtype: expected float32, got float64")
+    assert complaint(ResultInFloat64, "frozen_theta_D").endswith(": dtype: expected float32, got float64")
 
 
 def test_an_array_on_another_device_is_caught():

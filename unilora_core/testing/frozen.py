@@ -80,14 +80,14 @@ def all_frozen_groups(subject: Subject, case: dict) -> None:
     """All D groups."""
     spec = spec_of(case)
     found = subject.numpy(subject.groups(spec, 0, spec.D))
-    _hashed(f"groups of {text_of(spec)}", found, case["groups_sha256"], spec.groups)
+    _hashed(f"groups of {text_of(spec)}", found, "int32", case["groups_sha256"], spec.groups)
 
 
 def frozen_init(subject: Subject, case: dict) -> None:
     """θ_d⁰, bit by bit."""
     spec, known = spec_of(case), case["theta_d"]
     what, found = f"init of {text_of(spec)}", subject.numpy(subject.init(spec))
-    _hashed(what, found, known["sha256"], spec.init)
+    _hashed(what, found, "float32", known["sha256"], spec.init)
     expect(f"{what}: the first three, in hexadecimal", hexadecimal(found[:3]), known["first"])
 
 
@@ -103,12 +103,13 @@ def frozen_theta_D(subject: Subject, case: dict, compiler: Callable | None = Non
             part = found[int(start) : int(start) + len(expected)]
             close(f"{what}, from {start} on", part, np.array(expected), rtol=1e-5, atol=atol)
         return
-    _hashed(what, found, known["sha256"], lambda: reference.vector(spec, theta_d))
+    _hashed(what, found, "float32", known["sha256"], lambda: reference.vector(spec, theta_d))
     expect(f"{what}: the last three, in hexadecimal", hexadecimal(found[-3:]), known["last"])
 
 
-def _hashed(what: str, found: np.ndarray, known: str, expected: Callable[[], np.ndarray]) -> None:
-    """The known hash; where it is another, what is expected tells the position."""
+def _hashed(what: str, found: np.ndarray, dtype: str, known: str, expected: Callable[[], np.ndarray]) -> None:
+    """The dtype and the known hash; where that is another, what is expected tells the position."""
+    expect(f"{what}: dtype", found.dtype.name, dtype)
     if sha256(found) != known:
         same(what, found, expected())
-    expect(f"{what}: SHA-256 of the {found.dtype} numbers", sha256(found), known)
+    expect(f"{what}: SHA-256", sha256(found), known)
