@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unilora_core import ProjectionSpec, project, project_transpose
+from unilora_core import ProjectionSpec, ValuesError, project, project_transpose
 from unilora_core.grouping import ALGORITHMS
+from unilora_core.maps.gather import scatter_add
 from unilora_core.testing.reference import LAYOUT, normal
 
 
@@ -49,3 +50,20 @@ def test_gradients_have_the_bits_of_a_lookup_for_each_factor(torch, grouping):
         theta = torch.from_numpy(normal(17)).requires_grad_()
         found += torch.autograd.grad(function(spec, theta), theta, y)
     assert (found[0] == found[1]).all()
+
+
+class Lazy:
+    """As an array of ndonnx: of a shape, and without values that NumPy could read."""
+
+    shape = (4,)
+
+
+def test_a_transpose_without_values_on_the_host_says_what_to_bring():
+    strict = pytest.importorskip("array_api_strict")
+    spec = ProjectionSpec(LAYOUT, 17, seed=1)
+    elsewhere = strict.zeros(411, dtype=strict.float32, device=strict.Device("device1"))
+    text = r"do not become NumPy arrays \(.+\), and .* project_transpose= of a unilora_core.testing.Backend, or differentiate project"
+    with pytest.raises(ValuesError, match=rf"project_transpose: arrays of array_api_strict {text}"):
+        project_transpose(spec, elsewhere)
+    with pytest.raises(ValuesError, match=rf"project_transpose: arrays of \S+ {text}"):
+        scatter_add(Lazy(), Lazy(), 2, strict)

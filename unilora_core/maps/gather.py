@@ -16,7 +16,7 @@ import numpy as np
 
 from unilora_core import grouping
 from unilora_core._namespace import Array, array_namespace, device, is_jax_array, is_torch_array, standard
-from unilora_core.errors import SpecError
+from unilora_core.errors import SpecError, ValuesError
 from unilora_core.layout import Layout
 from unilora_core.maps.mapping import FIRST_D, Frozen, Instance, Map, Options
 from unilora_core.schema import shown
@@ -59,13 +59,31 @@ def scatter_add(y: Array, groups: Array, d: int, xp: ModuleType) -> Array:
     PyTorch: `index_add_` (in order on the CPU; atomic on CUDA unless `torch.use_deterministic_algorithms(True)`).
     JAX: `.at[].add`, XLA's scatter. NumPy and every other namespace: `numpy.bincount` on the host, in order of
     position, summed in float64.
+
+    Raises:
+        ValuesError: another namespace, whose arrays NumPy cannot read.
     """
     if is_torch_array(y):
         return xp.zeros(d, dtype=y.dtype, device=device(y)).index_add(0, groups, y)
     if is_jax_array(y):
         return xp.zeros(d, dtype=y.dtype).at[groups].add(y)
-    host = np.bincount(np.asarray(groups), np.asarray(y), minlength=d)
+    host = np.bincount(_on_host(groups), _on_host(y), minlength=d)
     return xp.asarray(host, dtype=y.dtype, device=device(y))
+
+
+def _on_host(x: Array) -> np.ndarray:
+    why = "NumPy sees no numbers in them"
+    try:
+        host = np.asarray(x)
+        if host.shape == tuple(x.shape) and host.dtype.kind in "fiu":
+            return host
+    except Exception as error:  # each library has its own
+        why = f"{type(error).__name__}: {error}"
+    raise ValuesError(
+        f"project_transpose: arrays of {type(x).__module__.partition('.')[0]} do not become NumPy arrays ({why}), and "
+        "the Array API has no scatter-add; bring one, by project_transpose= of a unilora_core.testing.Backend, or "
+        "differentiate project."
+    )
 
 
 def carried(x: Array, before: np.ndarray, after: np.ndarray, power: int = 1) -> Array:
