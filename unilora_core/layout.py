@@ -9,9 +9,10 @@ import json
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
@@ -24,13 +25,16 @@ __all__ = ["Layout", "integer"]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layout:
     """An ordered list of named factor shapes.
 
+    As a dictionary of them it has a length, and its names are what it iterates over and what ``in`` looks for.
+    ``one + other`` has the factors of both; where D changes, so do all groups of a `ProjectionSpec`.
+
     Args:
-        factors: pairs of a name and a shape, in the order in which they fill θ_D. By convention the factors of a
-            linear layer ``m`` are ``("m.A", (r, in_features))`` and ``("m.B", (out_features, r))``.
+        factors: pairs of a name and a shape, or a mapping of them, in the order in which they fill θ_D. By convention
+            the factors of a linear layer ``m`` are ``("m.A", (r, in_features))`` and ``("m.B", (out_features, r))``.
 
     Raises:
         SpecError: no factor, a repeated or empty name, a shape that is empty or has a size below 1.
@@ -38,28 +42,54 @@ class Layout:
 
     factors: tuple[tuple[str, Shape], ...]
 
-    def __init__(self, factors: Iterable[tuple[str, Iterable[int]]]):
-        object.__setattr__(self, "factors", tuple(_checked(factor) for factor in factors))
+    def __init__(self, factors: Iterable[tuple[str, Iterable[int]]] | Mapping[str, Iterable[int]]):
+        if not isinstance(factors, Iterable):
+            raise SpecError(
+                f"Layout: expected pairs of a name and a shape, or a mapping of them, got {shown(factors)}."
+            )
+        pairs = factors.items() if isinstance(factors, Mapping) else factors
+        object.__setattr__(self, "factors", tuple(_checked(pair) for pair in pairs))
         if not self.factors:
             raise SpecError("Layout: expected at least one factor, got none.")
         if len(self.shapes) < len(self.factors):
             (twice, _), *_ = Counter(name for name, _ in self.factors).most_common(1)
             raise SpecError(f"Layout: the name {shown(twice)} occurs twice; every factor needs a name of its own.")
 
+    def __repr__(self) -> str:
+        (name, shape), *others = self.factors
+        first = f"{shown(name)} {shown(shape)}" + (f" and {len(others)} more" if others else "")
+        return f"Layout({first}, D = {self.size}, fingerprint {self.fingerprint[:12]})"
+
+    def __reduce__(self) -> tuple:  # without what is kept: views of mappings cannot be pickled
+        return Layout, (self.factors,)
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __add__(self, other: "Layout") -> "Layout":
+        return Layout(self.factors + other.factors) if isinstance(other, Layout) else NotImplemented
+
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
-        """Name → shape, in order."""
-        return dict(self.factors)
+        """Name → shape, in order; read-only."""
+        return MappingProxyType(dict(self.factors))
 
     @cached_property
     def slices(self) -> Mapping[str, slice]:
-        """Name → its slice of θ_D, in order."""
-        slices, start = {}, 0
+        """Name → its slice of θ_D, in order; read-only."""
+        slices: dict[str, slice] = {}
+        start = 0
         for name, shape in self.factors:
             stop = start + math.prod(shape)
             slices[name] = slice(start, stop)
             start = stop
-        return slices
+        return MappingProxyType(slices)
 
     @cached_property
     def size(self) -> int:

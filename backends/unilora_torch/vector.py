@@ -75,8 +75,8 @@ class Vector(nn.Module):
         self.structure = Structure(self.live, model, (target.module for target in targets))
         self.kept_heads: dict[str, Tensor] | None = None
         self.originals: dict[str, Tensor] = {}
-        # read here once: torch.compile cannot trace the cached properties' lock
-        self._slices, self._shapes, self._whole = spec.layout.slices, spec.layout.shapes, [slice(0, spec.D)]
+        # read here once: torch.compile cannot trace the cached properties' lock; views of them cannot be copied
+        self._slices, self._shapes, self._whole = dict(spec.layout.slices), dict(spec.layout.shapes), [slice(0, spec.D)]
         self.base = identity(model, (*modules_to_save, *attached(model)))
         self._model = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
         self.trained_before = _trainable(model)

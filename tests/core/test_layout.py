@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unilora_core import Layout, SpecError, ValuesError
+from unilora_core import Layout, ProjectionSpec, SpecError, ValuesError
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 LAYOUTS = st.dictionaries(st.text(min_size=1, max_size=8), SHAPES, min_size=1, max_size=5).map(
@@ -87,14 +87,79 @@ def test_layouts_are_values(layout):
     assert pickle.loads(pickle.dumps(layout)).fingerprint == layout.fingerprint
 
 
+def test_a_repr_is_short_whatever_the_layout(layout):
+    head = layout.fingerprint[:12]
+    assert repr(layout) == f"Layout('q.A' (2, 3) and 2 more, D = 19, fingerprint {head})"
+    alone = Layout({"m.A": (7,)})
+    assert repr(alone) == f"Layout('m.A' (7,), D = 7, fingerprint {alone.fingerprint[:12]})"
+    long = Layout({"\x1b" * 10**5 + str(i): (1,) * 1000 for i in range(50)})
+    assert len(repr(long)) <= 300
+    assert repr(long).isprintable()
+    spec = ProjectionSpec(Layout({f"layers.{i}.A": (4, 64) for i in range(5000)}), 64)
+    assert repr(spec) == (
+        f"ProjectionSpec(layout=Layout('layers.0.A' (4, 64) and 4999 more, D = 1280000, fingerprint "
+        f"{spec.layout.fingerprint[:12]}), d=64, seed=0, grouping='balanced', start='paper', bound=0.02, frame='pair', "
+        "options=())"
+    )
+
+
 def test_layouts_are_frozen(layout):
     with pytest.raises(AttributeError, match="cannot assign to field 'factors'"):
         layout.factors = ()
 
 
+@pytest.mark.parametrize("mapping", ["shapes", "slices"])
+def test_shapes_and_slices_are_read_only(layout, mapping):
+    before = dict(getattr(layout, mapping))
+    with pytest.raises(AttributeError, match="no attribute 'pop'"):
+        getattr(layout, mapping).pop("q.A")
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        getattr(layout, mapping)["q.A"] = None
+    with pytest.raises(TypeError, match="does not support item deletion"):
+        del getattr(layout, mapping)["q.A"]
+    assert getattr(layout, mapping) == before
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda layout: pickle.loads(pickle.dumps(layout))])
+def test_copies_of_a_layout_in_use_are_layouts(layout, copied):
+    spec = ProjectionSpec(layout, 4)
+    assert (spec.layout.slices["bias"], spec.layout.shapes["bias"]) == (slice(14, 19), (5,))  # kept from here on
+    assert copied(spec) == spec
+    again = copied(layout)
+    assert again == layout
+    assert (again.fingerprint, again.shapes, again.slices) == (layout.fingerprint, layout.shapes, layout.slices)
+
+
+def test_a_layout_is_used_as_a_dict_of_its_shapes(layout):
+    assert Layout({"q.A": (2, 3), "q.B": [4, 2], "bias": (5,)}) == layout
+    assert Layout(layout.shapes) == layout
+    assert len(layout) == 3
+    assert list(layout) == ["q.A", "q.B", "bias"]
+    assert "q.A" in layout
+    assert "k.A" not in layout
+    assert ("q.A", (2, 3)) not in layout
+
+
+def test_layouts_are_joined(layout):
+    more = Layout([("k.A", (2, 3)), ("k.B", (4, 2))])
+    joined = layout + more
+    assert joined == Layout([*layout.factors, *more.factors])
+    assert joined.size == layout.size + more.size
+    assert joined != more + layout
+    assert (len(layout), len(more)) == (3, 2)
+    with pytest.raises(SpecError, match="the name 'bias' occurs twice; every factor needs a name of its own"):
+        layout + Layout({"bias": (1,)})
+    with pytest.raises(TypeError, match="unsupported operand"):
+        layout + more.factors
+
+
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
+        ({}, "expected at least one factor, got none"),
+        ({"a": (2, 0)}, r"the shape of 'a' must be a sequence of positive integers, got \(2, 0\)"),
+        (5, r"expected pairs of a name and a shape, or a mapping of them, got 5"),
+        ("ab", "expected pairs of a name and a shape, got 'a'"),
         ([], "expected at least one factor, got none"),
         ([("a", (1,)), ("b", (1,)), ("a", (2,))], "the name 'a' occurs twice"),
         ([("", (1,))], "must be a non-empty string, got ''"),
