@@ -7,6 +7,7 @@ Source: Uni-LoRA (arXiv 2506.00799), section 3; the order of the factors is ours
 import hashlib
 import json
 import math
+import numbers
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from unilora_core._namespace import Array, array_namespace
 from unilora_core.errors import SpecError, ValuesError
 from unilora_core.schema import shown
 
-__all__ = ["Layout", "integer"]
+__all__ = ["Layout", "integer", "number"]
 
 Shape = tuple[int, ...]
 
@@ -162,6 +163,20 @@ def integer(value: object) -> int:
     return operator.index(value)  # type: ignore[arg-type]
 
 
+def number(value: object) -> float:
+    """A Python float of a real number, Python's or NumPy's; infinite where it is too large for one.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{shown(value)} is no real number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def _checked(factor: tuple[str, Iterable[int]]) -> tuple[str, Shape]:
     try:
         name, shape = factor
@@ -177,9 +192,9 @@ def _checked(factor: tuple[str, Iterable[int]]) -> tuple[str, Shape]:
         raise SpecError(
             f"Layout: the shape of {shown(name)} must be a sequence of positive integers, got {shown(shape)}."
         )
-    numbers = 1
+    total = 1
     for size in sizes:
-        numbers *= size
-        if numbers >= 2**63:  # no array has so many; seen before the product becomes slow to compute
+        total *= size
+        if total >= 2**63:  # no array has so many; seen before the product becomes slow to compute
             raise SpecError(f"Layout: {shown(name)} has more than 2^63 numbers.")
     return name, sizes

@@ -5,7 +5,6 @@ Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1. Other maps: `unilo
 """
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -16,7 +15,7 @@ from unilora_core import grouping as _grouping
 from unilora_core._namespace import Array, standard
 from unilora_core.errors import CorruptFileError, SpecError, UnknownVersionError
 from unilora_core.frames import FRAMES, Frame
-from unilora_core.layout import Layout, integer
+from unilora_core.layout import Layout, integer, number
 from unilora_core.maps import FIRST_D, MAPS, Map, Options
 from unilora_core.maps.gather import carried, scale
 from unilora_core.maps.mapping import Option
@@ -83,7 +82,7 @@ class ProjectionSpec:
         if not 0 <= self.seed < 2**64:
             raise SpecError(f"ProjectionSpec: expected 0 ≤ seed < 2^64, got {shown(self.seed)}.")
         _check_start(self)
-        _check_bound(self)
+        object.__setattr__(self, "bound", _checked_bound(self))
 
     @property
     def map(self) -> Map:
@@ -232,15 +231,19 @@ class ProjectionSpec:
         return spec
 
 
-def _check_bound(spec: ProjectionSpec) -> None:
-    number = isinstance(spec.bound, (int, float)) and not isinstance(spec.bound, bool)
-    if not (number and SMALLEST <= spec.bound <= LARGEST):
+def _checked_bound(spec: ProjectionSpec) -> float:
+    try:
+        bound = number(spec.bound)
+    except TypeError:
+        bound = 0.0
+    if not SMALLEST <= bound <= LARGEST:
         raise SpecError(f"ProjectionSpec: bound must be a positive float32 number, got {shown(spec.bound)}.")
-    if spec.bound > LARGEST_SUMMED and not spec.map.exact:
+    if bound > LARGEST_SUMMED and not spec.map.exact:
         raise SpecError(
             f"ProjectionSpec: bound must be at most 2^60 with the grouping {spec.grouping!r}, which adds up numbers of "
             f"θ_d, got {shown(spec.bound)}."
         )
+    return bound
 
 
 def _checked_options(spec: ProjectionSpec) -> tuple[tuple[str, Option], ...]:
@@ -326,11 +329,14 @@ def option(name: str, value: object, default: Option) -> Option:
     Raises:
         SpecError: it is none.
     """
-    kinds = (int, np.integer) if isinstance(default, int) else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not (0 < value < 2**63 and math.isfinite(value)):
+    try:
+        found = integer(value) if isinstance(default, int) else number(value)
+    except TypeError:
+        found = 0
+    if not 0 < found < 2**63:
         kind = "integer" if isinstance(default, int) else "number"
         raise SpecError(f"ProjectionSpec: {name} must be a positive {kind}, got {shown(value)}.")
-    return type(default)(value)
+    return found
 
 
 def _piece(factor: str) -> str:

@@ -38,6 +38,13 @@ def spec():
         ({"d": 3, "bound": -0.1}, "bound must be a positive .*, got -0.1"),
         ({"d": 3, "bound": float("nan")}, "bound must be a positive .*, got nan"),
         ({"d": 3, "bound": float("inf")}, "bound must be a positive .*, got inf"),
+        ({"d": 3, "bound": np.float64("inf")}, r"bound must be a positive .*, got .*inf"),
+        ({"d": 3, "bound": np.float32(-0.5)}, r"bound must be a positive .*, got .*-0.5"),
+        ({"d": 3, "bound": True}, "bound must be a positive .*, got True"),
+        ({"d": 3, "bound": np.True_}, "bound must be a positive .*, got .*True"),
+        ({"d": 3, "bound": np.array([0.5])}, r"bound must be a positive .*, got array\(\[0.5\]\)"),
+        ({"d": 3, "bound": 1j}, "bound must be a positive .*, got 1j"),
+        ({"d": 3, "bound": None}, "bound must be a positive .*, got None"),
         ({"d": 3, "bound": "0.02"}, "bound must be a positive .*, got '0.02'"),
         ({"d": 3, "bound": 10**400}, "bound must be a positive .*, got 1000"),
         ({"d": 3, "bound": 1e39}, r"bound must be a positive .*, got 1e\+39"),
@@ -71,6 +78,38 @@ def test_numpy_integers_are_integers():
     assert spec == ProjectionSpec(LAYOUT, 5, seed=2**63, bound=0.5)
     assert type(spec.d) is type(spec.seed) is int
     assert ProjectionSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+REALS = [np.float16, np.float32, np.float64, np.longdouble, np.int32, np.uint8, np.int64, int]
+
+
+@pytest.mark.parametrize("kind", REALS, ids=lambda kind: kind.__name__)
+def test_numpy_numbers_are_numbers(kind):
+    spec = ProjectionSpec(LAYOUT, 5, bound=kind(2))
+    assert spec == ProjectionSpec(LAYOUT, 5, bound=2.0)
+    assert type(spec.bound) is float
+    assert spec.to_json() == ProjectionSpec(LAYOUT, 5, bound=2.0).to_json()
+    assert json.dumps(ProjectionSpec(LAYOUT, 5, bound=np.float32(0.02)).to_json())
+
+
+@pytest.mark.parametrize("kind", REALS, ids=lambda kind: kind.__name__)
+def test_numpy_numbers_are_options(kind):
+    layout = Layout({"m.u": (3,), "m.v": (5,)})
+    rank = kind(3) if issubclass(kind, (int, np.integer)) else 3
+    given = (("initial", kind(2)), ("rank", rank))
+    spec = ProjectionSpec(layout, 4, frame="scaled", options=given)
+    assert spec.options == (("initial", 2.0), ("rank", 3))
+    assert [type(value) for _, value in spec.options] == [float, int]
+
+
+def test_an_integer_of_any_library_is_an_integer():
+    class Integer:
+        def __index__(self):
+            return 3
+
+    options = (("initial", 0.5), ("rank", Integer()))
+    spec = ProjectionSpec(Layout({"m.u": (3,), "m.v": (5,)}), Integer(), frame="scaled", options=options)
+    assert (spec.d, spec.options) == (3, (("initial", 0.5), ("rank", 3)))
 
 
 def test_specs_are_values(spec):
