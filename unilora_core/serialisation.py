@@ -36,7 +36,7 @@ SUMMED = 1e19
 """About the root of what float32 holds: no sum of 2^31 such numbers is infinite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdapterFile:
     """The contents of an adapter file.
 
@@ -51,6 +51,10 @@ class AdapterFile:
     theta_d: np.ndarray
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        tensors, metadata = (shown(sorted(names)) for names in (self.tensors, self.metadata))
+        return f"AdapterFile(spec={self.spec!r}, tensors={tensors}, metadata={metadata})"
 
 
 def save_adapter(

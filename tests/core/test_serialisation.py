@@ -88,6 +88,15 @@ def test_extra_tensors_and_metadata_come_back(path):
     assert (file.tensors["head"] == np.eye(2)).all()
 
 
+def test_a_file_that_was_read_prints_in_a_line(path):
+    tensors = {f"head.{i}": np.zeros(1000, np.float32) for i in range(500)}
+    save_adapter(path, SPEC, SPEC.init(), tensors=tensors, metadata={"targets": "long" * 10**5})
+    text = repr(read_adapter(path))
+    assert text.startswith(f"AdapterFile(spec={SPEC!r}, tensors=['head.0', 'head.1', ")
+    assert text.endswith(", ...], metadata=['targets'])")
+    assert len(text) <= 600
+
+
 def test_theta_d_of_any_namespace_is_saved(namespace, tmp_path):
     save_adapter(tmp_path / "a", SPEC, namespace.asarray(SPEC.init()))
     assert (load_adapter(tmp_path / "a")[1] == SPEC.init()).all()
