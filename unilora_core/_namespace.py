@@ -9,6 +9,7 @@ __all__ = [
     "Array",
     "array_namespace",
     "device",
+    "has_int64",
     "is_jax_array",
     "is_numpy_namespace",
     "is_torch_array",
@@ -22,3 +23,8 @@ Array = Any
 def standard(xp: ModuleType) -> ModuleType:
     """The Array API namespace for ``xp``, which may be a framework's own module (``torch``, ``jax.numpy``)."""
     return array_namespace(xp.zeros(0))
+
+
+def has_int64(xp: ModuleType) -> bool:
+    """Whether a namespace has integers of 64 bits (JAX has them in its x64 mode only)."""
+    return "int64" in standard(xp).__array_namespace_info__().dtypes()

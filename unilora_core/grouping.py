@@ -9,9 +9,11 @@ non-negative numbers. A position past 2^31 is a pair (segment, offset) whose seg
 """
 
 import functools
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy as np
 from unilora_core._namespace import Array, is_numpy_namespace, standard
 from unilora_core.draws import keys, shift, signed, threefry
 
-__all__ = ["ALGORITHMS", "MAX_D", "MAX_d", "Problem", "counts", "groups", "uniform"]
+__all__ = ["ALGORITHMS", "MAX_D", "MAX_d", "Problem", "counts", "groups", "members", "uniform"]
 
 MAX_D = 2**48
 MAX_d = 2**31
@@ -66,6 +68,7 @@ class Permutation:
 
     Attributes:
         outside: where cycle walking leads from each of the few points {size … a·b-1}.
+        before: where it leads from them backwards.
     """
 
     size: int
@@ -73,15 +76,23 @@ class Permutation:
     b: int
     keys: tuple[int, ...]
     outside: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
 
     def __call__(self, p: Array, xp: ModuleType, device: object = None) -> Array:
         """π(p); p: (n,) int32 in {0 … size-1}."""
-        y = self.network(p)
-        if not self.outside:
+        return self._inside(self.network(p), self.outside, xp, device)
+
+    def inverse(self, q: Array, xp: ModuleType, device: object = None) -> Array:
+        """π⁻¹(q); q: int32 of any shape in {0 … size-1}."""
+        return self._inside(self.backwards(q), self.before, xp, device)
+
+    def _inside(self, y: Array, walked: tuple[int, ...], xp: ModuleType, device: object) -> Array:
+        """The end of the walk that has come to y."""
+        if not walked:
             return y
         over = y >= self.size
-        back = xp.asarray(np.asarray(self.outside, np.int32), device=device)
-        return xp.where(over, xp.take(back, xp.where(over, y - self.size, 0 * y), axis=0), y)
+        ends = xp.asarray(np.asarray(walked, np.int32), device=device)
+        return xp.where(over, xp.take(ends, xp.where(over, y - self.size, 0 * y), axis=0), y)
 
     def network(self, p: Array) -> Array:
         """The Feistel network itself, a permutation of {0 … a·b-1}."""
@@ -90,6 +101,16 @@ class Permutation:
         m, n = self.a, self.b
         for key in self.keys:
             left, right = right, _mod(left + (_lowbias32(right ^ key) & 0x3FFFFFFF), m)
+            m, n = n, m
+        return left * self.b + right
+
+    def backwards(self, y: Array) -> Array:
+        """The inverse of `network`: the same rounds from the last to the first."""
+        left = y // self.b
+        right = y - left * self.b
+        m, n = (self.a, self.b) if len(self.keys) % 2 else (self.b, self.a)
+        for key in reversed(self.keys):
+            left, right = _mod(right - _mod(_lowbias32(left ^ key) & 0x3FFFFFFF, m) + m, m), left
             m, n = n, m
         return left * self.b + right
 
@@ -109,12 +130,18 @@ def _permutation(problem: Problem, segment: int) -> Permutation:
     size = min(longest, problem.D - segment * longest)
     a, b = _factor(size)
     bare = Permutation(size, a, b, _words("balanced", problem, segment)[:ROUNDS])
-    outside = bare.network(np.arange(size, a * b, dtype=np.int32))
-    for _ in range(outside.size):  # a walk still outside after that is a cycle that no position inside leads to
-        if not (over := outside >= size).any():
+    outside, before = (_walked(step, size, a * b) for step in (bare.network, bare.backwards))
+    return replace(bare, outside=outside, before=before)
+
+
+def _walked(step: Kernel, size: int, end: int) -> tuple[int, ...]:
+    """Where a walk by steps leads from each of {size … end-1}."""
+    points = step(np.arange(size, end, dtype=np.int32))
+    for _ in range(points.size):  # a walk still outside after that is a cycle that no position inside leads to
+        if not (over := points >= size).any():
             break
-        outside[over] = bare.network(outside[over])
-    return Permutation(size, a, b, bare.keys, tuple(outside.tolist()))
+        points[over] = step(points[over])
+    return tuple(points.tolist())
 
 
 def _factor(size: int) -> tuple[int, int]:
@@ -133,14 +160,54 @@ def _balanced(problem: Problem, segment: int, xp: ModuleType, device: object) ->
     return lambda p: _mod(pi(p, xp, device), d)
 
 
-def _balanced_counts(problem: Problem) -> np.ndarray:
-    segments, rest = divmod(problem.D, length := _balanced_segment(problem))
-    return segments * _even(length, problem.d) + _even(rest, problem.d)
+def _balanced_sizes(problem: Problem) -> list[int]:
+    """Of the segments."""
+    whole, rest = divmod(problem.D, length := _balanced_segment(problem))
+    return [length] * whole + [rest] * (rest > 0)
 
 
-def _even(size: int, d: int) -> np.ndarray:
-    least, more = divmod(size, d)
-    return least + (np.arange(d) < more)
+def _balanced_counts(problem: Problem, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Of the groups start … stop-1."""
+    groups, segments = np.arange(start, problem.d if stop is None else stop), Counter(_balanced_sizes(problem))
+    zero = np.zeros(groups.size, np.int64)
+    return sum((n * (size // problem.d + (groups < size % problem.d)) for size, n in segments.items()), zero)
+
+
+def members(problem: Problem, start: int, stop: int, xp: ModuleType, device: object = None) -> tuple[Array, Array]:
+    """The inverse of ``balanced``: where the members of each group start … stop-1 begin and end, and what they are.
+
+    Those of group j are π⁻¹(j + k·d) for k = 0, 1, … in each segment, so nothing is sorted.
+
+    Returns:
+        offsets (stop-start+1,) and positions, those of one group after those of another: int32, int64 if D ≥ 2^31.
+    """
+    xp, sizes = standard(xp), _balanced_sizes(problem)
+    wide = xp.int32 if problem.D < WORD else xp.int64
+    each = _balanced_counts(problem, start, stop)
+    offsets = xp.asarray(np.concatenate([[0], np.cumsum(each)]), dtype=wide, device=device)
+    alike = {start, stop, *(size % problem.d for size in sizes if start < size % problem.d < stop)}
+    step = max(1, BLOCK // int(each.max(initial=1))) if is_numpy_namespace(xp) else MAX_d
+    parts = [
+        _grid(problem, sizes, low, min(low + step, last), xp, device, wide)
+        for first, last in itertools.pairwise(sorted(alike))
+        for low in range(first, last, step)
+    ]
+    return offsets, xp.concat(parts) if parts else xp.zeros(0, dtype=wide, device=device)
+
+
+def _grid(
+    problem: Problem, sizes: list[int], start: int, stop: int, xp: ModuleType, device: object, wide: object
+) -> Array:
+    """The members of groups that have as many as each other in every segment."""
+    length, columns = _balanced_segment(problem), []
+    first = xp.reshape(_positions(start, stop - start, xp, device), (-1, 1))
+    for segment, size in enumerate(sizes):
+        if n := size // problem.d + (start < size % problem.d):
+            k = xp.reshape(_positions(0, n, xp, device), (1, -1))
+            images = xp.reshape(first + k * problem.d if n > 1 else first, (-1,))
+            offset = _permutation(problem, segment).inverse(images, xp, device)
+            columns.append(xp.reshape(xp.astype(offset, wide) + segment * length, (-1, n)))
+    return xp.reshape(xp.concat(columns, axis=1), (-1,)) if columns else xp.zeros(0, dtype=wide, device=device)
 
 
 # ---- iid: g(i) = ⌊u·d / 2^64⌋, u the 64 bits that Threefry-2x32-20 gives for the counter i -----------------------

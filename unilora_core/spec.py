@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from unilora_core import grouping as _grouping
-from unilora_core._namespace import Array, standard
+from unilora_core._namespace import Array, has_int64, standard
 from unilora_core.errors import CorruptFileError, SpecError, UnknownVersionError
 from unilora_core.frames import FRAMES, Frame
 from unilora_core.layout import Layout, integer, number
@@ -151,6 +151,38 @@ class ProjectionSpec:
         if self.map.counts is None:
             raise SpecError(self._no_groups())
         return self.map.counts(self)
+
+    def members(
+        self, start: int = 0, stop: int | None = None, *, xp: ModuleType = np, device: object = None
+    ) -> tuple[Array, Array]:
+        """The inverse of `groups`: which positions belong to each of the groups start … stop-1.
+
+        Those of ``balanced`` are computed in time and memory of the slice, in the order of the permutation; those of
+        other maps come of one stable sort of all D groups, in increasing order. A sum over members in their order has
+        the same bits in every namespace and on every device, which a scatter-add has not.
+
+        Args:
+            start, stop: 0 ≤ start ≤ stop ≤ d; ``stop=None`` means d.
+            xp: the namespace to compute in.
+
+        Returns:
+            offsets (stop-start+1,), where the members of each group begin and end, and positions (offsets[-1],), in
+            {0 … D-1}; both int32, or int64 where D ≥ 2^31.
+
+        Raises:
+            SpecError: the slice lies outside {0 … d}; a map without groups; D ≥ 2^31 in a namespace without int64.
+        """
+        stop = self.d if stop is None else stop
+        if not 0 <= start <= stop <= self.d:
+            raise SpecError(f"members: expected 0 ≤ start ≤ stop ≤ d = {self.d}, got start = {start}, stop = {stop}.")
+        if self.map.members is None:
+            raise SpecError(self._no_groups())
+        if self.D >= 2**31 and not has_int64(xp):
+            raise SpecError(
+                f"members: D = {self.D} has positions past 2^31, and {xp.__name__} has no int64 here; compute them in "
+                "NumPy (xp=numpy), or in JAX with jax_enable_x64."
+            )
+        return self.map.members(self, start, stop, xp, device)
 
     def scale(self, *, xp: ModuleType = np, device: object = None, dtype: object = None) -> Array:
         """1/√n_j: (d,), computed in float64 and rounded once to ``dtype`` (default float32); 1 for an empty group.

@@ -5,13 +5,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unilora_core import SpecError
 from unilora_core import grouping as impl
 from unilora_core._namespace import standard
 from unilora_core.testing import reference
-from unilora_core.testing.reference import GROUPS, problems
+from unilora_core.testing.reference import GROUPS, flat, problems
 
 # ---- against the references ----
 
@@ -187,3 +188,31 @@ def test_the_end_of_a_huge_vector_costs_as_much_as_its_beginning(spec_of):
     """Not timed: were anything of size D made on the way, this would not fit any memory."""
     for name in GROUPS:
         assert spec_of(2**48, 1000, grouping=name).groups(2**48 - 1000).shape == (1000,)
+
+
+# ---- members ----
+
+
+@settings(max_examples=200, deadline=None)
+@given(problem=problems(3000), grouping=st.sampled_from([*impl.ALGORITHMS, "unnormalised"]))
+def test_members_are_the_inverse_of_groups(problem, grouping):
+    """A stable sort, up to the order in a group."""
+    D, d, seed = problem
+    spec = flat(D, d, seed=seed, grouping=grouping)
+    offsets, positions = spec.members()
+    groups = spec.groups()
+    assert (groups[positions] == np.repeat(np.arange(d), np.diff(offsets))).all()
+    assert (np.sort(positions) == np.arange(D)).all()
+    assert (np.diff(offsets) == spec.counts()).all()
+
+
+def test_members_past_2_31_are_int64():
+    spec = flat(2**40, 2**31 - 5, seed=3)
+    offsets, positions = spec.members(2**31 - 1000, 2**31 - 997)
+    assert positions.dtype == offsets.dtype == np.int64
+    assert [spec.groups(i, i + 1)[0] for i in positions[offsets[1] : offsets[2]]] == [2**31 - 999] * 512
+
+
+def test_a_map_without_groups_has_no_members():
+    with pytest.raises(SpecError, match="the grouping 'gaussian' has no groups: a row of its P has other entries"):
+        flat(10, 3, grouping="gaussian").members()

@@ -94,5 +94,5 @@ def test_the_vectors_cannot_be_overwritten():
     done = subprocess.run([sys.executable, MAKE], capture_output=True, text=True, check=False)
     assert "FileExistsError" in done.stderr
     assert before == {path: path.read_bytes() for path in folder.glob("*.json")}
-    assert {path.stem for path in before} == {*FILES, "adapter", "methods"}
+    assert {path.stem for path in before} == {*FILES, "adapter", "members", "methods"}
     assert before == {folder / path.name: path.read_bytes() for path in FOLDER.iterdir()}, "shipped as they are here"

@@ -69,6 +69,16 @@ RESIZED = [
 ]
 """Of `balanced`, where training began with another d."""
 
+MEMBERS = [
+    *(SPECS[i] for i in (0, 1, 2, 4, 8, 10)),
+    {"D": 97, "d": 20, "first": 10, "seed": 1},
+    {"D": 10**7, "d": 10**6, "seed": 10},
+    {"D": 2**31 - 1, "d": 2**29, "seed": 11},
+    {"D": 2**31 + 1, "d": 2**31, "seed": 14},
+    {"D": 2**33 + 12345, "d": 2**30 + 1, "seed": 16},
+]
+"""Of `balanced`: the positions of some groups, in the order of the permutation."""
+
 CLASSES = [SPECS[i] for i in (1, 4, 7, 8, 18)]
 IDENTITY = [{"D": 1, "d": 1}, {"D": 97, "d": 97, "seed": 1, "start": "identity"}, {"D": 10007, "d": 10007, "seed": 2}]
 DENSE = [
@@ -110,6 +120,15 @@ def case(D: int, grouping: str, first: int | None = None, **fields) -> dict:
             },
         }
     return known
+
+
+def members(D: int, first: int | None = None, **fields) -> dict:
+    """Group → its positions: the first groups, the last, and those around the border where they become fewer."""
+    spec = ProjectionSpec(layout_of(D), options=() if first is None else (("first_d", first),), **fields)
+    starts = sorted({0, max(0, spec.d - 3), max(0, spec.D % spec.d - 2)})
+    known = {start: spec.members(start, min(start + 3, spec.d)) for start in starts}
+    parts = {start: np.split(positions, offsets[1:-1]) for start, (offsets, positions) in known.items()}
+    return {"spec": spec.to_json(), "members": {start: [p.tolist() for p in each] for start, each in parts.items()}}
 
 
 def mixed(shapes: list, options: tuple[int, ...], **fields) -> dict:
@@ -262,12 +281,14 @@ def text(name: str) -> str:
         return lines(dense(grouping=name, **fields) for fields in DENSE)
     if name == "resized":
         return lines(case(grouping="balanced", **fields) for fields in RESIZED)
+    if name == "members":
+        return lines(members(**fields) for fields in MEMBERS)
     specs = SPECS if name in ALGORITHMS else CLASSES
     small = [fields for fields in specs if name != "numpy-shuffle" or fields["D"] <= WHOLE]
     return lines(case(grouping=name, **fields) for fields in small)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [*MAPS, "adapter", "methods", "resized"]:
+    for name in sys.argv[1:] or [*MAPS, "adapter", "methods", "resized", "members"]:
         with (FOLDER / f"{name}.json").open("x") as file:  # "x": never over an old one
             file.write(text(name))

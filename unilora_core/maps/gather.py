@@ -128,6 +128,23 @@ def _transpose(of: Instance, y: Array, frozen: Frozen, start: int) -> Array:
     return summed * scale(counts, xp, device(y), y.dtype)
 
 
+def _sorted_members(
+    of: Instance, start: int, stop: int, xp: ModuleType, where: object, *, groups: Groups, counts: Counts
+) -> tuple[Array, Array]:
+    """By one stable sort of all D groups, which is kept."""
+    ends = np.concatenate([[0], np.cumsum(counts(of))])[start : stop + 1]
+    positions = _ordered(of, groups)[ends[0] : ends[-1]]
+    xp = standard(xp)
+    wide = xp.int32 if of.D < grouping.WORD else xp.int64
+    return tuple(xp.asarray(part, dtype=wide, device=where) for part in (ends - ends[0], positions))
+
+
+@lru_cache(maxsize=2)
+def _ordered(of: Instance, groups: Groups) -> np.ndarray:
+    """All D positions by group."""
+    return np.argsort(groups(of, 0, of.D, np, None), kind="stable").astype(np.int32 if of.D < grouping.WORD else None)
+
+
 # ---- one grouping for all positions: the grouping module's algorithms ------------------------------------------------
 
 
@@ -179,6 +196,7 @@ def _gather(version: int, groups: Groups, counts: Counts, check: Callable[[Insta
         groups=groups,
         counts=counts,
         weighs=weighs,
+        members=partial(_sorted_members, groups=groups, counts=counts),
         exact=True,
     )
 
@@ -296,6 +314,10 @@ def _unnormalised() -> Map:
 GATHERS: dict[str, Map] = {name: _whole(name) for name in grouping.ALGORITHMS}
 GATHERS |= {"local": _in_classes(_by_target, even=True), "by-factor": _in_classes(_by_piece, even=False)}
 GATHERS["unnormalised"] = _unnormalised()
+GATHERS |= {
+    name: replace(GATHERS[name], members=lambda of, *where: grouping.members(problem_of(of), *where))
+    for name in ("balanced", "unnormalised")
+}
 GATHERS["balanced"] = replace(GATHERS["balanced"], check=_check_nested, nests=2)
 
 

@@ -50,6 +50,8 @@ class Instance(Protocol):
     def chosen(self) -> Options:
         """The value of each option."""
 
+    def __hash__(self) -> int: ...
+
 
 Project = Callable[[Instance, Array, Frozen, int, int], Array]
 Transpose = Callable[[Instance, Array, Frozen, int], Array]
@@ -74,6 +76,8 @@ class Map:
         groups: (instance, start, stop, xp, device) → the column of each row, int32, where every row has one entry.
         counts: instance → how many rows each column has, (d,) int64, NumPy; where there are groups.
         weighs: instance → what takes the place of n_j in the scale 1/√n_j; where there are groups.
+        members: (instance, start, stop, xp, device) → offsets and positions of the rows of these columns; where there
+            are groups.
         start: instance → θ_d⁰ (d,) float32, NumPy, where the map has its own; else U(-bound, bound).
         rate: instance → what LoRA's learning rate is multiplied by for θ_d.
         options: name → default.
@@ -96,6 +100,7 @@ class Map:
     groups: Callable[[Instance, int, int, ModuleType, object], Array] | None = None
     counts: Callable[[Instance], np.ndarray] | None = None
     weighs: Callable[[Instance], np.ndarray] | None = None
+    members: Callable[[Instance, int, int, ModuleType, object], tuple[Array, Array]] | None = None
     start: Callable[[Instance], np.ndarray] | None = None
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     nests: int | None = None

@@ -68,11 +68,13 @@ class Subject:
         self.name, self.xp, self.dtypes = backend.name, backend.xp, backend.dtypes
         self.maps = {*ALGORITHMS, *backend.maps}
         self.pullback, self.compile = backend.pullback, backend.compile
+        self.computes_groups = not backend.groups
         self.compiles_groups = bool(backend.compile and not backend.groups and "groups" in backend.compiled)
         self.compiles_project = bool(backend.compile and "project" in backend.compiled)
         self.compiles_maps = bool(self.compiles_project and "maps" in backend.compiled)
         xp, device = backend.xp, backend.device
         self.groups = backend.groups or (lambda spec, start, stop: spec.groups(start, stop, xp=xp, device=device))
+        self.members = functools.partial(ProjectionSpec.members, xp=xp, device=device)
         self.init = backend.init or (lambda spec: spec.init(xp=xp, device=device))
         self.project = backend.project or (lambda spec: functools.partial(unilora_core.project, spec))
         self.project_transpose = backend.project_transpose or (

@@ -21,6 +21,7 @@ __all__ = [
     "dense",
     "flat",
     "gathered",
+    "image",
     "init",
     "lowbias32",
     "normal",
@@ -93,6 +94,11 @@ def threefry(k0: int, k1: int, x0: int, x1: int) -> tuple[int, int]:
 
 
 def _balanced(D: int, d: int, seed: int, i: int) -> int:
+    return image(D, d, seed, i)[1] % d
+
+
+def image(D: int, d: int, seed: int, i: int) -> tuple[int, int]:
+    """The segment of position i, and where the permutation of ``balanced`` takes it there."""
     longest = min(D, 2**31 // d * d)
     segment, p = i // longest, i % longest
     size = min(longest, D - segment * longest)
@@ -105,7 +111,7 @@ def _balanced(D: int, d: int, seed: int, i: int) -> int:
             m, n = n, m
         p = left * b + right
         if p < size:
-            return p % d
+            return segment, p
 
 
 def _iid(D: int, d: int, seed: int, i: int) -> int:
