@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unilora_core.errors import SpecError
-from unilora_core.frames import FRAMES, Sizes, frame_layout
+from unilora_core.frames import FRAMES, Frame, Sizes, frame_layout
+from unilora_core.lora import largest_rank
 from unilora_core.maps import MAPS
 from unilora_core.maps.mapping import Option, Options
 from unilora_core.rates import LORA_RANK, default_bound
@@ -93,7 +94,8 @@ def plan_spec(
 
     Raises:
         SpecError: an unknown method (the nearest are named), an option that it does not take, a rank where there is
-            none, a d where it follows from the method, or a field out of its range.
+            none or that no target gives reason for (`unilora_core.lora.largest_rank`), a d where it follows from the
+            method, or a field out of its range.
     """
     known("method", method, METHODS)
     chosen = METHODS[method]
@@ -107,6 +109,8 @@ def plan_spec(
     values = _values(method, dict(form.options) | dict(each.options), options or {})
     targets = list(targets)
     layout = frame_layout(form, targets, values | ranked)
+    if rank is not None:
+        _check_rank(form, targets, rank, layout.size)
     as_lora = not each.fixed and (form.dense or chosen.frame == "pair")
     counted = frame_layout(FRAMES["pair"], targets, {"rank": LORA_RANK}) if as_lora else layout
     width = each.width(counted, values)
@@ -130,6 +134,16 @@ def plan_spec(
     if bound is None and spec.start != "identity":
         return spec
     return dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+
+
+def _check_rank(form: Frame, targets: Iterable[tuple[str, Sizes]], rank: int, D: int) -> None:
+    """The widest target's bound for files: what is planned for layers of one width can be loaded for them."""
+    most = max(largest_rank(sizes.in_features, sizes.out_features, form.usual) for _, sizes in targets)
+    if rank > most:
+        raise SpecError(
+            f"expected a rank of at most {most} for these targets (min(in, out) of the widest, or {form.usual}), as in "
+            f"files, got rank = {rank}: D would be {D:,}, {4 * D:,} bytes of float32; take a lower rank."
+        )
 
 
 def _values(method: str, defaults: Options, given: Options) -> dict[str, Option]:

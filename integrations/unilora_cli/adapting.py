@@ -122,7 +122,7 @@ def check_method(arguments: argparse.Namespace) -> None:
     said = adapter_options(arguments)
     fields = {name: said[name] for name in ("method", "rank", "seed", "grouping", "start", "bound") if name in said}
     options = {name: value for name, value in said.items() if name not in OPTIONS}
-    whole = [value for value in (fields.get("rank"), *options.values()) if type(value) is int and 0 < value < 2**20]
+    whole = [value for value in (fields.get("rank"), *options.values()) if type(value) is int and 0 < value < 2**63]
     width = math.lcm(2**10, *whole)  # which they divide
     if width <= 2**15:  # of wider layers no weight may have all entries, so that is left to the model's own
         plan_spec([("layer", Sizes(width, width))], options=options, **fields)

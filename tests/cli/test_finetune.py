@@ -460,6 +460,7 @@ def test_a_wrong_option_of_the_method_is_said_before_anything_is_read(unilora, k
         ("--method", "vb-lora", "--method-arg", "length=3", "--method-arg", "vectors=7"),
         ("--method", "lora-xs", "--rank", 9),
         ("--rank", 5000),
+        ("--rank", 2**21),
         ("--method", "fourierft", "--method-arg", "frequencies=77"),
     ],
 )

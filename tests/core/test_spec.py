@@ -64,6 +64,7 @@ def test_impossible_specs_are_refused(fields, message):
         ([("a", (3,))], {"d": 1}, "layout must be a Layout, got list"),
         (Layout([("a", (2**24, 2**24 + 1))]), {"d": 1}, r"D = 281474993487872 is more than 2\^48"),
         (Layout([("a", (2**32,))]), {"d": 2**31 + 1}, "got d = 2147483649"),
+        (Layout([("a", (2**32,))]), {"d": 2**32, "grouping": "identity"}, r"D is at most 2\^31, got 4294967296"),
         (Layout([("a", (2**31 + 1,))]), {"d": 1, "grouping": "numpy-shuffle"}, r"D = 2147483649 is more than 2\^31"),
         (Layout([("m.A", (3,)), ("gain", (3,))]), {"d": 1, "start": "identity"}, "'gain' ends in none of .A, .B"),
     ],
