@@ -110,6 +110,7 @@ def test_the_numpy_reader_sees_the_same_theta_D(path, start):
     model = saved(path, start=start)
     spec, theta_d = unilora_core.load_adapter(path)
     factors = spec.layout.split(unilora_core.project(spec, theta_d))
+    assert list(model.unilora.factors()) == list(factors)
     for name, factor in model.unilora.factors().items():
         assert np.array_equal(factor.detach().numpy(), factors[name])
 
