@@ -39,7 +39,9 @@ def threefry(key: tuple[int, ...], x0: Array, x1: Array) -> tuple[Array, Array]:
 
 def shift(x: Array, n: int) -> Array:
     """Logical right shift: int32 ``>>`` copies the sign bit, so it is masked."""
-    return (x >> n) & ((1 << (32 - n)) - 1)
+    y = x >> n
+    y &= (1 << (32 - n)) - 1
+    return y
 
 
 def signed(word: int) -> int:

@@ -29,7 +29,7 @@ MAX_d = 2**31
 WORD = 2**31
 """No segment is longer, so that every offset fits int32."""
 
-BLOCK = 2**15
+BLOCK = 2**16
 """NumPy works on this many positions at a time: the temporaries stay in the L2 cache (2 to 3 times faster)."""
 
 
@@ -100,9 +100,14 @@ class Permutation:
         right = p - left * self.b
         m, n = self.a, self.b
         for key in self.keys:
-            left, right = right, _mod(left + (_lowbias32(right ^ key) & 0x3FFFFFFF), m)
+            word = _lowbias32(right ^ key)
+            word &= 0x3FFFFFFF
+            word += left
+            left, right = right, _mod(word, m)
             m, n = n, m
-        return left * self.b + right
+        left *= self.b
+        left += right
+        return left
 
     def backwards(self, y: Array) -> Array:
         """The inverse of `network`: the same rounds from the last to the first."""
@@ -317,11 +322,13 @@ def groups(name: str, problem: Problem, start: int, stop: int, xp: ModuleType, d
     xp = standard(xp)
     algorithm = ALGORITHMS[name]
     length = algorithm.segment(problem)
-    block = BLOCK if is_numpy_namespace(xp) else length
-    parts = [
-        algorithm.groups(problem, segment, offset, n, xp, device)
-        for segment, offset, n in _pieces(start, stop, length, block)
-    ]
+    if is_numpy_namespace(xp):
+        found = np.empty(stop - start, np.int32)
+        for segment, offset, n in _pieces(start, stop, length, BLOCK):
+            at = segment * length + offset - start
+            found[at : at + n] = algorithm.groups(problem, segment, offset, n, xp, device)
+        return found
+    parts = [algorithm.groups(problem, *piece, xp, device) for piece in _pieces(start, stop, length, length)]
     return xp.concat(parts) if parts else xp.zeros(0, dtype=xp.int32, device=device)
 
 
@@ -362,11 +369,16 @@ def _words(name: str, problem: Problem, segment: int) -> tuple[int, ...]:
 
 def _lowbias32(x: Array) -> Array:
     """A bijection of 32-bit words with low avalanche bias (C. Wellons, hash-prospector, "lowbias32")."""
-    x = (x ^ shift(x, 16)) * 0x7FEB352D
-    x = (x ^ shift(x, 15)) * signed(0x846CA68B)
-    return x ^ shift(x, 16)
+    x = x ^ shift(x, 16)
+    x *= 0x7FEB352D
+    x ^= shift(x, 15)
+    x *= signed(0x846CA68B)
+    x ^= shift(x, 16)
+    return x
 
 
 def _mod(x: Array, m: int) -> Array:
     """x mod m, x ≥ 0 (NumPy divides by a constant much faster than it takes the remainder)."""
-    return x - (x // m) * m
+    multiple = x // m
+    multiple *= m
+    return x - multiple
