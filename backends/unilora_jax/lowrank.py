@@ -322,9 +322,9 @@ def _remat(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
 
 def _scan(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
     """Weights may come as constants, or stacked, a layer for each step."""
-    closed, split = eqn.params["jaxpr"], eqn.params["num_consts"]
-    consts, carry = values[:split], values[split : split + eqn.params["num_carry"]]
-    stacks = [_layers_first(value) for value in values[split + len(carry) :]]
+    closed, (split, stop) = eqn.params["jaxpr"], _scan_bounds(eqn.params)
+    consts, carry = values[:split], values[split:stop]
+    stacks = [_layers_first(value) for value in values[stop:]]
     _no_weights(carry, "the carry of a scan")
 
     def body(carry: Any, step: Any) -> tuple[list[Any], list[Any]]:
@@ -335,6 +335,14 @@ def _scan(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
     how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, outputs = lax.scan(body, list(carry), stacks, **how)
     return [*carry, *outputs]
+
+
+def _scan_bounds(params: dict[str, Any]) -> tuple[int, int]:
+    """Where the carry of a scan begins and ends among its operands; JAX 0.11 says so in a tree."""
+    if "ft_in" not in params:
+        return params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carry, _ = (len(part) for part in params["ft_in"].unpack())
+    return consts, consts + carry
 
 
 def _layers_first(value: Any) -> Any:
