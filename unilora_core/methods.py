@@ -4,10 +4,11 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from unilora_core.errors import SpecError
 from unilora_core.frames import FRAMES, Frame, Sizes, frame_layout
+from unilora_core.layout import Layout
 from unilora_core.lora import largest_rank
 from unilora_core.maps import MAPS
 from unilora_core.maps.mapping import Option, Options
@@ -74,7 +75,7 @@ def plan_spec(
     targets: Iterable[tuple[str, Sizes]],
     *,
     method: str = "uni-lora",
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     d: int | Literal["auto"] = "auto",
     seed: int = 0,
     grouping: str | None = None,
@@ -86,6 +87,8 @@ def plan_spec(
 
     Args:
         targets: name and sizes of each.
+        rank: r; for a pair also a mapping from names of targets, or their endings (``"q_proj"``), to the rank of each,
+            of which the longest that fits counts.
         d: the number of trained values; ``"auto"``: the method's, which for Uni-LoRA is a sixteenth of the numbers that
             LoRA has at rank 4, whatever the rank, and where ΔW itself is made of them.
         grouping: another map for the method's frame, such as ``"iid"``, or ``"balanced"`` for VeRA's vectors.
@@ -104,13 +107,12 @@ def plan_spec(
     form, each = FRAMES[chosen.frame], MAPS[grouping]
     if rank is not None and not form.ranked:
         raise SpecError(f"the method {method!r} has no rank, got rank = {shown(rank)}; leave it out.")
+    if isinstance(rank, Mapping) and chosen.frame != "pair":
+        raise SpecError(f"the method {method!r} has one rank for all targets, got {shown(rank)}; say a number.")
     rank = chosen.rank if rank is None else rank
-    ranked: dict[str, Option] = {} if rank is None else {"rank": rank}
     values = _values(method, dict(form.options) | dict(each.options), options or {})
     targets = list(targets)
-    layout = frame_layout(form, targets, values | ranked)
-    if rank is not None:
-        _check_rank(form, targets, rank, layout.size)
+    layout = _laid_out(form, targets, values, rank)
     as_lora = not each.fixed and (form.dense or chosen.frame == "pair")
     counted = frame_layout(FRAMES["pair"], targets, {"rank": LORA_RANK}) if as_lora else layout
     width = each.width(counted, values)
@@ -120,7 +122,7 @@ def plan_spec(
             f"the method {method!r} trains d = {width} numbers here, got d = {shown(d)}; leave d out, or take a "
             "grouping that has a d, such as 'balanced'."
         )
-    held = values if chosen.frame == "pair" else values | ranked
+    held: dict[str, Any] = values if chosen.frame == "pair" or rank is None else values | {"rank": rank}
     usual_start = "paper" if each.transpose is None else chosen.start
     spec = ProjectionSpec(
         layout,
@@ -134,6 +136,36 @@ def plan_spec(
     if bound is None and spec.start != "identity":
         return spec
     return dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+
+
+def _laid_out(
+    form: Frame, targets: list[tuple[str, Sizes]], values: Options, rank: int | Mapping[str, int] | None
+) -> Layout:
+    """The factors of all targets, whose rank is one for all, or each one's own, or none."""
+    if rank is None:
+        return frame_layout(form, targets, values)
+    if isinstance(rank, Mapping):
+        ranks = _ranks([name for name, _ in targets], rank)
+        parts = [frame_layout(form, [each], {"rank": r}) for each, r in zip(targets, ranks, strict=True)]
+        layout = Layout(factor for part in parts for factor in part.factors)
+    else:
+        ranks, layout = [rank], frame_layout(form, targets, {**values, "rank": rank})
+    _check_rank(form, targets, max(ranks), layout.size)
+    return layout
+
+
+def _ranks(names: list[str], said: Mapping[str, int]) -> list[int]:
+    """The rank of each target: what is said for its name, or for the longest of its endings that are said."""
+    keys = [key for key in said if isinstance(key, str)]
+    fitting = {name: [key for key in keys if name == key or name.endswith(f".{key}")] for name in names}
+    if bare := [name for name, fits in fitting.items() if not fits]:
+        raise SpecError(
+            f"rank: nothing is said for {shown(bare[0])}; expected a rank for each target, got {shown(said)}."
+        )
+    if strange := said.keys() - {key for fits in fitting.values() for key in fits}:
+        endings = shown(sorted({name.rpartition(".")[2] for name in names}))
+        raise SpecError(f"rank: no target is called {shown(min(strange, key=str))}; their names end in {endings}.")
+    return [said[max(fitting[name], key=len)] for name in names]
 
 
 def _check_rank(form: Frame, targets: Iterable[tuple[str, Sizes]], rank: int, D: int) -> None:

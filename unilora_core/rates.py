@@ -26,8 +26,8 @@ def map_rate(spec: ProjectionSpec) -> float:
         return 1.0
     if spec.frame != "pair" or spec.map.fixed:
         return spec.map.rate(spec)
-    _, (*_, rank, _) = spec.layout.factors[0]
-    return spec.map.rate(spec) * math.sqrt(LORA_RANK / rank)
+    ranks = [shape[-2] for name, shape in spec.layout.factors if name.endswith(".A")]
+    return spec.map.rate(spec) * math.sqrt(LORA_RANK / (sum(ranks) / len(ranks)))
 
 
 def default_bound(spec: ProjectionSpec) -> float:

@@ -194,7 +194,7 @@ def test_a_size_that_is_none(method, option, value):
         planned(method, options=SMALL.get(method, {}) | {option: value})
 
 
-@pytest.mark.parametrize("value", [v for v in STRANGE if v is not None], ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("value", [v for v in STRANGE if v not in (None, {})], ids=lambda value: repr(value)[:12])
 @pytest.mark.parametrize("method", ["uni-lora", "vera", "tied-lora"])
 def test_a_rank_that_is_none(method, value):
     message = "expected rank ≥ 1, got .*; LoRA ranks are usually 4 to 64|has more than 2.63 numbers"
@@ -229,6 +229,61 @@ def test_a_rank_that_no_target_gives_reason_for(method, usual):
 def test_targets_that_cannot_be(targets, message):
     with pytest.raises(SpecError, match=message):
         plan_spec(targets, method="vera")
+
+
+# ---- ranks of each target's own --------------------------------------------------------------------------------------
+
+NAMED = [(f"layers.{i}.{name}", Sizes(64, 32)) for i in range(2) for name in ("q_proj", "k_proj", "gate_proj")]
+
+
+@pytest.mark.parametrize("method", ["uni-lora", "lora", "fastfood", "gaussian"])
+def test_each_target_has_the_rank_that_is_said_for_it(method):
+    """By name or ending; the longest fits best."""
+    ranks = {"gate_proj": 2, "q_proj": np.int64(8), "layers.1.q_proj": 5, "k_proj": 8}
+    spec = plan_spec(NAMED, method=method, rank=ranks, start="paper")
+    found = {name.removesuffix(".A"): shape[0] for name, shape in spec.layout.factors if name.endswith(".A")}
+    assert list(found.values()) == [8, 8, 2, 5, 8, 2]
+    assert list(found) == [name for name, _ in NAMED]
+    assert spec.layout.shapes["layers.1.q_proj.B"] == (32, 5)
+    assert spec.d == (spec.D if method == "lora" else round(6 * 4 * 96 / 16))
+    assert ProjectionSpec.from_json(spec.to_json()) == spec
+    assert plan_spec(NAMED, method=method, rank={"q_proj": 3, "k_proj": 3, "gate_proj": 3}) == plan_spec(
+        NAMED, method=method, rank=3
+    )
+
+
+def test_the_rate_of_several_ranks_is_that_of_their_mean():
+    ranks = {"q_proj": 8, "k_proj": 8, "gate_proj": 2}
+    spec, even = (plan_spec(NAMED, rank=rank, d=100) for rank in (ranks, 6))
+    assert spec.D == even.D
+    assert theta_rate(spec, 1.0) == pytest.approx(theta_rate(even, 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ({}, r"rank: nothing is said for 'layers.0.q_proj'; expected a rank for each target, got \{\}"),
+        ({"q_proj": 8, "k_proj": 4}, "rank: nothing is said for 'layers.0.gate_proj'; expected a rank for each target"),
+        ({"proj": 8}, "rank: nothing is said for 'layers.0.q_proj'"),
+        (
+            {"q_proj": 8, "k_proj": 4, "gate_proj": 2, "v_proj": 1},
+            "rank: no target is called 'v_proj'; their names end in .*'q_proj'",
+        ),
+        ({"q_proj": 8, "k_proj": 4, "gate_proj": 0}, "expected rank ≥ 1, got 0"),
+        ({"q_proj": 8, "k_proj": 4.0, "gate_proj": 2}, "expected rank ≥ 1, got 4.0"),
+        ({"q_proj": 8, "k_proj": 4, "gate_proj": 10**9}, "a rank of at most 64 for these .* got rank = 1000000000"),
+        ({"q_proj": 8, "k_proj": 4, "gate_proj": 2, 3: 1}, "rank: no target is called 3"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_targets(rank, message):
+    with pytest.raises(SpecError, match=message):
+        plan_spec(NAMED, rank=rank)
+
+
+@pytest.mark.parametrize("method", ["vera", "tied-lora", "lora-xs", "tinylora", "vb-lora"])
+def test_methods_of_one_rank(method):
+    with pytest.raises(SpecError, match=f"the method '{method}' has one rank for all targets, got .*; say a number"):
+        plan_spec(NAMED, method=method, rank={"q_proj": 2, "k_proj": 2, "gate_proj": 2})
 
 
 # ---- specs as JSON ---------------------------------------------------------------------------------------------------
