@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def plan(
     *,
     exclude: str | Iterable[str] = (),
     method: str = "uni-lora",
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     d: int | Literal["auto"] = "auto",
     seed: int = 0,
     grouping: str | None = None,
@@ -57,7 +57,8 @@ def plan(
             (``["q_proj", "v_proj"]``), or a list of `Target`; see `find_targets`.
         exclude: taken away from ``targets``, by regular expression or list.
         method: a name of `unilora_core.methods.METHODS`; what is None below is the method's own.
-        rank: r of every target; 16 for Uni-LoRA.
+        rank: r of every target, 16 for Uni-LoRA; or a mapping from names of layers, or their endings
+            (``{"q_proj": 8, "v_proj": 16}``), of which the longest that fits counts.
         d: the number of trained values, or ``"auto"``: for Uni-LoRA a sixteenth of LoRA's at rank 4.
         seed: fixes P, θ_d⁰ and what a method draws.
         grouping: P: ``"balanced"``, ``"iid"``, ``"numpy-shuffle"``, …; see `unilora_core.ProjectionSpec`.
@@ -82,6 +83,8 @@ def plan(
     spec = plan_spec(
         layers, method=method, rank=rank, d=d, seed=seed, grouping=grouping, start=start, bound=bound, options=options
     )
+    if isinstance(rank, Mapping):
+        _check_stacks(spec, found)
     of_weights = spec.form.of_weight is not None
     frozen = frozen_of_weights(spec, found, leaves) if of_weights else frozen_of_seed(spec, found)
     return _adapter(leaves, spec, found, frozen, groups)
@@ -140,6 +143,17 @@ def _adapter(
     shapes = {target.path: tuple(leaves[target.path].shape) for target in targets}
     numbers = numbers_of(spec, targets, cached=groups == "cached")
     return Adapter(Chains(targets, tuple(shapes.items()), numbers, frozen))
+
+
+def _check_stacks(spec: ProjectionSpec, targets: Iterable[Target]) -> None:
+    """Refuse several ranks in one stack, whose factors are one array."""
+    for target in targets:
+        ranks = sorted({spec.layout.shapes[f"{name}.A"][-2] for name in target.names})
+        if len(ranks) > 1:
+            raise SpecError(
+                f"plan: {target.path} is a stack of {len(target.names)} layers; expected one rank for all of them, got "
+                f"{', '.join(map(str, ranks))}. Unstack the parameters to have a rank for each."
+            )
 
 
 def _warn_of_the_rest(path: str | os.PathLike, header: Header, file: AdapterFile) -> None:

@@ -1,7 +1,7 @@
 """attach, load: put one vector beside a model."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import nn
@@ -28,7 +28,7 @@ def attach(
     *,
     exclude: str | Iterable[str] = (),
     method: str = "uni-lora",
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     d: int | Literal["auto"] = "auto",
     seed: int = 0,
     grouping: str | None = None,
@@ -50,7 +50,8 @@ def attach(
             `find_targets`), or a list of `Target`.
         exclude: taken away from ``targets``, by regular expression or list.
         method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
-        rank: r of every target; by default the method's, 16 for Uni-LoRA.
+        rank: r of every target, by default the method's, 16 for Uni-LoRA; or a mapping from names of targets, or their
+            endings (``{"q_proj": 8, "v_proj": 16}``), of which the longest that fits counts.
         d: the number of trained values, or ``"auto"``: a sixteenth of LoRA's at rank 4, or what follows from the
             method.
         seed: fixes P, θ_d⁰, and what is random and frozen.

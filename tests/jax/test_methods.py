@@ -15,7 +15,16 @@ from methods import HERE, OPTIONS, X, model, normal, outputs, parameters, planne
 from safetensors.numpy import load_file
 
 import unilora_jax
-from unilora_core import AdapterFileError, MismatchError, SpecError, TargetError, ValuesError, draws, read_adapter
+from unilora_core import (
+    AdapterFileError,
+    MismatchError,
+    SpecError,
+    TargetError,
+    ValuesError,
+    draws,
+    project,
+    read_adapter,
+)
 from unilora_core import save_adapter as save
 from unilora_core.frames import FRAMES, Frame
 from unilora_core.header import write_targets
@@ -509,3 +518,25 @@ def test_a_file_of_another_model(files):
         smaller = other | {"attn": {"query": {"kernel": normal(16, 2, 5)}}}
         with pytest.raises(MismatchError, match=r"attn/query/kernel: expected a layer of 16 inputs and at least 12"):
             unilora_jax.load(smaller, files[method][0])
+
+
+def test_a_rank_for_each_layer(path):
+    """The update of each is that of the core; layers of one stack have one rank."""
+    ranks = {"up": 3, "query": 2, "qkv.q": 4, "v": 5, "head": 1}
+    adapter = unilora_jax.plan(P, targets(P), rank=ranks, d=20, start="paper", bound=1.0)
+    theta_d = adapter.init()
+    factors = adapter.factors(theta_d)
+    assert {len(factor) for name, factor in factors.items() if name.endswith("up.A")} == {3}
+    assert [factors[f"{name}.A"].shape[0] for name in ("attn.query", "qkv.v", "qkv.q", "head")] == [2, 5, 4, 1]
+    wanted = adapter.spec.layout.split(project(adapter.spec, np.asarray(theta_d)))
+    assert all((np.asarray(factor) == wanted[name]).all() for name, factor in factors.items())
+    found = outputs(adapter, P, theta_d, X)
+    np.testing.assert_allclose(found, model(adapter.merge(P, theta_d), X), rtol=2e-5, atol=2e-5)
+    adapter.save(path, theta_d)
+    again, theta = unilora_jax.load(P, path)
+    assert again.spec == adapter.spec
+    np.testing.assert_allclose(outputs(again, P, theta, X), found, rtol=1e-6, atol=1e-6)
+    with pytest.raises(
+        SpecError, match=r"layers/up/kernel is a stack of 3 layers; expected one rank .* got 2, 3\. Uns"
+    ):
+        unilora_jax.plan(P, ["up"], rank={"layers.0.up": 2, "up": 3})
