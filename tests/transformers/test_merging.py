@@ -21,6 +21,7 @@ FILE = "a.safetensors"
 MODELS = [
     ("LlamaForCausalLM", {}, {}),
     ("LlamaForCausalLM", {"targets": "all-linear", "start": "paper", "rank": 2}, {"tie_word_embeddings": True}),
+    ("LlamaForCausalLM", {"targets": ["q_proj", "down_proj"], "rank": {"q_proj": 2, "down_proj": 5}}, {}),
     ("GPT2LMHeadModel", {}, {}),
     ("GPT2LMHeadModel", {"targets": "all-linear"}, {}),
     ("T5ForConditionalGeneration", {}, {}),

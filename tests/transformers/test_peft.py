@@ -132,6 +132,15 @@ def test_what_peft_cannot_express_is_not_written(tiny, tmp_path, options, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_ranks_of_each_targets_own_are_not_written(tiny, tmp_path):
+    """PEFT's UniLora has one r."""
+    options = {"grouping": "numpy-shuffle", "start": "paper", "rank": {"q_proj": 2, "v_proj": 3}}
+    adapter = unilora_transformers.attach(tiny("LlamaForCausalLM"), ["q_proj", "v_proj"], **options)
+    with pytest.raises(SpecError, match=r"other layers, blocks or ranks.*export_lora"):
+        unilora_transformers.save_peft(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nan_is_not_written(tiny, tmp_path):
     adapter = unilora_transformers.attach(tiny("LlamaForCausalLM"), grouping="numpy-shuffle", start="paper")
     with torch.no_grad():
