@@ -18,15 +18,15 @@ def theta_rate(spec: ProjectionSpec, lora_rate: float) -> float:
 
 
 def map_rate(spec: ProjectionSpec) -> float:
-    """The map's factor. Where a pair's numbers are shared it has √(4/r), since the sum of r rank-one updates grows like
-    √r while (D/d)^¾ grows with r. It is 1 where ΔW itself is made, whose entries LoRA has no rate for (D/d grows with
-    the model there, and a factor that grows with it was seen to diverge).
+    """The map's factor. Where a pair's numbers are shared it has √(4/r), r the mean of the targets', since the sum of r
+    rank-one updates grows like √r while (D/d)^¾ grows with r. It is 1 where ΔW itself is made, whose entries LoRA has
+    no rate for (D/d grows with the model there, and a factor that grows with it was seen to diverge).
     """
     if spec.form.dense:
         return 1.0
     if spec.frame != "pair" or spec.map.fixed:
         return spec.map.rate(spec)
-    ranks = [shape[-2] for name, shape in spec.layout.factors if name.endswith(".A")]
+    ranks = [shape[-2] for name, shape in spec.layout.factors if not name.endswith(".B")]
     return spec.map.rate(spec) * math.sqrt(LORA_RANK / (sum(ranks) / len(ranks)))
 
 

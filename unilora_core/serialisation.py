@@ -53,8 +53,8 @@ class AdapterFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        tensors, metadata = (shown(sorted(names)) for names in (self.tensors, self.metadata))
-        return f"AdapterFile(spec={self.spec!r}, tensors={tensors}, metadata={metadata})"
+        strings = sorted(name for name, _ in self.metadata.items())
+        return f"AdapterFile(spec={self.spec!r}, tensors={shown(sorted(self.tensors))}, metadata={shown(strings)})"
 
 
 def save_adapter(
