@@ -142,15 +142,14 @@ def _laid_out(
     form: Frame, targets: list[tuple[str, Sizes]], values: Options, rank: int | Mapping[str, int] | None
 ) -> Layout:
     """The factors of all targets, whose rank is one for all, or each one's own, or none."""
-    if rank is None:
-        return frame_layout(form, targets, values)
     if isinstance(rank, Mapping):
         ranks = _ranks([name for name, _ in targets], rank)
-        parts = [frame_layout(form, [each], {"rank": r}) for each, r in zip(targets, ranks, strict=True)]
-        layout = Layout(factor for part in parts for factor in part.factors)
-    else:
-        ranks, layout = [rank], frame_layout(form, targets, {**values, "rank": rank})
-    _check_rank(form, targets, max(ranks), layout.size)
+        parts = [_laid_out(form, [each], values, r) for each, r in zip(targets, ranks, strict=True)]
+        return Layout(factor for part in parts for factor in part.factors)
+    if rank is None:
+        return frame_layout(form, targets, values)
+    layout = frame_layout(form, targets, {**values, "rank": rank})
+    _check_rank(form, targets, rank, layout.size)
     return layout
 
 
@@ -168,13 +167,15 @@ def _ranks(names: list[str], said: Mapping[str, int]) -> list[int]:
     return [said[max(fitting[name], key=len)] for name in names]
 
 
-def _check_rank(form: Frame, targets: Iterable[tuple[str, Sizes]], rank: int, D: int) -> None:
+def _check_rank(form: Frame, targets: list[tuple[str, Sizes]], rank: int, D: int) -> None:
     """The widest target's bound for files: what is planned for layers of one width can be loaded for them."""
-    most = max(largest_rank(sizes.in_features, sizes.out_features, form.usual) for _, sizes in targets)
+    name, widest = max(targets, key=lambda each: min(each[1].in_features, each[1].out_features))
+    most = largest_rank(widest.in_features, widest.out_features, form.usual)
     if rank > most:
         raise SpecError(
-            f"expected a rank of at most {most} for these targets (min(in, out) of the widest, or {form.usual}), as in "
-            f"files, got rank = {rank}: D would be {D:,}, {4 * D:,} bytes of float32; take a lower rank."
+            f"expected a rank of at most {most}, as of {shown(name)} ({widest.in_features} inputs, "
+            f"{widest.out_features} outputs) in a file, got rank = {rank}: D would be {D:,}, {4 * D:,} bytes of "
+            "float32; take a lower rank."
         )
 
 
