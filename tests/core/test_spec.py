@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unilora_core import Layout, ProjectionSpec, SpecError, UnknownVersionError
+from unilora_core.maps import MAPS
 from unilora_core.spec import option
 
 LAYOUT = Layout([("q.A", (2, 3)), ("q.B", (4, 2))])
@@ -228,3 +229,13 @@ def test_an_option_is_a_positive_number_of_63_bits(value, taken):
     else:
         with pytest.raises(SpecError, match="rank must be a positive integer"):
             option("rank", value, 4)
+
+
+@pytest.mark.parametrize("grouping", [name for name, each in MAPS.items() if each.groups is not None])
+def test_writing_into_what_was_given_changes_nothing_that_is_kept(grouping):
+    spec = ProjectionSpec(Layout({"m.A": (2, 50), "m.B": (30, 2)}), 7, grouping=grouping)
+    gives = (spec.groups, spec.counts, spec.scale, spec.init, lambda: spec.members()[0], lambda: spec.members()[1])
+    for give in gives:
+        before = give().copy()
+        give()[:] = 1
+        assert (give() == before).all()

@@ -133,7 +133,7 @@ def _sorted_members(
 ) -> tuple[Array, Array]:
     """By one stable sort of all D groups, which is kept."""
     ends = np.concatenate([[0], np.cumsum(counts(of))])[start : stop + 1]
-    positions = _ordered(of, groups)[ends[0] : ends[-1]]
+    positions = _ordered(of, groups)[ends[0] : ends[-1]].copy()  # what is kept is not given away
     xp = standard(xp)
     wide = xp.int32 if of.D < grouping.WORD else xp.int64
     return tuple(xp.asarray(part, dtype=wide, device=where) for part in (ends - ends[0], positions))
