@@ -21,7 +21,18 @@ import numpy as np
 from unilora_core._namespace import Array, is_numpy_namespace, standard
 from unilora_core.draws import keys, shift, signed, threefry
 
-__all__ = ["ALGORITHMS", "MAX_D", "MAX_d", "Problem", "counts", "groups", "members", "uniform"]
+__all__ = [
+    "ALGORITHMS",
+    "MAX_D",
+    "MAX_d",
+    "Permutation",
+    "Problem",
+    "counts",
+    "groups",
+    "members",
+    "permutation",
+    "uniform",
+]
 
 MAX_D = 2**48
 MAX_d = 2**31
@@ -130,7 +141,8 @@ def _balanced_segment(problem: Problem) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _permutation(problem: Problem, segment: int) -> Permutation:
+def permutation(problem: Problem, segment: int) -> Permutation:
+    """The permutation of one segment of ``balanced``."""
     longest = _balanced_segment(problem)
     size = min(longest, problem.D - segment * longest)
     a, b = _factor(size)
@@ -159,7 +171,7 @@ def _factor(size: int) -> tuple[int, int]:
 
 
 def _balanced(problem: Problem, segment: int, xp: ModuleType, device: object) -> Kernel:
-    pi, d = _permutation(problem, segment), problem.d
+    pi, d = permutation(problem, segment), problem.d
     if pi.size <= d:
         return lambda p: pi(p, xp, device)
     return lambda p: _mod(pi(p, xp, device), d)
@@ -210,7 +222,7 @@ def _grid(
         if n := size // problem.d + (start < size % problem.d):
             k = xp.reshape(_positions(0, n, xp, device), (1, -1))
             images = xp.reshape(first + k * problem.d if n > 1 else first, (-1,))
-            offset = _permutation(problem, segment).inverse(images, xp, device)
+            offset = permutation(problem, segment).inverse(images, xp, device)
             columns.append(xp.reshape(xp.astype(offset, wide) + segment * length, (-1, n)))
     return xp.reshape(xp.concat(columns, axis=1), (-1,)) if columns else xp.zeros(0, dtype=wide, device=device)
 

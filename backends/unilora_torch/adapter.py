@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from unilora_core import rates
 from unilora_core.methods import method_of
 from unilora_torch import growing, hooking, merging, saving, swapping, switching, verifying
+from unilora_torch.computed import computes
 from unilora_torch.export import export_lora
 from unilora_torch.heads import listed
 from unilora_torch.targets import Target
@@ -128,6 +129,7 @@ class Adapter(Vector):
             + (f"; {listed(self.modules_to_save)}: {head:,}" if head else "")
             + (f"; random, frozen and in no file: {listed(self.base.fresh)}" if self.base and self.base.fresh else "")
             + f"; trained: {trained:,} of {total:,} ({trained / total:.3%})"
+            + (f"; groups computed by {computes(spec, self.theta_d.device)}" if self.groups == "computed" else "")
         )
 
     # ---- on, off, merged ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from unilora_torch.heads import check_apart, check_heads, inside, part_of, state
 from unilora_torch.opened import open_file
 from unilora_torch.swapping import fill, swap
 from unilora_torch.targets import Target, find_targets, weight_name
-from unilora_torch.vector import check_name
+from unilora_torch.vector import Groups, check_name
 
 __all__ = ["attach", "layout_of", "load", "swap"]
 
@@ -36,6 +36,7 @@ def attach(
     bound: float | None = None,
     modules_to_save: Iterable[str] = (),
     name: str = NAME,
+    groups: Groups = "cached",
     **options: float,
 ) -> Adapter:
     """Freeze a model and put one trainable vector beside its linear layers.
@@ -61,6 +62,8 @@ def attach(
         bound: of θ_d⁰; by default as large as LoRA's A for the identity, else 0.02.
         modules_to_save: names of modules that train in full, such as ``("classifier",)``; or of single parameters.
         name: the adapter's name among the model's submodules.
+        groups: ``"cached"`` as int32, 4 bytes for each LoRA parameter, or ``"computed"`` in each pass, 0 bytes: on CUDA
+            in Triton's kernels, elsewhere by the core, which takes longer (docs/method.md).
         **options: of the method, such as ``vectors=64`` of VB-LoRA; docs/framework.md has them.
 
     Returns:
@@ -85,11 +88,17 @@ def attach(
         bound=bound,
         options=options,
     )
-    return _install(model, spec, found, modules_to_save, name)
+    return _install(model, spec, found, modules_to_save, name, groups=groups)
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_base: bool = True, any_rank: bool = False
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    name: str = NAME,
+    check_base: bool = True,
+    any_rank: bool = False,
+    groups: Groups = "cached",
 ) -> Adapter:
     """Read an adapter file and attach it to its base model, under ``name``.
 
@@ -99,6 +108,7 @@ def load(
         check_base: refuse a base with other values than the one that the file was made for (any dtype and any
             quantisation of it will do); files of other backends do not say.
         any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
+        groups: as in `attach`.
 
     Raises:
         AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`), or says what
@@ -114,7 +124,7 @@ def load(
         ours = base.identity(model, (*heads, *adapters(model)), found.fresh)
         base.check_base(str(path), found.header.base, ours)
     before = {name: value.clone() for head in heads for name, value in state_of(model, head).items()}
-    adapter = _install(model, found.spec, found.targets, heads, name, found.frozen)
+    adapter = _install(model, found.spec, found.targets, heads, name, found.frozen, groups)
     adapter.base = base.with_fresh(adapter.base, model, found.fresh)
     try:
         fill(adapter, found)
@@ -164,9 +174,10 @@ def _install(
     modules_to_save: tuple[str, ...],
     name: str,
     frozen: Frozen | None = None,
+    groups: Groups = "cached",
 ) -> Adapter:
     acting = {other: adapter.modules_to_save for other, adapter in adapters(model).items() if adapter.enabled}
     check_apart(acting | {name: modules_to_save})
-    adapter = Adapter(model, spec, targets, modules_to_save, frozen)
+    adapter = Adapter(model, spec, targets, modules_to_save, frozen, groups)
     adapter.put_on(name)
     return adapter

@@ -61,7 +61,7 @@ def resize(vector: Vector, d: int) -> None:
 def _resize(vector: Vector, spec: ProjectionSpec, optimizer: Optimizer | None, scheduler: Any, what: str) -> None:
     _check(vector, what)
     with vector.alone(what):  # all that can fail comes first
-        projection, theta_d = projection_of(spec), moved(vector.spec, spec, vector.theta_d.detach())
+        projection, theta_d = projection_of(spec, vector.groups), moved(vector.spec, spec, vector.theta_d.detach())
         beside = changes(what, vector.spec, spec, vector.theta_d, optimizer, scheduler)
         try:
             _put(vector, spec, projection, theta_d, beside)

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from unilora_core import ProjectionSpec
-from unilora_torch.gather import project
-from unilora_torch.projection import Projection, Spans
 
-__all__ = ["Computed", "Place", "streamed"]
+__all__ = ["Place", "groups_at", "streamed"]
 
 BLOCK = 2**20
 """So many numbers of ΔW at a time: a few temporaries of 4 MB."""
@@ -34,46 +32,16 @@ class Place:
         for first in range(0, self.height, step):
             rows = slice(first, min(first + step, self.height))
             at = [self.start + row * self.width for row in (rows.start, rows.stop)]
-            yield rows, _groups(spec, *at, device).view(-1, self.width)
-
-
-@dataclass(eq=False)
-class Computed(Projection):
-    """P of a gather whose D is too large for a table: the groups are computed with each use.
-
-    Attributes:
-        scale: (d,) float32, 1/√n_j.
-        origin: (d,) float32, θ_d⁰ of ``start="identity"``, from which all numbers are measured; None without one.
-    """
-
-    scale: Tensor
-    origin: Tensor | None
-
-    @classmethod
-    def of(cls, spec: ProjectionSpec) -> "Computed":
-        """That of a spec, on the CPU."""
-        origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
-        return cls(spec, torch.from_numpy(spec.scale()), origin)
-
-    def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
-        """See `Projection`."""
-        groups = [_groups(self.spec, at.start, at.stop, theta_d.device) for at in spans]
-        return project(self.moved(theta_d), torch.cat(groups), self.scale)
-
-    def product(self, x: Tensor, theta_d: Tensor, place: Place) -> Tensor:
-        """x·ΔWᵀ, see `streamed`."""
-        return streamed(x, self.moved(theta_d) * self.scale, self.spec, place)
-
-    def moved(self, theta_d: Tensor) -> Tensor:
-        """θ_d, or how far it is from where it started."""
-        return theta_d if self.origin is None else theta_d - self.origin
+            yield rows, groups_at(spec, *at, device).view(-1, self.width)
 
 
 @torch.compiler.disable  # which would trace the groups' permutations
-def _groups(spec: ProjectionSpec, start: int, stop: int, device: torch.device) -> Tensor:
-    """g(start) … g(stop-1); on the meta device as many numbers."""
+def groups_at(spec: ProjectionSpec, start: int, stop: int, device: torch.device) -> Tensor:
+    """Compute g(start) … g(stop-1): (stop-start,) int32; on the meta device as many numbers without values."""
     if device.type == "meta":
         return torch.empty(stop - start, dtype=torch.int32, device=device)
+    if device.type == "cpu":  # NumPy takes a third of the time
+        return torch.from_numpy(spec.groups(start, stop))
     return spec.groups(start, stop, xp=torch, device=device)
 
 

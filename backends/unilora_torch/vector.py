@@ -7,29 +7,33 @@ its update to the output. θ_d is the parameter ``unilora.theta_d`` of the model
 import contextlib
 import itertools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unilora_core import ProjectionSpec, TargetError, ValuesError
+from unilora_core import ProjectionSpec, SpecError, TargetError, ValuesError
 from unilora_torch.base import identity
 from unilora_torch.calls import Handle
 from unilora_torch.chains import Chains, Frozen, product
 from unilora_torch.checks import weight_of
+from unilora_torch.computed import Computed
 from unilora_torch.frozen import check_names, frozen_of
 from unilora_torch.gather import Gather
 from unilora_torch.generic import Mapped
 from unilora_torch.heads import parameters_of, state_of
 from unilora_torch.live import Live, Streamed, alone
 from unilora_torch.projection import Projection
-from unilora_torch.streamed import Computed, Place
+from unilora_torch.streamed import Place
 from unilora_torch.structure import Structure
 from unilora_torch.targets import Target, shaped
 
-__all__ = ["Vector", "attached", "check_name", "device_of", "projection_of"]
+__all__ = ["Groups", "Vector", "attached", "check_name", "device_of", "projection_of"]
 
 Part = TypeVar("Part", Projection, Chains)
+
+Groups = Literal["cached", "computed"]
+"""Whether the groups are kept as int32, or computed in each pass."""
 
 
 class Vector(nn.Module):
@@ -38,6 +42,7 @@ class Vector(nn.Module):
     Attributes:
         theta_d, spec, targets, modules_to_save, base: see `Adapter`.
         projection: P; ``projection(theta_d, spans)`` gives numbers of θ_D.
+        groups: whether it has a table of them, or computes them.
         chains: from the factors of a target to its chain.
         placed: the device of what these two are made of; None before it is known.
         live: what its hooks look at.
@@ -60,13 +65,15 @@ class Vector(nn.Module):
         targets: tuple[Target, ...],
         modules_to_save: tuple[str, ...] = (),
         frozen: Frozen | None = None,
+        groups: Groups = "cached",
     ):
         """``frozen``: what a file keeps of what stands in the chains; None: it is made of the seed, or the weights."""
         super().__init__()
         check_names(spec, modules_to_save)
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
         self.chains = Chains.of(spec, targets, frozen_of(model, spec, targets) if frozen is None else frozen)
-        self.projection, self.placed = projection_of(spec), None
+        self.groups = groups
+        self.projection, self.placed = projection_of(spec, groups), None
         origin = self.projection.origin  # drawing it takes a while, so it is not done twice
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
         self.to(device_of(model, targets))
@@ -115,7 +122,7 @@ class Vector(nn.Module):
     @property
     def whole(self) -> bool:
         """Whether θ_D is projected at once, when a pass begins: it is small enough to be kept until its end."""
-        return not isinstance(self.projection, Computed)
+        return not (isinstance(self.projection, Computed) and self.spec.frame == "dense")
 
     def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
         """The chain of one target, made of the factors."""
@@ -190,7 +197,7 @@ class Vector(nn.Module):
             raise
 
     def _take(self, spec: ProjectionSpec, frozen: Frozen) -> None:
-        self.projection.copy_(projection_of(spec))
+        self.projection.copy_(projection_of(spec, self.groups))
         self.chains.copy_(frozen)
 
     def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
@@ -249,11 +256,20 @@ def device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
-def projection_of(spec: ProjectionSpec) -> Gather | Computed | Mapped:
-    """Where the numbers of θ_D come from: tables, or groups that are computed where D is too large, or another map."""
+def projection_of(spec: ProjectionSpec, groups: Groups = "cached") -> Gather | Computed | Mapped:
+    """Where the numbers of θ_D come from: a table, or groups that are computed (also where D is that of ΔW itself), or
+    another map.
+
+    Raises:
+        SpecError: groups that cannot be computed one by one, with the remedy.
+    """
+    if groups not in ("cached", "computed"):
+        raise SpecError(f"groups must be 'cached' or 'computed', got {groups!r}.")
+    if groups == "computed" and (spec.map.groups is None or spec.grouping == "numpy-shuffle"):
+        raise SpecError(f"groups='computed': those of the grouping {spec.grouping!r} are no function; leave it out.")
     if spec.map.groups is None:
         return Mapped.of(spec)
-    return Computed.of(spec) if spec.frame == "dense" else Gather.of(spec)
+    return Computed.of(spec) if spec.frame == "dense" or groups == "computed" else Gather.of(spec)
 
 
 def _trainable(model: nn.Module) -> set[str]:

@@ -15,6 +15,7 @@ from unilora_timm.targets import classifier, find_targets
 from unilora_torch import Adapter, Target
 from unilora_torch.adapter import NAME
 from unilora_torch.bypassed import through_readers
+from unilora_torch.vector import Groups
 
 __all__ = ["attach", "example_of", "load"]
 
@@ -43,8 +44,8 @@ def attach(
         method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
         modules_to_save: names of modules that train in full and are saved with θ_d; by default the classifier.
         example: (batch, channels, height, width), an input for the check; by default one image of the model's size.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound`` and ``name``, as in
-            `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name`` and ``groups``, as
+            in `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
 
     Returns:
         The adapter, also found at ``model.unilora``.
@@ -76,10 +77,16 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike, *, name: str = NAME, check_base: bool = True, any_rank: bool = False
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    name: str = NAME,
+    check_base: bool = True,
+    any_rank: bool = False,
+    groups: Groups = "cached",
 ) -> Adapter:
     """Read an adapter file and attach it to its base model, under ``name``; see `unilora_torch.load`."""
-    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank)
+    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank, groups=groups)
     return _watched(model, adapter)
 
 

@@ -12,6 +12,7 @@ from unilora_torch import Adapter, Target
 from unilora_torch.adapter import NAME
 from unilora_torch.base import with_fresh
 from unilora_torch.heads import inside
+from unilora_torch.vector import Groups
 from unilora_transformers.bypassed import through_readers
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import watch_checkpointing
@@ -60,8 +61,8 @@ def attach(
             language model, is added to them. ``()`` for nothing: then a file fits a base with the same fresh values
             only.
         example: a batch of the model's inputs for the run; made up from the config unless given.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound`` and ``name``, as in
-            `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name`` and ``groups``, as
+            in `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
 
     Returns:
         The adapter, also found at ``model.unilora``.
@@ -99,13 +100,14 @@ def load(
     name: str = NAME,
     check_base: bool = True,
     any_rank: bool = False,
+    groups: Groups = "cached",
 ) -> Adapter:
     """Read an adapter file and attach it to its base model under ``name``.
 
     `unilora_torch.load` says what it refuses. That every target is reached is checked by the first forward pass.
     """
     require_model(model)
-    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank)
+    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank, groups=groups)
     warn_of_fresh(model, adapter, os.fspath(path))
     return finish(model, adapter)
 

@@ -103,7 +103,7 @@ def test_the_rectangle_covers_its_domain_within_a_word(problem):
 
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1))
 def test_balanced_is_a_permutation_before_mod(size, seed):
-    permute = impl._permutation(impl.Problem(size, 1, seed), 0)
+    permute = impl.permutation(impl.Problem(size, 1, seed), 0)
     image = permute(np.arange(size, dtype=np.int32), standard(np))
     assert (np.sort(image) == np.arange(size)).all()
 

@@ -42,7 +42,7 @@ def test_factors_have_the_bits_of_the_core(grouping, start, cached):
 
 def test_the_layout_has_points_outside_the_domain():
     """Or the table by which a walk comes back would never be read in these tests."""
-    assert impl._permutation(impl.Problem(LAYOUT.size, 77, 5), 0).outside
+    assert impl.permutation(impl.Problem(LAYOUT.size, 77, 5), 0).outside
 
 
 def test_nothing_is_stored_per_lora_parameter_unless_asked():
@@ -59,6 +59,23 @@ def test_one_kernel_serves_all_factors_of_a_shape():
     factors = gathered(ProjectionSpec(LAYOUT, 77), STACKS, cached=False)
     program = str(jax.make_jaxpr(factors)(jnp.zeros(77)))
     assert program.count("name=_groups") == 4
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["computed", "cached"])
+def test_a_step_compiles_as_much_for_one_layer_as_for_many(cached):
+    """One gather and one scatter-add for all factors of a shape: most of the time to compile went to one for each."""
+
+    def operations(layers):
+        shapes = [
+            (f"l{i}.{m}.{f}", s) for i in range(layers) for m in "qv" for f, s in (("A", (4, 24)), ("B", (20, 4)))
+        ]
+        factors = gathered(ProjectionSpec(Layout(shapes), 77), [((n,), n[-1] == "B") for n, _ in shapes], cached=cached)
+        step = jax.grad(lambda t: sum((array**2).sum() for array in factors(t).values()))
+        text = jax.jit(step).lower(jnp.zeros(77)).as_text()
+        return {name: text.count(f'"stablehlo.{name}"') for name in ("gather", "scatter")}
+
+    assert operations(9) == operations(1)
+    assert operations(9)["scatter"] == 2
 
 
 @pytest.mark.parametrize("before", [2**31 - 48, 2**31 - 160, 2**31 + 8, 2**33])

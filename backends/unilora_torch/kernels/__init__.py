@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA: P and Pᵀ of ``balanced`` with the groups in registers, 0 bytes for each LoRA parameter."""
