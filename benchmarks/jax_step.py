@@ -9,6 +9,7 @@ Each part times its cases in turn in one process; ratios of medians are what cou
 
 import functools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import qwix
 from common import SMOKE, interleaved, parser, write
 from flax import nnx
 
@@ -45,7 +45,9 @@ class Case:
     """A compiled step, its arguments, and what of its outputs becomes its next arguments."""
 
     def __init__(self, step: Callable, state: tuple, rest: tuple):
-        self.compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, *rest).compile()
+        lowered, before = jax.jit(step, donate_argnums=(0, 1)).lower(*state, *rest), time.process_time()
+        self.compiled = lowered.compile()
+        self.compile_s = time.process_time() - before
         self.state, self.rest = state, rest
 
     def __call__(self) -> None:
@@ -59,6 +61,7 @@ class Case:
         memory = self.compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes
         return {
+            "compile_cpu_s": self.compile_s,
             "flops": self.compiled.cost_analysis()["flops"],
             "bytes_accessed": self.compiled.cost_analysis()["bytes accessed"],
             "temporary_bytes": memory.temp_size_in_bytes,
@@ -81,6 +84,8 @@ def trained(model_loss: Callable, leaf: object, rest: tuple) -> Case:
 
 def qwix_case(model: nnx.Module) -> tuple[Case, int]:
     """Plain low-rank LoRA, and its number of trained parameters."""
+    import qwix  # here, since the other cases run where it is not installed
+
     provider = qwix.LoraProvider(module_path=MODULES, rank=RANK, alpha=float(RANK))
     adapted = qwix.apply_lora_to_model(model, provider, TOKENS[:1, :8], rngs=nnx.Rngs(0))
     graph, lora, rest = nnx.split(adapted, nnx.LoRAParam, ...)

@@ -1,12 +1,13 @@
 """All factors from one θ_d where P is a gather: positions → groups → numbers, a bundle of equal shapes at a time.
 
-A kernel per factor would make XLA compile hundreds of copies of it; factors of one shape share one. A group is a
-function of its position alone, so on a mesh each device computes the groups of the slice that it needs.
+Most of the time to compile a step would go to hundreds of equal kernels, gathers and scatters, one per factor; those of
+one shape are one, cut afterwards. A group is a function of its position alone, so on a mesh each device computes the
+groups of the slice that it needs.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -23,6 +24,8 @@ from unilora_jax.projection import project
 __all__ = ["Gathered", "Names", "Stack", "gathered"]
 
 Names = tuple[str, ...]
+Bundle = tuple["Stack", ...]
+"""Stacks that are alike but for their names and starts: one array (stacks, layers, rows, columns)."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,18 @@ class Stack:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gathered:
     """θ_d → every factor. A pytree: the arrays are its leaves, the rest is static.
 
     Attributes:
         scale: (d,) float32, 1/√n_j.
         origin: (d,) float32, θ_d⁰, for ``start="identity"``.
-        tables: the groups of each stack, int32; None where they are computed in each step.
+        tables: the groups of each bundle, int32; None where they are computed in each step.
     """
 
     spec: ProjectionSpec = field(metadata={"static": True})
-    stacks: tuple[Stack, ...] = field(metadata={"static": True})
+    bundles: tuple[Bundle, ...] = field(metadata={"static": True})
     scale: Array
     origin: Array | None
     tables: tuple[Array | None, ...]
@@ -69,24 +72,17 @@ class Gathered:
         Args:
             shardings: of the stacks as they are gathered, on a mesh with explicit axes.
         """
-        numbers = project(theta_d, self._all_groups(shardings or {}), self.scale, self.origin)
-        return {stack.names: self._shaped(stack, numbers[stack.names]) for stack in self.stacks}
+        parts = [part for each in zip(self.bundles, self.tables, strict=True) for part in _laid(*each, shardings or {})]
+        groups = [self._groups(*part) for part in parts]
+        found: dict[Names, Array] = {}
+        for (bundle, *_), numbers in zip(parts, project(theta_d, groups, self.scale, self.origin), strict=True):
+            found |= {s.names: self._shaped(s, each) for s, each in zip(bundle, jnp.unstack(numbers), strict=True)}
+        return found
 
-    def _all_groups(self, shardings: Mapping[Names, NamedSharding]) -> dict[Names, Array]:
-        groups: dict[Names, Array] = {}
-        alike: dict[tuple, list[Stack]] = {}
-        for stack, table in zip(self.stacks, self.tables, strict=True):
-            sharding = shardings.get(stack.names)
-            if table is None:
-                key = stack.shape, len(stack.names), stack.transposed, stack.from_origin, stack.segment, sharding
-                alike.setdefault(key, []).append(stack)
-            else:
-                groups[stack.names] = table if sharding is None else jax.sharding.reshard(table, sharding)
-        for (*_, sharding), stacks in alike.items():
-            starts = np.asarray([stack.starts for stack in stacks], np.int32)
-            computed = _groups(self.spec, stacks[0], _behind(sharding), starts)
-            groups |= {stack.names: computed[i] for i, stack in enumerate(stacks)}
-        return groups
+    def _groups(self, bundle: Bundle, table: Array | None, sharding: NamedSharding | None) -> Array:
+        if table is None:
+            return _groups(self.spec, bundle, sharding)
+        return table if sharding is None else jax.sharding.reshard(table, sharding)
 
     def _shaped(self, stack: Stack, numbers: Array) -> Array:
         """With the factors' own shape; XLA takes the two transposes of B, here and where it is used, for none."""
@@ -103,11 +99,14 @@ def gathered(spec: ProjectionSpec, stacks: Iterable[tuple[Names, bool]], *, cach
         cached: whether groups are kept as int32, 4 bytes per LoRA parameter. Groupings without a kernel, and the rare
             factor that crosses position 2^31, are cached in either case.
     """
-    made = tuple(_stack(spec, names, transposed) for names, transposed in stacks)
-    groups = _groups_of(spec)
-    tables = tuple(_table(spec, stack, groups) if cached or not _has_kernel(spec, stack) else None for stack in made)
+    alike: dict[tuple, list[Stack]] = {}
+    for stack in (_stack(spec, names, transposed) for names, transposed in stacks):
+        key = stack.shape, len(stack.names), stack.transposed, stack.from_origin, stack.segment
+        alike.setdefault(key, []).append(stack)
+    bundles, groups = tuple(map(tuple, alike.values())), _groups_of(spec)
+    tables = tuple(_table(spec, each, groups) if cached or not _has_kernel(spec, each[0]) else None for each in bundles)
     origin = jnp.asarray(spec.init()) if spec.start == "identity" else None  # with "zero", θ_d⁰ is 0
-    return Gathered(spec, made, jnp.asarray(spec.scale()), origin, tables)
+    return Gathered(spec, bundles, jnp.asarray(spec.scale()), origin, tables)
 
 
 def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
@@ -122,23 +121,34 @@ def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
     return Stack(names, starts, (math.prod(rows), columns), transposed, from_origin, segment)
 
 
+def _laid(
+    bundle: Bundle, table: Array | None, shardings: Mapping[Names, NamedSharding]
+) -> Iterator[tuple[Bundle, Array | None, NamedSharding | None]]:
+    """The stacks of a bundle that lie alike on an explicit mesh, the table of these, and how it lies."""
+    alike: dict[NamedSharding | None, list[int]] = {}
+    for i, stack in enumerate(bundle):
+        alike.setdefault(shardings.get(stack.names), []).append(i)
+    for sharding, mine in alike.items():
+        part = table if table is None or len(alike) == 1 else table[np.asarray(mine)]
+        yield tuple(bundle[i] for i in mine), part, _behind(sharding)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _groups(spec: ProjectionSpec, like: Stack, sharding: NamedSharding | None, starts: Array) -> Array:
-    """The groups of several stacks ``like`` one, (stacks, layers, …), elementwise from their positions."""
-    of_segment = _grouping.ALGORITHMS[spec.grouping].kernel
+def _groups(spec: ProjectionSpec, bundle: Bundle, sharding: NamedSharding | None) -> Array:
+    """The groups of a bundle, elementwise from their positions."""
+    like, of_segment = bundle[0], _grouping.ALGORITHMS[spec.grouping].kernel
     assert of_segment is not None  # see _has_kernel
     assert like.segment is not None
     kernel = of_segment(problem_of(spec), like.segment, jnp, None)
-    shape = (*starts.shape, *(like.shape[::-1] if like.transposed else like.shape))
+    shape = (len(bundle), len(like.names), *(like.shape[::-1] if like.transposed else like.shape))
 
     def compute(starts: Array) -> Array:
         first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 3))
         row, column = (second, first) if like.transposed else (first, second)
         return kernel(starts[:, :, None, None] + row * like.shape[1] + column) + spec.d * like.from_origin
 
-    if sharding is None:
-        return compute(starts)
-    return jax.sharding.auto_axes(compute, out_sharding=sharding)(starts)
+    starts = np.asarray([stack.starts for stack in bundle], np.int32)
+    return compute(starts) if sharding is None else jax.sharding.auto_axes(compute, out_sharding=sharding)(starts)
 
 
 def _groups_of(spec: ProjectionSpec) -> Callable[[slice], np.ndarray]:
@@ -148,10 +158,12 @@ def _groups_of(spec: ProjectionSpec) -> Callable[[slice], np.ndarray]:
     return spec.groups().__getitem__
 
 
-def _table(spec: ProjectionSpec, stack: Stack, groups: Callable[[slice], np.ndarray]) -> Array:
-    """The groups of one stack, made on the host: nothing has to be compiled for them."""
-    table = np.stack([groups(spec.layout.slices[name]).reshape(stack.shape) for name in stack.names])
-    return jnp.asarray((table.swapaxes(1, 2) if stack.transposed else table) + np.int32(spec.d * stack.from_origin))
+def _table(spec: ProjectionSpec, bundle: Bundle, groups: Callable[[slice], np.ndarray]) -> Array:
+    """The groups of a bundle, made on the host: nothing has to be compiled for them."""
+    like = bundle[0]
+    table = np.stack([[groups(spec.layout.slices[name]) for name in stack.names] for stack in bundle])
+    table = table.reshape(*table.shape[:2], *like.shape)
+    return jnp.asarray((table.swapaxes(2, 3) if like.transposed else table) + np.int32(spec.d * like.from_origin))
 
 
 def _has_kernel(spec: ProjectionSpec, stack: Stack) -> bool:
