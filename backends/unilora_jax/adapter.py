@@ -23,7 +23,7 @@ __all__ = ["Adapter"]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """How θ_d adapts a tree of parameters. Made by `plan` and `load`; holds neither θ_d nor the parameters.
 
@@ -60,7 +60,7 @@ class Adapter:
         """Name → what is cut out of θ_D for each target and layer, such as A (r, in) and B (out, r) of a pair; float32,
         differentiable in ``theta_d``.
         """
-        return self.chains.factors(checked_theta(theta_d, self.spec.d, "factors"))
+        return self.chains.factors(checked_theta(self.chains, theta_d, "factors"))
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The adapted model: ``function(params, …)`` becomes ``f(params, theta_d, …)``.
@@ -69,11 +69,15 @@ class Adapter:
         is ever made. Composes with `jit`, `grad` (of ``theta_d``), `vmap` (over several θ_d, too), `scan`, `checkpoint`
         and sharding. Arrays among the arguments are traced, everything else is static.
 
+        To `jax.jit` it shows its own signature, that of ``function`` with ``theta_d`` behind the first argument: what
+        is static or donated keeps its name, and its position is one more.
+
         Raises (when the wrapped function is called):
             MismatchError: a leaf of ``params`` is missing or has another shape than the plan's.
             TargetError: the model never multiplies by an adapted weight, contracts other axes than the plan's inputs,
                 or reads it in an operation that has no low-rank path.
-            ValuesError: ``theta_d`` has another shape, or is no floating-point array of JAX or NumPy.
+            ValuesError: ``theta_d`` has another shape, or is no array of JAX or NumPy of float32 or wider; or the
+                adapter was cast.
         """
         return wrapped(self.chains, function)
 
@@ -123,6 +127,15 @@ class Adapter:
         D = f"{spec.D:,} LoRA parameters" if spec.frame == "pair" else f"{spec.D:,} ({method_of(spec) or spec.frame})"
         return f"θ_d: {spec.d:,} numbers for D = {D} of {targets} targets"
 
+    def __repr__(self) -> str:
+        return f"Adapter({self.summary()})"
+
+    def __hash__(self) -> int:
+        raise TypeError(
+            "an Adapter holds arrays, so it has no hash: pass it to a jitted function as an argument that is not "
+            "static; as a key take adapter.spec, or (adapter.spec, adapter.targets)."
+        )
+
     # ---- files ----
 
     def save(
@@ -153,6 +166,8 @@ class Adapter:
         *,
         base_model: str | None = None,
         rename: Callable[[str], str] = str,
+        rank: int | None = None,
+        engine: str | None = None,
     ) -> None:
         """Write A and B, exactly, as a PEFT LoRA folder for the model of the same layers in PyTorch.
 
@@ -161,9 +176,15 @@ class Adapter:
         Args:
             base_model: ``base_model_name_or_path``, the name or path of that model.
             rename: from a layer's name here (``layers.0.attn.q_proj``) to its name there.
+            rank: of every layer, smaller ones filled up by zeros; by default the largest that one needs, and for vLLM
+                the next that it can be started with.
+            engine: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``: write only what it would serve
+                (`unilora_core.engines`).
 
         Raises:
+            AdapterFileError: ``engine`` would not serve it; the message has every reason. Nothing is written.
+            SpecError: a layer needs more than ``rank``, or an unknown engine.
             ValuesError: ``theta_d`` does not fit, or it or a factor holds NaN or infinity; old files are kept.
             OSError: a file cannot be written; it names the path.
         """
-        export.export_lora(self.chains, folder, theta_d, base_model, rename)
+        export.export_lora(self.chains, folder, theta_d, base_model, rename, rank, engine)

@@ -41,7 +41,7 @@ class Leaf(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Chains:
     """θ_d → the update of every adapted leaf. A pytree: the arrays are its leaves, the rest is static.
 
@@ -72,7 +72,8 @@ class Chains:
 
     def factors(self, theta_d: Array) -> dict[str, Array]:
         """Name → factor, as the layout has it."""
-        return {name: stack[i] for names, stack in self.numbers(theta_d).items() for i, name in enumerate(names)}
+        found = {name: stack[i] for names, stack in self.numbers(theta_d).items() for i, name in enumerate(names)}
+        return {name: found[name] for name in self.spec.layout.shapes}
 
     def low_rank(self, theta_d: Array, shardings: Shardings | None = None) -> list[tuple[Array, Array]]:
         """A (layers, r, in) and Bᵀ (layers, r, out) of each target."""

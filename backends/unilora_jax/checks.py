@@ -9,21 +9,37 @@ import numpy as np
 from jax import Array
 
 from unilora_core import MismatchError, ValuesError
+from unilora_jax.chains import Chains
 from unilora_jax.projection import check
 from unilora_jax.targets import check_leaf, leaves_of, nearest
 
 __all__ = ["check_finite", "check_merged", "checked_theta", "places_of"]
 
 
-def checked_theta(theta_d: Any, d: int, what: str) -> Array:
+ARRAYS = (jnp.float32, jnp.int32)
+"""What an adapter holds."""
+
+
+def checked_theta(chains: Chains, theta_d: Any, what: str) -> Array:
     """θ_d as an array of JAX, of the shape and the kind that fit.
 
     Raises:
-        ValuesError: it has others.
+        ValuesError: it has others, or it or the adapter was cast: with ``start="identity"`` B is made of θ_d - θ_d⁰,
+            which narrower floats do not hold.
     """
     if isinstance(theta_d, (np.ndarray, np.generic)):
         theta_d = jnp.asarray(theta_d)
-    check(theta_d, (d,), f"{what}: theta_d")
+    check(theta_d, (chains.spec.d,), f"{what}: theta_d")
+    if jnp.finfo(theta_d.dtype).bits < 32:
+        raise ValuesError(
+            f"{what}: theta_d: expected float32, got {theta_d.dtype}, in which the adapted model would not start as "
+            "the base. Keep θ_d in float32; A and B are cast to the dtype of the products by themselves."
+        )
+    if cast := [leaf.dtype for leaf in jax.tree.leaves(chains) if leaf.dtype not in ARRAYS]:
+        raise ValuesError(
+            f"{what}: the arrays of an adapter are float32 and int32, got {cast[0]}: this one was cast, and would not "
+            "start as the base. Cast the parameters without the adapter."
+        )
     return theta_d
 
 
@@ -34,6 +50,11 @@ def places_of(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, s
         MismatchError: the tree lacks one, or its shape is another.
     """
     leaves = leaves_of(params)
+    if leaves.keys() == {""} and "" not in shapes:
+        raise MismatchError(
+            f"expected a tree of parameters with {next(iter(shapes))}, got a single {type(params).__name__}; params "
+            "and theta_d seem to be swapped: params come first."
+        )
     position = {path: i for i, path in enumerate(leaves)}
     for path, shape in shapes.items():
         if path not in leaves:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from safetensors.numpy import save_file
 
+from unilora_core.engines import Lora, refuse, served_rank
 from unilora_core.files import new_files
 from unilora_core.lora import lora_config, lora_state
 from unilora_jax.chains import Chains
@@ -21,14 +22,25 @@ Block = tuple[np.ndarray, np.ndarray, int]
 
 
 def export_lora(
-    chains: Chains, folder: str | os.PathLike, theta_d: Array, base_model: str | None, rename: Callable[[str], str]
+    chains: Chains,
+    folder: str | os.PathLike,
+    theta_d: Array,
+    base_model: str | None,
+    rename: Callable[[str], str],
+    rank: int | None,
+    engine: str | None,
 ) -> None:
     """Write both files; see `Adapter.export_lora`."""
-    theta_d = checked_theta(theta_d, chains.spec.d, "export_lora")
+    theta_d = checked_theta(chains, theta_d, "export_lora")
     check_finite(theta_d, "export_lora: theta_d")
     blocks, heights = _blocks(chains, theta_d, rename)
-    state, rank = lora_state(blocks, heights)
-    said = json.dumps(lora_config(blocks, rank, base_model=base_model), indent=2, sort_keys=True)
+    if engine is not None and rank is None:
+        rank = served_rank(engine, max(sum(len(A) for A, _, _ in parts) for parts in blocks.values()))
+    state, rank = lora_state(blocks, heights, rank)
+    says = lora_config(blocks, rank, base_model=base_model)
+    if engine is not None:
+        refuse(Lora(says, {name: array.shape for name, array in state.items()}), engine)
+    said = json.dumps(says, indent=2, sort_keys=True)
     folder = Path(folder)
     with new_files(folder / "adapter_model.safetensors", folder / "adapter_config.json") as (weights, config):
         save_file(state, weights, metadata={"format": "pt"})

@@ -27,7 +27,7 @@ Frozen = tuple[Array, ...]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mapped:
     """θ_d → every factor. A pytree: the arrays are its leaves, the rest is static.
 

@@ -15,7 +15,7 @@ __all__ = ["resized"]
 
 def resized(chains: Chains, after: ProjectionSpec, theta_d: Array, what: str) -> tuple[Chains, Array]:
     """The chains of the spec of another d, groups cached where they were, and θ_d moved there."""
-    theta_d = checked_theta(theta_d, chains.spec.d, what)
+    theta_d = checked_theta(chains, theta_d, what)
     cached = isinstance(chains.numbers, Gathered) and None not in chains.numbers.tables
     numbers = numbers_of(after, chains.targets, cached=cached)
     return dataclasses.replace(chains, numbers=numbers), moved(chains.spec, after, theta_d)

@@ -90,9 +90,13 @@ def _adapted(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> Any:
     if name in REARRANGE and not any(isinstance(value, LowRank) for value in values[1:]):
         return _rearranged(eqn, *values)
     raise TargetError(
-        f"{weight.path}: the model reads this weight in `{name}`, through which there is no low-rank path. Exclude it, "
-        "or use merge, which adds B·A to the weight itself."
+        f"{weight.path}: the model reads this weight in `{name}`{KNOWN_AS.get(name, '')}, through which there is no "
+        "low-rank path. Exclude it, or use merge, which adds B·A to the weight itself."
     )
+
+
+KNOWN_AS = {"conv_general_dilated": " (a convolution)", "gather": " (a lookup, as in an embedding)"}
+"""What users call a primitive."""
 
 
 # ---- the product ----------------------------------------------------------------------------------------------------

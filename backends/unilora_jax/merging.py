@@ -16,7 +16,7 @@ __all__ = ["merged"]
 def merged(chains: Chains, params: Any, theta_d: Array) -> Any:
     """A new tree; see `Adapter.merge`."""
     places = places_of(params, dict(chains.shapes))
-    theta_d = checked_theta(theta_d, chains.spec.d, "merge")
+    theta_d = checked_theta(chains, theta_d, "merge")
     check_finite(theta_d, "merge: theta_d")
     pairs = chains.pairs(theta_d)
     leaves, tree = jax.tree.flatten(params)

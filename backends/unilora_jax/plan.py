@@ -20,7 +20,7 @@ from unilora_jax.chains import Chains, numbers_of
 from unilora_jax.fitting import check_fits
 from unilora_jax.frozen import Frozen, frozen_in_file, frozen_of_seed, frozen_of_weights
 from unilora_jax.opened import short, targets_for, tree_of
-from unilora_jax.targets import STACKED, Target, find_targets, leaves_of
+from unilora_jax.targets import ALL_LINEAR, STACKED, Target, find_targets, leaves_of
 
 __all__ = ["load", "plan"]
 
@@ -34,7 +34,7 @@ DENSE = (
 
 def plan(
     params: Any,
-    targets: str | Iterable[str | Target],
+    targets: str | Iterable[str | Target] = ALL_LINEAR,
     *,
     exclude: str | Iterable[str] = (),
     method: str = "uni-lora",
@@ -53,8 +53,9 @@ def plan(
     Args:
         params: any pytree: dictionaries, Flax Linen parameters, an NNX state or module, an Equinox module. Shapes are
             enough (`jax.eval_shape`), but for methods that are made of the weights (LoRA-XS, TinyLoRA).
-        targets: a regular expression for whole paths (``".*/(q|v)_proj/kernel"``), or a list of layers
-            (``["q_proj", "v_proj"]``), or a list of `Target`; see `find_targets`.
+        targets: ``"all-linear"``, every matrix of a linear layer but the output head; a regular expression for whole
+            paths (``".*/(q|v)_proj/kernel"``), a list of layers (``["q_proj", "v_proj"]``), or a list of `Target`; see
+            `find_targets`.
         exclude: taken away from ``targets``, by regular expression or list.
         method: a name of `unilora_core.methods.METHODS`; what is None below is the method's own.
         rank: r of every target, 16 for Uni-LoRA; or a mapping from names of layers, or their endings

@@ -24,7 +24,7 @@ def save(
     metadata: Mapping[str, str],
 ) -> None:
     """Write the file; see `Adapter.save`."""
-    theta_d = checked_theta(theta_d, chains.spec.d, f"save: {path}")
+    theta_d = checked_theta(chains, theta_d, f"save: {path}")
     modules_to_save = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     written = write_targets(_rows(chains, rename), modules_to_save) | dict(metadata)
     made = {} if chains.spec.form.of_weight is None else tensors_of(chains.targets, chains.frozen)

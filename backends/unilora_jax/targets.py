@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,20 @@ from jax.tree_util import GetAttrKey
 from unilora_core import TargetError
 from unilora_core.frames import Sizes
 
-__all__ = ["Target", "find_targets", "leaves_of", "linear_target"]
+__all__ = ["ALL_LINEAR", "Target", "find_targets", "leaves_of", "linear_target"]
+
+ALL_LINEAR = "all-linear"
+
+WEIGHTS = ("kernel", "weight")
+"""What a layer calls its matrix."""
+
+NOT_LINEAR = r".*(embed|norm).*|ln(_.*|\d+)?|w[tp]e|(.*_)?head|classifier|score|logits(_dense)?"
+"""Names of layers that ``"all-linear"`` leaves out: embeddings, norms, output heads."""
+
+OTHER_CLASSES = r"(equinox|flax)\..*\.(.*Embed.*|.*Norm|.*Conv.*)"
+"""Classes of modules that it leaves out, whatever their names are, where the tree has modules."""
+
+DEQUANTISE = "dequantise inside the jitted function: adapter.wrap(f)(dequantised(params), theta_d, …)"
 
 STACKED = r"(.*/)?(layers|blocks|h|stack(ed)?)"
 """Subtrees whose leaves carry a leading layer axis, unless a layer's number comes next in the path."""
@@ -90,14 +103,17 @@ def find_targets(
     """The leaves that ``targets`` selects, in the order of the tree.
 
     Args:
-        targets: a regular expression that the whole path of a leaf must match; or a list of names, each of which
-            selects the weights of the layers that it equals or that end in it (``"q_proj"``, ``"attn/q_proj"``); or a
-            list of `Target`, taken as it is.
+        targets: ``"all-linear"``: each leaf called ``kernel`` or ``weight`` that is a matrix, a stack of matrices or
+            Flax's attention, but in layers whose own name or class says embedding, norm or output head (`NOT_LINEAR`,
+            `OTHER_CLASSES`); or a regular expression that the whole path of a leaf must match; or a list of names, each
+            of which selects the weights of the layers that it equals or that end in it (``"q_proj"``,
+            ``"attn/q_proj"``); or a list of `Target`, taken as it is.
         exclude: a regular expression or a list of names, likewise; taken away from the selection.
         stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
 
     Raises:
-        TargetError: nothing selected (the nearest paths are listed), or a selected leaf that is no matrix.
+        TargetError: nothing selected (the nearest paths are listed), or a selected leaf that is no matrix, or is
+            quantised.
     """
     if not isinstance(targets, str):
         targets = tuple(targets)
@@ -106,8 +122,10 @@ def find_targets(
             raise TargetError("expected a list of names or a list of Target, got both in one; make a Target of each.")
         if given:
             return given
-    leaves = leaves_of(params)
-    chosen = [path for path in leaves if _matches(path, targets)]
+    leaves, exclude = leaves_of(params), exclude if isinstance(exclude, str) else tuple(exclude)
+    _refuse_quantised(leaves, targets, exclude)
+    linear = targets == ALL_LINEAR
+    chosen = _all_linear(params, leaves, stacked) if linear else [path for path in leaves if _matches(path, targets)]
     kept = [path for path in chosen if not _matches(path, exclude)]
     if not kept:
         raise TargetError(_no_match(targets, exclude, chosen, list(leaves)))
@@ -131,10 +149,8 @@ def linear_target(
         TargetError: no floating-point array of JAX or NumPy, or one with another number of axes.
     """
     check_leaf(path, leaf)
-    parts = path.split("/")
-    layer = "/".join(parts[:-1] if parts[-1] in ("kernel", "weight") and len(parts) > 1 else parts)
-    prefix = _stacked_prefix(layer, stacked)
-    heads = FLAX_INPUTS.get(layer.rsplit("/", 1)[-1]) if parts[-1] == "kernel" else None
+    layer, last = _split(path)
+    prefix, heads = _stacked_prefix(layer, stacked), _heads(path)
     axes = list(range(leaf.ndim))
     is_stacked = leaf.ndim > 2 and (prefix is not None or (heads is None and inputs is None))
     if is_stacked:
@@ -143,11 +159,12 @@ def linear_target(
         chosen = list(inputs)
     else:
         count = max(inputs or {2: 1, 3: heads}.get(len(axes)) or 0, 0)
-        chosen = axes[len(axes) - count :] if parts[-1] == "weight" else axes[:count]
+        chosen = axes[len(axes) - count :] if last == "weight" else axes[:count]
     if not chosen or not set(chosen) < set(axes):
         raise TargetError(
             f"{path}: expected a matrix, or a stack of matrices with the layers in front, got shape {leaf.shape}; "
-            "exclude it, or say which axes the model contracts: unilora_jax.linear_target(path, leaf, inputs=…)."
+            "exclude it (convolutions and embeddings have no low-rank path here), or say which axes the model "
+            "contracts: unilora_jax.linear_target(path, leaf, inputs=…)."
         )
     width = math.prod(leaf.shape[axis] for axis in chosen)
     height = math.prod(leaf.shape[axis] for axis in axes) // width
@@ -169,13 +186,69 @@ def check_leaf(path: str, leaf: Any) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TargetError(
             f"{path}: expected a floating-point weight, got {leaf.dtype}; a quantised or integer leaf cannot be read "
-            "as a matrix. Exclude it, or give the dequantised weights."
+            f"as a matrix. Exclude it, or {DEQUANTISE}."
         )
 
 
 def nearest(paths: Iterable[str], name: str) -> list[str]:
-    """The paths that look most like ``name``, of which only the beginning counts where it is very long."""
-    return difflib.get_close_matches(name[:256], list(paths), 3, 0.4)
+    """The paths that look most like ``name``, of which only the beginning counts where it is very long; the first where
+    none does.
+    """
+    paths = list(paths)
+    return _close(paths, name) or paths[:8]
+
+
+def _close(paths: list[str], name: str) -> list[str]:
+    return difflib.get_close_matches(name[:256], paths, 3, 0.4)
+
+
+def _all_linear(params: Any, leaves: dict[str, Any], stacked: str) -> list[str]:
+    """The paths that ``"all-linear"`` means."""
+    modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_other)
+    others = {_joined(path) for path, node in modules if _is_other(node)}
+    found = []
+    for path, leaf in leaves.items():
+        layer, last = _split(path)
+        most = 2 + (_stacked_prefix(layer, stacked) is not None) + (_heads(path) is not None)
+        named = last in WEIGHTS and not re.fullmatch(NOT_LINEAR, layer.rsplit("/", 1)[-1], re.IGNORECASE)
+        if named and layer not in others and 2 <= getattr(leaf, "ndim", 0) <= most:
+            found.append(path)
+    return found
+
+
+def _is_other(node: Any) -> bool:
+    return re.fullmatch(OTHER_CLASSES, f"{type(node).__module__}.{type(node).__name__}") is not None
+
+
+def _refuse_quantised(leaves: Mapping[str, Any], targets: str | Iterable[str | Target], exclude: Any) -> None:
+    """Refuse a selected weight that is several leaves.
+
+    Raises:
+        TargetError: with its path, what it holds, and the remedy.
+    """
+    held: dict[str, list[str]] = {}
+    for *keys, last in (path.split("/") for path in leaves):
+        ends = [i for i, key in enumerate(keys, 1) if key in WEIGHTS]
+        if ends and last not in WEIGHTS and (path := "/".join(keys[: ends[0]])) not in leaves:
+            held.setdefault(path, []).append("/".join([*keys[ends[0] :], last]))
+    for path, parts in held.items():
+        if (targets == ALL_LINEAR or _matches(path, targets)) and not _matches(path, exclude):
+            raise TargetError(
+                f"{path}: expected an array, this weight holds {', '.join(parts)}, as a quantised one does (qwix's "
+                f"QArray). Plan on the shapes of the dequantised tree, and {DEQUANTISE}; or exclude it."
+            )
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The layer that a leaf belongs to, and the leaf's own name."""
+    layer, _, last = path.rpartition("/")
+    return (layer, last) if layer and last in WEIGHTS else (path, last)
+
+
+def _heads(path: str) -> int | None:
+    """How many axes Flax's attention contracts, if it may be a kernel of that."""
+    layer, last = _split(path)
+    return FLAX_INPUTS.get(layer.rsplit("/", 1)[-1]) if last == "kernel" else None
 
 
 def _names(layer: str, prefix: str | None, layers: int | None) -> tuple[str, ...]:
@@ -211,7 +284,7 @@ def _matches(path: str, pattern: str | Iterable[str | Target]) -> bool:
                 f"{pattern!r} is not a regular expression ({error}); give a list for plain names."
             ) from None
     layer, _, last = path.rpartition("/")
-    known = {path, layer} if last in ("kernel", "weight") else {path}
+    known = {path, layer} if last in WEIGHTS else {path}
     ends = [str(end).replace(".", "/") for end in pattern]
     return any(name == end or name.endswith(f"/{end}") for name in known for end in ends)
 
@@ -222,7 +295,7 @@ def _no_match(targets: str | Iterable[str | Target], exclude: object, chosen: li
     if not paths:
         return f"no leaf matches {targets!r}: the tree of parameters is empty."
     words = [targets] if isinstance(targets, str) else [str(target) for target in targets]
-    near = [match for word in words for match in nearest(paths, word)]
+    near = [match for word in words for match in _close(paths, word)]
     return (
         f"no leaf matches {targets!r}; the nearest paths are {list(dict.fromkeys(near)) or paths[:8]}. "
         "A list holds names or endings, a string is a regular expression of the whole path."

@@ -1,41 +1,131 @@
 """The adapted model: the function of the base, traced, with U and V beside each adapted weight."""
 
 import functools
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import PyTreeDef
 
-from unilora_core import TargetError
-from unilora_jax.chains import Chains
+from unilora_core import TargetError, ValuesError
+from unilora_jax.chains import Chains, Leaf
 from unilora_jax.checks import checked_theta, places_of
 from unilora_jax.lowrank import LowRank, evaluate
 from unilora_jax.projection import explicit_sharding, varying_as
 
-__all__ = ["wrapped"]
+__all__ = ["wrapped", "wrapped_sum"]
+
+Pairs = dict[str, tuple[Array, Array]]
+"""Path → U and V; see `LowRank`."""
 
 
 def wrapped(chains: Chains, function: Callable[..., Any]) -> Callable[..., Any]:
     """``f(params, theta_d, …)`` of ``function(params, …)``; see `Adapter.wrap`."""
 
-    @functools.wraps(function)
     def adapted(params: Any, theta_d: Array, *args: Any, **kwargs: Any) -> Any:
-        places, theta_d = places_of(params, dict(chains.shapes)), checked_theta(theta_d, chains.spec.d, "wrap")
-        leaves, tree = jax.tree.flatten((params, args, kwargs))
-        arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, np.generic))]
-        closed, output = _traced(function, leaves, tree, arrays)
-        weights = _weights(chains, theta_d, leaves, places, [i for i in arrays if i not in places])
-        reached: set[str] = set()
-        results = evaluate(closed, [weights.get(i, leaves[i]) for i in arrays], reached)
-        _check_reached(chains, reached)
-        return jax.tree.unflatten(output, [r.weight if isinstance(r, LowRank) else r for r in results])
+        return _run(function, (chains,), (theta_d,), None, params, args, kwargs)
 
+    return _presented(adapted, function)
+
+
+def wrapped_sum(
+    parts: Sequence[Chains], function: Callable[..., Any], weights: Sequence[Any] | None
+) -> Callable[..., Any]:
+    """``f(params, thetas, …)`` of ``function(params, …)``; see `unilora_jax.wrap`."""
+
+    def adapted(params: Any, thetas: Sequence[Array], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(thetas, (list, tuple)) or len(thetas) != len(parts):
+            found = f"{len(thetas)}" if isinstance(thetas, (list, tuple)) else f"a {type(thetas).__name__}"
+            raise ValuesError(
+                f"wrap: thetas: expected a list of one theta_d for each of {len(parts)} adapters, got {found}."
+            )
+        return _run(function, parts, thetas, weights, params, args, kwargs)
+
+    return _presented(adapted, function)
+
+
+def _presented(adapted: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """``adapted`` under the function's name, with a signature of its own, by which `jax.jit` finds arguments: the
+    function's, with one more behind the first.
+    """
+    own = inspect.signature(adapted)
+    functools.update_wrapper(adapted, function)
+    del adapted.__wrapped__  # type: ignore[attr-defined]  # the function's signature is another
+    params, theta, *_ = own.parameters.values()
+    try:
+        first, *others = inspect.signature(function).parameters.values()
+        theirs = [first, *others] if first.kind is inspect.Parameter.VAR_POSITIONAL else others
+        signature = own.replace(parameters=[params, theta, *theirs])
+    except (TypeError, ValueError):  # it tells none, or calls another argument so: positions are right all the same
+        signature = own
+    adapted.__signature__ = signature  # type: ignore[attr-defined]
     return adapted
+
+
+def _run(
+    function: Callable[..., Any],
+    parts: Sequence[Chains],
+    thetas: Sequence[Any],
+    weights: Sequence[Any] | None,
+    params: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """What the function returns for the adapted ``params``."""
+    adapted = _adapted(parts)
+    places = places_of(params, {path: leaf.shape for path, leaf in adapted.items()})
+    thetas = [checked_theta(chains, theta_d, "wrap") for chains, theta_d in zip(parts, thetas, strict=True)]
+    leaves, tree = jax.tree.flatten((params, args, kwargs))
+    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, np.generic))]
+    closed, output = _traced(function, leaves, tree, arrays)
+    rest = [leaves[i] for i in arrays if i not in places]
+    shardings = _shardings(leaves, places, rest)
+    pairs = [c.pairs(varying_as(theta_d, rest), shardings) for c, theta_d in zip(parts, thetas, strict=True)]
+    summed, reached = _summed(pairs, weights), set[str]()
+    for i, path in places.items():
+        leaves[i] = LowRank(leaves[i], *summed[path], adapted[path].roles, path, adapted[path].shape)
+    results = evaluate(closed, [leaves[i] for i in arrays], reached)
+    _check_reached(adapted, reached)
+    return jax.tree.unflatten(output, [r.weight if isinstance(r, LowRank) else r for r in results])
+
+
+def _adapted(parts: Sequence[Chains]) -> dict[str, Leaf]:
+    """Path → leaf, of all that any of the adapters adapts.
+
+    Raises:
+        TargetError: two of them have other shapes or inputs of one leaf.
+    """
+    found: dict[str, Leaf] = {}
+    for path, leaf in ((path, leaf) for chains in parts for path, leaf in chains.leaves.items()):
+        first = found.setdefault(path, leaf)
+        if (first.shape, first.roles) != (leaf.shape, leaf.roles):
+            raise TargetError(
+                f"wrap: {path}: the adapters were planned for different weights: {first.shape} and {leaf.shape}, or "
+                "other axes of them as inputs; plan them on one tree."
+            )
+    return found
+
+
+def _summed(pairs: Sequence[Pairs], weights: Sequence[Any] | None) -> Pairs:
+    """Σ_k w_k U_k·V_k is one pair, whose rank is the sum of theirs."""
+    if weights is not None:
+        pairs = [
+            {path: (down, up * jnp.asarray(w, up.dtype)) for path, (down, up) in each.items()}
+            for w, each in zip(weights, pairs, strict=True)
+        ]
+    if len(pairs) == 1:
+        return pairs[0]
+    found: dict[str, list[tuple[Array, Array]]] = {}
+    for each in pairs:
+        for path, pair in each.items():
+            found.setdefault(path, []).append(pair)
+    return {path: tuple(map(jnp.concatenate, zip(*mine, strict=True))) for path, mine in found.items()}  # type: ignore[misc]
 
 
 def _traced(
@@ -58,18 +148,6 @@ def _traced(
     return closed, output
 
 
-def _weights(
-    chains: Chains, theta_d: Array, leaves: list[Any], places: dict[int, str], others: list[int]
-) -> dict[int, LowRank]:
-    """Position → adapted weight; ``others``: the positions of the other arrays."""
-    rest = [leaves[i] for i in others]
-    pairs = chains.pairs(varying_as(theta_d, rest), _shardings(leaves, places, rest))
-    return {
-        i: LowRank(leaves[i], *pairs[path], roles=chains.leaves[path].roles, path=path, shape=leaves[i].shape)
-        for i, path in places.items()
-    }
-
-
 def _shardings(leaves: list[Any], places: dict[int, str], inputs: list[Any]) -> dict[str, NamedSharding]:
     """Path → how the weight lies on an explicit mesh when it is used: whole along the axes that split the inputs
     (where weights are split there too, as in FSDP, they are gathered first; the factors need no gathering).
@@ -88,8 +166,8 @@ def _mesh_axes(spec: Iterable[Any]) -> set[str]:
     return {name for axis in spec if axis is not None for name in (axis if isinstance(axis, tuple) else (axis,))}
 
 
-def _check_reached(chains: Chains, reached: set[str]) -> None:
-    missing = [path for path, _ in chains.shapes if path not in reached]
+def _check_reached(paths: Iterable[str], reached: set[str]) -> None:
+    missing = [path for path in paths if path not in reached]
     if missing:
         raise TargetError(
             f"{missing[0]}: the model never multiplies by this weight ({len(missing)} such targets), so its update "

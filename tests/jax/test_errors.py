@@ -118,7 +118,7 @@ def test_what_is_no_regular_expression(wrong):
     [
         ("up/.*", r"^up/bias: expected a matrix, or a stack of matrices .* got shape \(6,\); exclude it"),
         (["conv"], r"^conv/kernel: expected a matrix.*got shape \(3, 3, 4, 6\); exclude it.*linear_target.*inputs="),
-        (["codes"], "^codes/kernel: expected a floating-point weight, got int8.*Exclude it, or .* dequantised"),
+        (["codes"], "^codes/kernel: expected a floating-point weight, got int8.*Exclude it, or dequantise inside"),
     ],
 )
 def test_a_leaf_that_is_no_matrix(targets, match):
@@ -231,6 +231,35 @@ def test_a_theta_d_that_does_not_fit(tmp_path, adapter, how, wrong):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("how", ["merge", "factors", "wrap", "save", "export_lora"])
+@pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_a_narrow_theta_d_or_a_cast_adapter_would_not_start_as_the_base(tmp_path, how, start, dtype):
+    adapter = unilora_jax.plan(tree(), ["up"], d=10, start=start)
+    name = jnp.dtype(dtype).name
+    match = (
+        rf"theta_d: expected float32, got {name}, in which .* not start as the base. Keep θ_d in float32; A and B are"
+    )
+    for theta_d in (adapter.init().astype(dtype), np.asarray(adapter.init().astype(dtype))):
+        with pytest.raises(ValuesError, match=match):
+            use(adapter, how, theta_d, tmp_path)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), adapter)
+    match = (
+        rf"the arrays of an adapter are float32 and int32, got {name}: this one was cast.*Cast the parameters without"
+    )
+    with pytest.raises(ValuesError, match=match):
+        use(cast, how, adapter.init(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_float64_is_wide_enough(start):
+    with jax.enable_x64(True):
+        adapter = unilora_jax.plan(tree(), ["up"], d=10, start=start)
+        theta_d = adapter.init().astype(jnp.float64)
+        found = adapter.wrap(lambda params, x: x @ params["up"]["kernel"])(tree(), theta_d, X)
+        assert start == "paper" or (found == X @ tree()["up"]["kernel"]).all()
+
+
 @pytest.mark.parametrize("how", ["merge", "save", "export_lora"])
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_a_theta_d_that_is_not_finite(tmp_path, adapter, how, bad):
@@ -324,6 +353,42 @@ def test_another_tree(adapter, params, error, match):
     assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
 
 
+def test_params_and_theta_d_swapped(adapter):
+    match = r"^expected a tree of parameters with up/kernel, got a single \w+; params and theta_d seem to be swapped"
+    adapted = adapter.wrap(lambda params, x: x @ params["up"]["kernel"])
+    for call in (adapter.merge, lambda *args: adapted(*args, X), lambda *args: jax.jit(adapted)(*args, X)):
+        with pytest.raises(MismatchError, match=match):
+            call(adapter.init(), tree())
+
+
+def test_another_tree_altogether_says_what_it_has(adapter):
+    with pytest.raises(MismatchError, match=r"^up/kernel: .* the nearest are \['x', 'yy'\]\.$"):
+        adapter.merge({"x": ones(2), "yy": ones(2)}, adapter.init())
+
+
+# ---- what an adapter says of itself ---------------------------------------------------------------------------------
+
+
+def test_an_adapter_prints_in_a_line():
+    params = {f"layer_{i}": {"kernel": ones(8, 8)} for i in range(100)}
+    for options in ({}, {"groups": "cached"}, {"method": "vera"}):
+        adapter = unilora_jax.plan(params, **options)
+        assert repr(adapter) == f"Adapter({adapter.summary()})"
+        assert len(repr(adapter)) + len(repr(adapter.chains)) < 400
+
+
+def test_an_adapter_has_no_hash_and_says_what_has_one(adapter):
+    with pytest.raises(
+        TypeError, match=r"no hash: pass it to a jitted function as an argument.*key take adapter\.spec"
+    ):
+        hash(adapter)
+    with pytest.raises(ValueError, match=r"hash"):
+        jax.jit(lambda adapter: adapter.init(), static_argnums=0)(adapter)
+    again = unilora_jax.plan(tree(), ["up"], d=10, start="paper", bound=0.5)
+    assert {(adapter.spec, adapter.targets): 1}[again.spec, again.targets] == 1
+    assert adapter != again  # no arrays are compared
+
+
 # ---- models that do not multiply by what is adapted ------------------------------------------------------------------
 
 
@@ -354,7 +419,11 @@ UNREACHED = {
         lambda params, x: x @ jnp.sin(params["up"]["kernel"]),
         "^up/kernel: the model reads this weight in `sin`, .*no low-rank path. Exclude it, or use merge",
     ),
-    "lookup": (lambda params, x: params["up"]["kernel"][jnp.array([0, 1])], "^up/kernel: .*`gather`.* use merge"),
+    "lookup": (
+        lambda params, x: params["up"]["kernel"][jnp.array([0, 1])],
+        r"^up/kernel: .*`gather` \(a lookup, as in an embedding\).* use merge",
+    ),
+    "take": (lambda params, x: jnp.take(params["up"]["kernel"], 1, axis=0), r"^up/kernel: .*`gather` \(a lookup"),
     "tied": (
         lambda params, x: params["up"]["kernel"][jnp.array([0, 1])] @ params["up"]["kernel"].T,
         "^up/kernel: .*`gather`.*no low-rank path",
@@ -387,6 +456,77 @@ def test_a_model_that_does_not_multiply_by_the_weight(adapter, case, jit):
     adapted = adapter.wrap(function)
     with pytest.raises(TargetError, match=match):
         (jax.jit(adapted) if jit else adapted)(tree(), adapter.init(), X)
+
+
+def test_a_convolution_and_an_embedding_are_refused_by_name():
+    params = tree() | {"embed": {"embedding": jnp.ones((9, 4))}}
+    conv = linear_target("conv/kernel", params["conv"]["kernel"], inputs=(0, 1, 2))
+    layout = ("NHWC", "HWIO", "NHWC")
+    cases = {
+        "conv/kernel": (
+            lambda p, _: jax.lax.conv_general_dilated(
+                jnp.ones((1, 5, 5, 4)), p["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=layout
+            ),
+            [conv],
+            r"`conv_general_dilated` \(a convolution\)",
+        ),
+        "embed/embedding": (
+            lambda p, _: p["embed"]["embedding"][jnp.array([1, 2])],
+            "embed/embedding",
+            r"`gather` \(a lookup, as in an embedding\)",
+        ),
+    }
+    for path, (function, targets, primitive) in cases.items():
+        adapter = unilora_jax.plan(params, targets, rank=2)
+        match = rf"^{path}: the model reads this weight in {primitive}, .*Exclude it, or use merge"
+        with pytest.raises(TargetError, match=match):
+            adapter.wrap(function)(params, adapter.init(), X)
+
+
+# ---- quantised weights ----------------------------------------------------------------------------------------------
+
+
+def quantised_model():
+    """(functions of the quantised and of the whole weights, quantised parameters, their dequantisation, x)."""
+    linen = pytest.importorskip("flax.linen", reason="this test needs flax")
+    qwix = pytest.importorskip("qwix", reason="this test needs qwix")
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(8, name="down")(jnp.tanh(linen.Dense(16, name="up")(x)))
+
+    x = jax.random.normal(jax.random.key(1), (3, 4))
+    rules = qwix.PtqProvider([qwix.QtRule(module_path=".*", weight_qtype=jnp.int8)])
+    model, params = Model(), Model().init(jax.random.key(0), x)["params"]
+    shapes = jax.eval_shape(qwix.quantize_model(model, rules).init, jax.random.key(0), x)["params"]
+
+    def holds(node):
+        return hasattr(node, "array")
+
+    def dequantised(tree):
+        return jax.tree.map(lambda w: qwix.dequantize(w.array) if holds(w) else w, tree, is_leaf=holds)
+
+    return lambda params, x: model.apply({"params": params}, x), qwix.quantize_params(params, shapes), dequantised, x
+
+
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # of qwix 0.1.8 with Flax 0.12
+def test_a_quantised_weight_is_refused_and_its_remedy_works():
+    model, params, dequantised, x = quantised_model()
+    match = (
+        r"^down/kernel: expected an array, this weight holds array/qvalue, array/scale, as a quantised .*dequantise in"
+    )
+    for targets in ("all-linear", ".*/kernel", ["down"]):
+        refused(TargetError, match, targets, params)
+    adapter = unilora_jax.plan(jax.eval_shape(dequantised, params), rank=2)
+    theta_d = adapter.init()
+
+    def adapted(theta_d, params, x):
+        return adapter.wrap(model)(dequantised(params), theta_d, x)
+
+    assert (jax.jit(adapted)(theta_d, params, x) == jax.jit(lambda p, x: model(dequantised(p), x))(params, x)).all()
+    merged = adapter.merge(dequantised(params), theta_d + 1)
+    np.testing.assert_allclose(jax.jit(adapted)(theta_d + 1, params, x), model(merged, x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_stack_that_is_planned_as_a_matrix():

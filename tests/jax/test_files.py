@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 import unilora_core
 import unilora_jax
+from unilora_core import AdapterFileError, SpecError
 
 torch = pytest.importorskip("torch", reason="the files are exchanged with PyTorch")
 unilora_torch = pytest.importorskip("unilora_torch")
@@ -237,6 +238,43 @@ def test_the_export_renames_layers(tmp_path, path):
     renamed.export_lora(tmp_path / "b", adapter.init())
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert set(contents(tmp_path / "a")[1]["target_modules"]) == {target.module for target in model.unilora.targets}
+
+
+@pytest.mark.parametrize(
+    ("engine", "rank", "written"), [(None, None, 3), ("vllm", None, 8), (None, 5, 5), ("lorax", 4, 4)]
+)
+def test_an_export_for_an_engine_has_the_rank_that_it_takes(tmp_path, engine, rank, written):
+    params = {"layers": {"q_proj": {"kernel": np.ones((2, 4, 6), np.float32)}}}
+    adapter = unilora_jax.plan(params, rank=3, start="paper", bound=0.5)
+    theta_d = adapter.init()
+    adapter.export_lora(tmp_path, theta_d, base_model="base", rank=rank, engine=engine)
+    tensors, config = contents(tmp_path)
+    assert (config["r"], config["lora_alpha"]) == (written, written)
+    A, B = (
+        load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.layers.1.q_proj.lora_{x}.weight"]
+        for x in "AB"
+    )
+    assert (A.shape, B.shape, len(tensors)) == ((written, 4), (6, written), 4)
+    factors = adapter.factors(theta_d)
+    np.testing.assert_allclose(B @ A, factors["layers.1.q_proj.B"] @ factors["layers.1.q_proj.A"], atol=1e-6)
+
+
+def test_an_export_that_an_engine_would_not_serve_is_not_written(tmp_path):
+    params = {"up": {"kernel": np.ones((4, 6), np.float32)}}
+    adapter = unilora_jax.plan(params, rank=3)
+    for wrong, error, match in (
+        (
+            {"engine": "sglang"},
+            AdapterFileError,
+            r"^sglang .* would not serve this export: .*no buffers for layers named up",
+        ),
+        ({"engine": "llama.cpp"}, AdapterFileError, "base_model_name_or_path is empty"),
+        ({"engine": "nope"}, SpecError, "unknown engine 'nope'; known: vllm"),
+        ({"rank": 2}, SpecError, "up: expected rank ≥ 3"),
+    ):
+        with pytest.raises(error, match=match):
+            adapter.export_lora(tmp_path, adapter.init(), **wrong)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_jax_loads_where_it_was_made(path, form):

@@ -138,6 +138,96 @@ def test_a_list_of_targets_is_taken_as_it_is():
     assert unilora_jax.plan(TREE, list(targets)).targets == targets
 
 
+# ---- all-linear -----------------------------------------------------------------------------------------------------
+
+
+def test_all_linear_of_dictionaries():
+    block = {
+        "ln_1": {"weight": ones(4, 4)},
+        "attn": {"query": {"kernel": ones(4, 2, 3)}, "out": {"kernel": ones(2, 3, 4), "bias": ones(4)}},
+        "mlp": {"up": {"kernel": ones(4, 8)}, "norm_of_mlp": {"kernel": ones(8, 8)}},
+        "conv": {"kernel": ones(3, 4, 4)},
+        "gate": ones(4, 4),
+    }
+    stack = {"q": {"kernel": ones(2, 4, 6)}, "query": {"kernel": ones(2, 4, 2, 3)}, "norm": {"scale": ones(2, 4)}}
+    tree = {
+        "embed_tokens": {"weight": ones(9, 4)},
+        "wte": {"kernel": ones(9, 4)},
+        "tokens": {"embedding": ones(9, 4)},
+        "blocks": [block],
+        "layers": stack,
+        "LayerNorm_0": {"weight": ones(4, 4)},
+        "patch": {"kernel": ones(3, 3, 4, 6)},
+        "pooler": {"kernel": ones(4, 4)},
+        "lm_head": {"kernel": ones(4, 9)},
+        "classifier": {"kernel": ones(4, 9)},
+    }
+    inside = [f"blocks/0/{name}/kernel" for name in ("attn/out", "attn/query", "mlp/up")]
+    wanted = [*inside, "layers/q/kernel", "layers/query/kernel", "pooler/kernel"]
+    assert paths(tree, "all-linear") == wanted
+    assert [target.path for target in unilora_jax.plan(tree).targets] == wanted  # the default
+    assert paths(tree, "all-linear", exclude=["pooler", "attn/out"]) == [*inside[1:], *wanted[3:5]]
+    assert paths(tree, "all-linear", exclude=iter(["pooler"])) == wanted[:-1]
+
+
+def test_all_linear_of_linen():
+    linen = pytest.importorskip("flax.linen", reason="this test needs flax")
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            x = linen.LayerNorm()(linen.Embed(9, 4)(tokens))
+            x = linen.MultiHeadDotProductAttention(2)(x)
+            return linen.Dense(9, name="head")(linen.Dense(6)(linen.Conv(5, (3,))(x)))
+
+    params = jax.eval_shape(Model().init, jax.random.key(0), np.ones((1, 7), int))["params"]
+    attention = [f"MultiHeadDotProductAttention_0/{name}/kernel" for name in ("key", "out", "query", "value")]
+    assert sorted(paths(params, "all-linear")) == ["Dense_0/kernel", *attention]
+
+
+def test_all_linear_of_nnx():
+    nnx = pytest.importorskip("flax.nnx", reason="this test needs flax")
+
+    class Model(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.embed, self.norm = nnx.Embed(9, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
+            self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs), nnx.Conv(4, 4, (3,), rngs=rngs)])
+            self.head = nnx.Linear(4, 9, rngs=rngs)
+
+    for tree in (Model(), nnx.state(Model())):
+        assert paths(tree, "all-linear") == ["layers/0/kernel"]
+
+
+def test_all_linear_of_equinox():
+    """Modules say what they are, whatever they are called."""
+    eqx = pytest.importorskip("equinox", reason="this test needs equinox")
+
+    class Model(eqx.Module):
+        table: eqx.nn.Embedding
+        scaling: eqx.nn.LayerNorm
+        attention: eqx.nn.MultiheadAttention
+        layers: list
+        lm_head: eqx.nn.Linear
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    attention = eqx.nn.MultiheadAttention(2, 4, key=keys[0])
+    layers = [eqx.nn.Linear(4, 6, key=keys[1]), eqx.nn.Conv1d(4, 4, 3, key=keys[2])]
+    head = eqx.nn.Linear(4, 9, key=keys[3])
+    model = Model(eqx.nn.Embedding(9, 4, key=keys[4]), eqx.nn.LayerNorm((4, 4)), attention, layers, head)
+    projections = [f"attention/{name}_proj/weight" for name in ("query", "key", "value", "output")]
+    wanted = [*projections, "layers/0/weight"]
+    assert paths(model, "all-linear") == wanted
+    assert paths(eqx.filter(model, eqx.is_array), "all-linear") == wanted
+
+
+def test_all_linear_skips_nothing_silently():
+    with pytest.raises(TargetError, match=r"^codes/kernel: expected a floating-point weight, got int8"):
+        find_targets({"codes": {"kernel": np.ones((4, 4), np.int8)}, "a": {"kernel": ones(4, 4)}}, "all-linear")
+    with pytest.raises(TargetError, match=r"no leaf matches 'all-linear'; the nearest paths are \['a/w'\]"):
+        find_targets({"a": {"w": ones(4, 4)}}, "all-linear")
+
+
 # ---- orientation ----------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +341,7 @@ def test_a_stack_has_the_factors_of_its_layers():
     assert one.spec == other.spec
     theta_d = one.init()
     factors = one.factors(theta_d)
-    assert list(factors) == [f"layers.{i}.q.{letter}" for letter in "AB" for i in range(3)]
+    assert list(factors) == [f"layers.{i}.q.{letter}" for i in range(3) for letter in "AB"]
     for name, factor in other.factors(theta_d).items():
         assert np.array_equal(factors[name], factor)
     merged, wanted = one.merge(stack, theta_d), other.merge(separate, theta_d)

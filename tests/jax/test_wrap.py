@@ -1,6 +1,7 @@
 """The low-rank path: equal to B·A added to the weights, through whatever a model does with a weight."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -321,3 +322,111 @@ def test_the_other_orientation_is_refused_and_can_be_said():
     y = adapter.wrap(lambda p, x: p["kernel"] @ x[0])(MATRIX, adapter.init() + 1, normal(1, OUT))
     expected = adapter.merge(MATRIX, adapter.init() + 1)["kernel"] @ normal(1, OUT)[0]
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- what `jax.jit` sees of the wrapped function ---------------------------------------------------------------------
+
+
+def switched(params, x, train, *, act="tanh"):
+    """``train`` and ``act`` must be static."""
+    y = x @ params["kernel"]
+    return (getattr(jnp, act)(y) if train else y) + 0 * x.sum()
+
+
+def test_the_signature_is_the_function_s_with_theta_d_behind_the_first():
+    adapter, _ = planned(MATRIX)
+    shown = inspect.signature(adapter.wrap(switched)).parameters.values()
+    assert [parameter.name for parameter in shown] == ["params", "theta_d", "x", "train", "act"]
+    assert list(shown)[2:] == list(inspect.signature(switched).parameters.values())[1:]
+    assert [*inspect.signature(adapter.wrap(lambda *args: args[0])).parameters] == ["params", "theta_d", "args"]
+    assert adapter.wrap(switched).__name__ == "switched"
+    assert not hasattr(adapter.wrap(switched), "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    "static", [{"static_argnums": (3,)}, {"static_argnames": ("train",)}, {"static_argnames": ("train", "act")}]
+)
+def test_static_arguments_keep_their_names_and_move_one_place(static):
+    adapter, theta_d = planned(MATRIX)
+    f = jax.jit(adapter.wrap(switched), **static)
+    expected = switched(adapter.merge(MATRIX, theta_d), X, True)
+    np.testing.assert_allclose(f(MATRIX, theta_d, X, True), expected, atol=1e-5)
+    if "static_argnames" in static:
+        np.testing.assert_allclose(f(MATRIX, theta_d, X, train=True), expected, atol=1e-5)
+    if "act" in static.get("static_argnames", ()):
+        expected = switched(adapter.merge(MATRIX, theta_d), X, True, act="sin")
+        np.testing.assert_allclose(f(MATRIX, theta_d, X, True, act="sin"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("donated", [{"donate_argnums": (2,)}, {"donate_argnames": ("x",)}])
+def test_what_is_donated_is_what_was_meant(donated):
+    adapter, theta_d = planned(MATRIX)
+    x = jnp.ones((5, OUT))
+    f = jax.jit(adapter.wrap(lambda params, x: x + jnp.ones((5, IN)) @ params["kernel"]), **donated)
+    f(MATRIX, theta_d, x)
+    assert x.is_deleted()
+    assert not theta_d.is_deleted()
+    assert not MATRIX["kernel"].is_deleted()
+
+
+class Bilinear:
+    def __call__(self, params, x):
+        return x @ params["kernel"]
+
+    def method(self, params, x):
+        return x @ params["kernel"]
+
+
+class Unreadable:
+    __signature__ = "none"
+
+    def __call__(self, params, x):
+        return x @ params["kernel"]
+
+
+FUNCTIONS = {
+    "partial": functools.partial(lambda scale, params, x: scale * x @ params["kernel"], 1.0),
+    "partial by name": functools.partial(lambda params, x, scale: scale * x @ params["kernel"], scale=1.0),
+    "method": Bilinear().method,
+    "object": Bilinear(),
+    "jitted": jax.jit(lambda params, x: x @ params["kernel"]),
+    "no signature": Unreadable(),
+    "only *args": lambda *args: args[1] @ args[0]["kernel"],
+    "another theta_d": lambda params, theta_d: theta_d @ params["kernel"],
+    "positions only": lambda params, x, /: x @ params["kernel"],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_any_callable_can_be_wrapped_and_jitted(name):
+    adapter, theta_d = planned(MATRIX)
+    found = jax.jit(adapter.wrap(FUNCTIONS[name]), donate_argnums=())(MATRIX, theta_d, X)
+    np.testing.assert_allclose(found, X @ adapter.merge(MATRIX, theta_d)["kernel"], atol=1e-5)
+
+
+def test_a_builtin_can_be_wrapped():
+    adapter, theta_d = planned({"kernel": MATRIX["kernel"]})
+    with pytest.raises(TargetError, match="the model never multiplies by this weight"):
+        adapter.wrap(dict)(MATRIX, theta_d)  # it runs, and returns the weights
+
+
+# ---- other seeds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", ["computed", "cached"])
+def test_a_seed_s_arrays_run_in_the_program_of_another_where_groups_are_cached(groups):
+    """What docs/jax.md says of seeds."""
+    first, second = (planned(MATRIX, seed=seed, groups=groups)[0] for seed in (0, 1))
+    traces = []
+
+    @jax.jit
+    def step(adapter, theta_d):
+        traces.append(1)
+        return adapter.wrap(lambda p, x: x @ p["kernel"])(MATRIX, theta_d, X)
+
+    theta_d = second.init() + 1
+    step(first, theta_d)
+    found = step(jax.tree.unflatten(jax.tree.structure(first), jax.tree.leaves(second)), theta_d)
+    assert len(traces) == 1
+    expected = second.wrap(lambda p, x: x @ p["kernel"])(MATRIX, theta_d, X)
+    assert bool(abs(found - expected).max() < 1e-5) == (groups == "cached")
