@@ -25,7 +25,7 @@ __all__ = ["Gathered", "Names", "Stack", "gathered"]
 
 Names = tuple[str, ...]
 Bundle = tuple["Stack", ...]
-"""Stacks that are alike but for their names and starts: one array (stacks, layers, rows, columns)."""
+"""Stacks of one segment that are gathered in one shape: one array (stacks, layers, …), A of some and Bᵀ of others."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ class Stack:
     transposed: bool
     from_origin: bool
     segment: int | None
+
+    @property
+    def lies(self) -> tuple[int, int]:
+        """The shape in which a factor is gathered."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """How far apart in θ_D neighbours along these two axes are."""
+        return (1, self.shape[1]) if self.transposed else (self.shape[1], 1)
 
 
 @jax.tree_util.register_dataclass
@@ -101,8 +111,7 @@ def gathered(spec: ProjectionSpec, stacks: Iterable[tuple[Names, bool]], *, cach
     """
     alike: dict[tuple, list[Stack]] = {}
     for stack in (_stack(spec, names, transposed) for names, transposed in stacks):
-        key = stack.shape, len(stack.names), stack.transposed, stack.from_origin, stack.segment
-        alike.setdefault(key, []).append(stack)
+        alike.setdefault((stack.lies, len(stack.names), stack.segment), []).append(stack)
     bundles, groups = tuple(map(tuple, alike.values())), _groups_of(spec)
     tables = tuple(_table(spec, each, groups) if cached or not _has_kernel(spec, each[0]) else None for each in bundles)
     origin = jnp.asarray(spec.init()) if spec.start == "identity" else None  # with "zero", θ_d⁰ is 0
@@ -140,14 +149,15 @@ def _groups(spec: ProjectionSpec, bundle: Bundle, sharding: NamedSharding | None
     assert of_segment is not None  # see _has_kernel
     assert like.segment is not None
     kernel = of_segment(problem_of(spec), like.segment, jnp, None)
-    shape = (len(bundle), len(like.names), *(like.shape[::-1] if like.transposed else like.shape))
+    starts = np.asarray([stack.starts for stack in bundle], np.int32)[..., None, None]
+    steps = np.asarray([stack.steps for stack in bundle], np.int32).T[..., None, None, None]
+    shift = np.asarray([spec.d * stack.from_origin for stack in bundle], np.int32)[:, None, None, None]
 
     def compute(starts: Array) -> Array:
+        shape = (*starts.shape[:2], *like.lies)
         first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 3))
-        row, column = (second, first) if like.transposed else (first, second)
-        return kernel(starts[:, :, None, None] + row * like.shape[1] + column) + spec.d * like.from_origin
+        return kernel(starts + first * steps[0] + second * steps[1]) + shift
 
-    starts = np.asarray([stack.starts for stack in bundle], np.int32)
     return compute(starts) if sharding is None else jax.sharding.auto_axes(compute, out_sharding=sharding)(starts)
 
 
@@ -160,10 +170,12 @@ def _groups_of(spec: ProjectionSpec) -> Callable[[slice], np.ndarray]:
 
 def _table(spec: ProjectionSpec, bundle: Bundle, groups: Callable[[slice], np.ndarray]) -> Array:
     """The groups of a bundle, made on the host: nothing has to be compiled for them."""
-    like = bundle[0]
-    table = np.stack([[groups(spec.layout.slices[name]) for name in stack.names] for stack in bundle])
-    table = table.reshape(*table.shape[:2], *like.shape)
-    return jnp.asarray((table.swapaxes(2, 3) if like.transposed else table) + np.int32(spec.d * like.from_origin))
+
+    def of_stack(stack: Stack) -> np.ndarray:
+        table = np.stack([groups(spec.layout.slices[name]).reshape(stack.shape) for name in stack.names])
+        return (table.swapaxes(1, 2) if stack.transposed else table) + np.int32(spec.d * stack.from_origin)
+
+    return jnp.asarray(np.stack([of_stack(stack) for stack in bundle]))
 
 
 def _has_kernel(spec: ProjectionSpec, stack: Stack) -> bool:
