@@ -7,8 +7,9 @@ from unilora_core import project
 from unilora_core.frames import Sizes
 from unilora_core.methods import plan_spec
 from unilora_torch import streamed as streaming
+from unilora_torch.computed import Computed
 from unilora_torch.generic import Mapped
-from unilora_torch.streamed import Computed, Place, streamed
+from unilora_torch.streamed import Place, streamed
 
 TARGETS = [(f"layers.{i}.{name}", Sizes(16, 24)) for i in range(2) for name in "qv"]
 OPTIONS = {
