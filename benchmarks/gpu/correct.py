@@ -16,6 +16,7 @@ from common import SMOKE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import unilora_torch
+from gpu.projection import WIDTHS, adapter_of
 from gpu.rows import DEVICE, Row, Skip
 from unilora_core import Layout, ProjectionSpec
 from unilora_core.grouping import ALGORITHMS
@@ -48,6 +49,7 @@ def rows() -> list[Row]:
     for framework, check in {"torch": torch_equals_numpy, "jax": jax_equals_numpy}.items():
         found += [Row({"check": "bits", "framework": framework, "D": D}, partial(check, D)) for D in SIZES]
     found += [Row({"check": "deterministic", "D": D}, partial(deterministic, D)) for D in SIZES]
+    found += [Row({"check": "computed", "width": width}, partial(computed, width)) for width in WIDTHS]
     return found + [Row({"check": "gradient", "dtype": dtype}, partial(gradient, dtype)) for dtype in OF_GRADIENT]
 
 
@@ -207,6 +209,29 @@ def deterministic(D: int) -> dict[str, Any]:
         found["deterministic" if flag else "atomic"] = torch.equal(first, second)
     assert found["deterministic"], "two runs of Pᵀ differ under torch.use_deterministic_algorithms(True)"
     return {f"same_bits_{name}": equal for name, equal in found.items()}
+
+
+def computed(width: int) -> dict[str, Any]:
+    """That computed groups give the factors of cached ones, bit for bit, and Pᵀ the same bits twice, near float64."""
+    cached, adapter = (adapter_of(width, 1000, groups) for groups in ("cached", "computed"))
+    theta, spec = torch.randn(1000, device=DEVICE), adapter.spec
+    for each in (cached, adapter):
+        each.theta_d.data.copy_(theta)
+    for (name, factor), other in zip(cached.factors().items(), adapter.factors().values(), strict=True):
+        assert torch.equal(factor, other), f"{name}: computed groups give other numbers than cached ones"
+    y = torch.randn(spec.D, device=DEVICE)
+    first, second = (gradient_by(adapter, y) for _ in range(2))
+    same("Pᵀ of computed groups, twice", second, first)
+    worst = error(first, y.cpu().numpy(), spec.groups(), spec.scale())
+    assert worst < TOLERANCE, f"Pᵀ of computed groups is {worst:.1e} from float64"
+    return {"D": spec.D, "how": adapter.summary().rpartition("; ")[2], "transpose_error": worst}
+
+
+def gradient_by(adapter: unilora_torch.Adapter, y: torch.Tensor) -> np.ndarray:
+    """θ_d's gradient where θ_D's is y."""
+    factors = list(adapter.factors().values())
+    parts = [part.view_as(factor) for part, factor in zip(y.split([f.numel() for f in factors]), factors, strict=True)]
+    return torch.autograd.grad(factors, adapter.theta_d, parts)[0].cpu().numpy()
 
 
 # ---- through a model -------------------------------------------------------------------------------------------------

@@ -26,11 +26,15 @@ def on_card(folder: Path) -> Iterator[str]:
             {**row["settings"], **row["outcome"]["figures"]} for row in found["rows"] if "figures" in row["outcome"]
         ]
         yield from lines_of(rows)
-        for row in found["rows"]:
-            for word in ("failed", "skipped"):
-                if why := row["outcome"].get(word):
-                    yield f"* {settings_of(row)}: {word}, {' '.join(why.split())[:300]}"
-        yield ""
+        if without := [line for row in found["rows"] for line in why_not(row)]:
+            yield from [*without, ""]
+
+
+def why_not(row: dict[str, Any]) -> Iterator[str]:
+    """A line for a row that failed or was skipped."""
+    for word in ("failed", "skipped"):
+        if why := row["outcome"].get(word):
+            yield f"* {settings_of(row)}: {word}, {' '.join(why.split())[:300]}"
 
 
 def made_with(machine: dict[str, Any]) -> str:
@@ -50,9 +54,9 @@ def gigabytes(size: int | None) -> float | None:
 
 def of_correct(rows: Rows) -> Iterator[str]:
     """What was checked, and with which result."""
-    checks = ("check", "files", "framework", "D", "dtype")
+    checks = ("check", "files", "framework", "width", "dtype")
     for row in rows:
-        what = ", ".join(f"{row[name]:,}" if name == "D" else str(row[name]) for name in checks if name in row)
+        what = ", ".join(str(row[name]) for name in checks if name in row)
         figures = {name: value for name, value in row.items() if name not in checks}
         yield f"* {what}: " + "; ".join(f"{name} {listed(value)}" for name, value in figures.items())
     yield ""

@@ -68,22 +68,26 @@ def direct(spec: ProjectionSpec) -> Cases:
 
 def attached(width: int, d: int) -> Cases:
     """All factors and the gradient of θ_d, as a training step has them, for each way to have groups."""
-    return {f"P and Pᵀ, groups {groups}": with_adapter(width, d, groups) for groups in ("cached", "computed")}
+    return {f"P and Pᵀ, groups {groups}": both_ways(adapter_of(width, d, groups)) for groups in ("cached", "computed")}
 
 
-def with_adapter(width: int, d: int, groups: str) -> Callable[[], None]:
-    """P and Pᵀ of an adapter; each weight of its layers is one number seen as many."""
+def adapter_of(width: int, d: int, groups: str) -> unilora_torch.Adapter:
+    """An adapter of square layers, each weight of which is one number seen as many."""
     layers = [nn.Linear(width, width, bias=False, device="meta") for _ in range(LAYERS)]
     for layer in layers:
         layer.weight = nn.Parameter(torch.zeros(1, device=DEVICE).expand(width, width), requires_grad=False)
-    adapter = unilora_torch.attach(nn.Sequential(*layers), rank=RANK, d=d, groups=groups)
+    return unilora_torch.attach(nn.Sequential(*layers), rank=RANK, d=d, groups=groups)
+
+
+def both_ways(adapter: unilora_torch.Adapter) -> Callable[[], None]:
+    """A function that makes all factors, and the gradient of θ_d of given ones of theirs."""
     upstream = [torch.randn(shape, device=DEVICE) for shape in adapter.spec.layout.shapes.values()]
 
-    def both() -> None:
+    def run() -> None:
         adapter.theta_d.grad = None
         torch.autograd.backward(list(adapter.factors().values()), upstream)
 
-    return both
+    return run
 
 
 def deterministic(y: Tensor, groups: Tensor, scale: Tensor) -> Tensor:
