@@ -34,6 +34,9 @@ SEAM = "_namespace.py"
 HEADER = {"unilora_core": {"header.py"}}
 """The file that looks into what an adapter file says."""
 
+KERNELS = "kernels/"
+"""Triton's kernels, imported on CUDA only: the one folder of a backend that imports triton."""
+
 SUITE = "testing/"
 """The conformance suite, imported on request only: the one folder of the core that imports hypothesis."""
 
@@ -62,7 +65,8 @@ def strays(package, name, source):
     """What the file ``name`` of ``package`` (its path in there) imports and must not."""
     seam = {"array_api_compat"} if (package, name) == ("unilora_core", SEAM) else set()
     suite = {"hypothesis"} if package == "unilora_core" and name.startswith(SUITE) else set()
-    return foreign(imports(source), package) - ALLOWED[package] - seam - suite
+    triton = {"triton"} if package == "unilora_torch" and name.startswith(KERNELS) else set()
+    return foreign(imports(source), package) - ALLOWED[package] - seam - suite - triton
 
 
 def readings(source):

@@ -5,9 +5,10 @@ Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1. Other maps: `unilo
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ __all__ = ["PAPER_BOUND", "STARTS", "ProjectionSpec", "known", "option"]
 
 PAPER_BOUND = 0.02
 """θ_d starts as U(-0.02, 0.02) in the paper, its official code and PEFT."""
+
+Function = TypeVar("Function", bound=Callable)
 
 STARTS = ("paper", "identity", "zero")
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -136,11 +139,8 @@ class ProjectionSpec:
             SpecError: the slice lies outside {0 … D}.
         """
         stop = self.D if stop is None else stop
-        if not 0 <= start <= stop <= self.D:
-            raise SpecError(f"groups: expected 0 ≤ start ≤ stop ≤ D = {self.D}, got start = {start}, stop = {stop}.")
-        if self.map.groups is None:
-            raise SpecError(self._no_groups())
-        return self.map.groups(self, start, stop, xp, device)
+        _check_slice("groups", start, stop, "D", self.D)
+        return _of_groups(self, self.map.groups)(self, start, stop, xp, device)
 
     def counts(self) -> np.ndarray:
         """n_j, the size of each group: (d,) int64 in NumPy. Closed form for ``balanced``, else a pass over D.
@@ -148,9 +148,7 @@ class ProjectionSpec:
         Raises:
             SpecError: a map without groups.
         """
-        if self.map.counts is None:
-            raise SpecError(self._no_groups())
-        return self.map.counts(self)
+        return _of_groups(self, self.map.counts)(self)
 
     def members(
         self, start: int = 0, stop: int | None = None, *, xp: ModuleType = np, device: object = None
@@ -173,16 +171,13 @@ class ProjectionSpec:
             SpecError: the slice lies outside {0 … d}; a map without groups; D ≥ 2^31 in a namespace without int64.
         """
         stop = self.d if stop is None else stop
-        if not 0 <= start <= stop <= self.d:
-            raise SpecError(f"members: expected 0 ≤ start ≤ stop ≤ d = {self.d}, got start = {start}, stop = {stop}.")
-        if self.map.members is None:
-            raise SpecError(self._no_groups())
+        _check_slice("members", start, stop, "d", self.d)
         if self.D >= 2**31 and not has_int64(xp):
             raise SpecError(
                 f"members: D = {self.D} has positions past 2^31, and {xp.__name__} has no int64 here; compute them in "
                 "NumPy (xp=numpy), or in JAX with jax_enable_x64."
             )
-        return self.map.members(self, start, stop, xp, device)
+        return _of_groups(self, self.map.members)(self, start, stop, xp, device)
 
     def scale(self, *, xp: ModuleType = np, device: object = None, dtype: object = None) -> Array:
         """1/√n_j: (d,), computed in float64 and rounded once to ``dtype`` (default float32); 1 for an empty group.
@@ -190,13 +185,7 @@ class ProjectionSpec:
         Raises:
             SpecError: a map without groups.
         """
-        if self.map.weighs is None:
-            raise SpecError(self._no_groups())
-        return scale(self.map.weighs(self), xp, device, dtype)
-
-    def _no_groups(self) -> str:
-        there = ", ".join(name for name, each in MAPS.items() if each.groups is not None)
-        return f"the grouping {self.grouping!r} has no groups: a row of its P has other entries; {there} have."
+        return scale(_of_groups(self, self.map.weighs)(self), xp, device, dtype)
 
     def init(self, *, xp: ModuleType = np, device: object = None) -> Array:
         """θ_d⁰ ~ U(-bound, bound): (d,) float32, the same bits in every namespace (drawn in NumPy, then moved).
@@ -239,28 +228,48 @@ class ProjectionSpec:
             UnknownVersionError: the grouping, the frame, the version of one, or the start is not known to this version
                 of unilora, whatever other fields there are.
         """
-        said = data if isinstance(data, dict) else {}
-        _check_known("grouping", said, MAPS)
-        _check_known("frame", said, FRAMES)
-        if said.get("start", "paper") not in STARTS:
-            raise UnknownVersionError(
-                f"ProjectionSpec: start {shown(said['start'])} is not known here (known: {', '.join(STARTS)}); a newer "
-                "unilora may read it."
-            )
-        try:
-            fields = vars(typed(_Fields, data, "ProjectionSpec"))
-        except CorruptFileError as error:
-            raise SpecError(str(error)) from None
-        if ("frame" in said) != ("frame_version" in said):
-            raise SpecError("ProjectionSpec: frame and frame_version are both said, or neither.")
-        version, _ = (fields.pop(name) for name in ("grouping_version", "frame_version"))
-        spec = cls(**fields | {"layout": Layout(fields["layout"]), "options": tuple(fields["options"].items())})
-        if version != spec.map_version:
-            raise SpecError(
-                f"ProjectionSpec: the grouping {spec.grouping!r} has version {spec.map_version} with these options, "
-                f"got {version}: {FIRST_D} is said with version {spec.map.nests}, and only there."
-            )
-        return spec
+        return _read(data)
+
+
+def _read(data: object) -> ProjectionSpec:
+    """See `ProjectionSpec.from_json`."""
+    said = data if isinstance(data, dict) else {}
+    _check_known("grouping", said, MAPS)
+    _check_known("frame", said, FRAMES)
+    if said.get("start", "paper") not in STARTS:
+        raise UnknownVersionError(
+            f"ProjectionSpec: start {shown(said['start'])} is not known here (known: {', '.join(STARTS)}); a newer "
+            "unilora may read it."
+        )
+    try:
+        fields = vars(typed(_Fields, data, "ProjectionSpec"))
+    except CorruptFileError as error:
+        raise SpecError(str(error)) from None
+    if ("frame" in said) != ("frame_version" in said):
+        raise SpecError("ProjectionSpec: frame and frame_version are both said, or neither.")
+    version, _ = (fields.pop(name) for name in ("grouping_version", "frame_version"))
+    spec = ProjectionSpec(**fields | {"layout": Layout(fields["layout"]), "options": tuple(fields["options"].items())})
+    if version != spec.map_version:
+        raise SpecError(
+            f"ProjectionSpec: the grouping {spec.grouping!r} has version {spec.map_version} with these options, "
+            f"got {version}: {FIRST_D} is said with version {spec.map.nests}, and only there."
+        )
+    return spec
+
+
+def _check_slice(what: str, start: int, stop: int, letter: str, size: int) -> None:
+    if not 0 <= start <= stop <= size:
+        raise SpecError(f"{what}: expected 0 ≤ start ≤ stop ≤ {letter} = {size}, got start = {start}, stop = {stop}.")
+
+
+def _of_groups(spec: ProjectionSpec, function: Function | None) -> Function:
+    """What a map has where it has groups."""
+    if function is None:
+        there = ", ".join(name for name, each in MAPS.items() if each.groups is not None)
+        raise SpecError(
+            f"the grouping {spec.grouping!r} has no groups: a row of its P has other entries; {there} have."
+        )
+    return function
 
 
 def _checked_bound(spec: ProjectionSpec) -> float:

@@ -7,10 +7,11 @@ atomic on CUDA, deterministic there under `torch.use_deterministic_algorithms(Tr
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unilora_core import ProjectionSpec, ValuesError
+from unilora_core import ProjectionSpec, SpecError, ValuesError
 from unilora_torch.projection import Projection, Spans
 
 __all__ = ["Gather", "project", "project_transpose"]
@@ -33,7 +34,7 @@ class Gather(Projection):
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Gather":
         """That of a spec, on the CPU."""
-        groups = spec.groups()
+        groups = _table(spec)
         for name, at in spec.layout.slices.items():
             if spec.start == "identity" and spec.shifted(name):
                 groups[at] += spec.d
@@ -58,6 +59,21 @@ class Gather(Projection):
     def table(self, theta_d: Tensor) -> Tensor:
         """What the groups point into, for θ_d (…, d): see `scaled`."""
         return scaled(theta_d, self.scale, self.origin)
+
+
+def _table(spec: ProjectionSpec) -> np.ndarray:
+    """All D groups.
+
+    Raises:
+        SpecError: they do not fit the memory.
+    """
+    try:
+        return spec.groups()
+    except MemoryError:
+        raise SpecError(
+            f"attach: the groups of D = {spec.D:,} LoRA parameters, {4 * spec.D:,} bytes, do not fit the memory; take "
+            "groups='computed', which keeps none, or a lower rank."
+        ) from None
 
 
 def project(theta_d: Tensor, groups: Tensor, scale: Tensor, origin: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 A process of its own: how a kernel runs is settled when it is defined.
 """
 
+import itertools
 import sys
 
 import numpy as np
@@ -52,7 +53,7 @@ def check_sums(name: str, spec: ProjectionSpec, device: torch.device) -> None:
         y = torch.from_numpy(np.random.default_rng(0).standard_normal(spec.D).astype(np.float32)).to(dtype)
         found = kernels.project_transpose(y.to(device), kernels.permuted(spec, device), scale.to(device))
         values = y.float().numpy()
-        wanted = [ordered_sum(values[positions[a:b]]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        wanted = [ordered_sum(values[positions[a:b]]) for a, b in itertools.pairwise(offsets)]
         assert np.array_equal(found.cpu().numpy(), np.array(wanted, np.float32) * scale.numpy()), (name, dtype)
 
 
@@ -90,4 +91,4 @@ if __name__ == "__main__":
         check_numbers(title, each, where)
         check_sums(title, each, where)
     check_gradients(where)
-    print(f"{len(SPECS)} specs on {where.type}")
+    sys.stdout.write(f"{len(SPECS)} specs on {where.type}")

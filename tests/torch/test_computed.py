@@ -88,8 +88,8 @@ def test_the_summary_says_what_computes_them():
     ("options", "text"),
     [
         ({"groups": "none"}, "groups must be 'cached' or 'computed', got 'none'."),
-        ({"groups": "computed", "grouping": "numpy-shuffle"}, "groups='computed': those of the grouping 'numpy-shuffle'"),
-        ({"groups": "computed", "method": "lora"}, "groups='computed': those of the grouping 'identity' are no function"),
+        ({"groups": "computed", "grouping": "numpy-shuffle"}, "groups='computed': those of the grouping"),
+        ({"groups": "computed", "method": "lora"}, "groups='computed': those of the grouping 'identity' are"),
     ],
 )
 def test_what_has_no_computed_groups_is_refused(options, text):
@@ -97,4 +97,15 @@ def test_what_has_no_computed_groups_is_refused(options, text):
     with pytest.raises(SpecError) as raised:
         unilora_torch.attach(base, **options)
     assert str(raised.value).startswith(text)
+    assert not hasattr(base, "unilora")
+
+
+def test_a_table_that_does_not_fit_the_memory_is_refused(monkeypatch):
+    def groups(_spec, start=0, stop=None, **_):
+        raise MemoryError
+
+    monkeypatch.setattr("unilora_core.ProjectionSpec.groups", groups)
+    base = model()
+    with pytest.raises(SpecError, match=r"the groups of D = 285 LoRA parameters, 1,140 bytes, .* groups='computed'"):
+        unilora_torch.attach(base, rank=3)
     assert not hasattr(base, "unilora")
