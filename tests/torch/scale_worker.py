@@ -1,4 +1,4 @@
-"""One process of test_scale: trains a step in each way, and prints what it handed to collectives as JSON."""
+"""Processes of test_scale: each trains in every way, and writes what a step hands to collectives as JSON."""
 
 import json
 import sys
@@ -56,15 +56,16 @@ def step(wrap, rank):
     return {"D": adapter.spec.D, "trained": trained, **counted.found}
 
 
-def main(rank, world, meeting):
-    """Meet the other processes over a file, then train."""
+def run(rank, world, folder):
+    """One process: meet the others over a file, then train."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     ways = {"DDP": DistributedDataParallel, "FSDP2": sharded}
     found = {name: [step(wrap, r) for r in RANKS] for name, wrap in ways.items()}
     torch.distributed.destroy_process_group()
-    print(json.dumps(found))  # noqa: T201
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+if __name__ == "__main__":  # forked, so that torch is imported once
+    count = int(sys.argv[1])
+    torch.multiprocessing.start_processes(run, (count, sys.argv[2]), nprocs=count, start_method="fork")
