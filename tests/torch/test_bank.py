@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small_models import Block, Conv1D, adapted, assert_unchanged, hooks, mlp, naive_factors, snapshot
+from small_models import TRACES_CONTEXTS, Block, Conv1D, adapted, assert_unchanged, hooks, mlp, naive_factors, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -517,6 +517,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@TRACES_CONTEXTS
 def test_other_adapters_do_not_recompile(saved, fresh_compiler):
     base = mlp()
     paths = {name: saved(name, base) for name in "abcdef"}

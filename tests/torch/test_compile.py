@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from small_models import adapted, assert_same_run, mlp, run
+from small_models import TRACES_CONTEXTS, adapted, assert_same_run, mlp, run
 from torch import nn
 
 import unilora_core
@@ -70,6 +70,7 @@ def test_checkpointing_in_a_compiled_model():
     assert_same_run(run(compiled, adapter, X), run(*adapted(), X))
 
 
+@TRACES_CONTEXTS
 def test_merging_and_disabling_after_compilation():
     model, adapter = adapted()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

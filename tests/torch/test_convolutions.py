@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import adapted, assert_same_run, assert_unchanged, hooks, naive_factors, run, snapshot
+from small_models import (
+    TRACES_ATTRIBUTES,
+    adapted,
+    assert_same_run,
+    assert_unchanged,
+    hooks,
+    naive_factors,
+    run,
+    snapshot,
+)
 from torch import nn
 
 import unilora_torch
@@ -193,6 +202,7 @@ def test_autocast_and_channels_last():
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@TRACES_ATTRIBUTES
 def test_under_torch_compile():
     base = nn.Sequential(nn.Conv2d(4, 6, 3, padding="same"), Standardised(6, 6, 3), nn.Conv2d(6, 6, 3, groups=3))
     model, adapter = adapted("paper", model=base, targets=["0", "1", "2"])

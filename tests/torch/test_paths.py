@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import adapted, assert_unchanged, naive_factors, run, snapshot
+from small_models import TRACES_ATTRIBUTES, adapted, assert_unchanged, naive_factors, run, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -192,6 +192,7 @@ def test_the_sum_is_made_in_float32_and_rounded_once(dtype):
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@TRACES_ATTRIBUTES
 def test_parameters_under_torch_compile():
     base = Model()
     model, adapter = adapted("paper", model=copy.deepcopy(base), targets=PARTS)

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from kinds import KINDS, Attention
-from small_models import adapted, mlp, move
+from small_models import TRACES_CONTEXTS, adapted, mlp, move
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -349,6 +349,7 @@ def test_a_pass_while_another_thread_changes_the_weights():
     torch.testing.assert_close(alone(lambda: model(X)), wanted)
 
 
+@TRACES_CONTEXTS
 def test_a_compiled_model_in_threads():
     torch.compiler.reset()
     model, adapter = adapted()
