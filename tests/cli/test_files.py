@@ -242,8 +242,13 @@ def test_merge_refuses_another_base(unilora, trained, llama, tmp_path):
 def test_factors_larger_than_their_layer_are_taken_where_the_command_line_says_so(unilora, vit_model, images):
     pytest.importorskip("timm")
     words = ("--rank", 200, "--d", 500, "--max-steps", 1, "--data", images, "--augment", "none", "--device", "cpu")
-    result = unilora("finetune", "vit", *vit_model, *words, "--out", "run")
+    assert "expected a rank of at most 192, as of" in unilora("finetune", "vit", *vit_model, *words, "--out", "run").err
+    result = unilora("finetune", "vit", *vit_model, *words[2:], "--out", "run")
     assert result.code == 0, result.err
+    file = read_adapter(f"run/{ADAPTER}")
+    wide = {name: (200, n) if name.endswith(".A") else (m, 200) for name, (m, n) in file.spec.layout.factors}
+    spec = ProjectionSpec(Layout(wide), 500)
+    save_adapter(f"run/{ADAPTER}", spec, spec.init(), tensors=file.tensors, metadata=file.metadata)
     for words in (("merge", f"run/{ADAPTER}", "--out", "out"), ("convert", f"run/{ADAPTER}", "out", "--to", "lora")):
         assert "expected a rank of at most 192" in unilora(*words).err
         result = unilora(*words, "--any-rank")

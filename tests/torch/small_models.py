@@ -2,16 +2,11 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import unilora_torch
-
-VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
-TRACES_CONTEXTS = pytest.mark.skipif(VERSION < (2, 14), reason="Dynamo before PyTorch 2.14 traces no ContextVar")
-TRACES_ATTRIBUTES = pytest.mark.skipif(VERSION < (2, 13), reason="Dynamo before PyTorch 2.13 traces no module.__dict__")
 
 
 class Block(nn.Module):

@@ -5,10 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small_models import TRACES_CONTEXTS, Block, Conv1D, adapted, assert_unchanged, hooks, mlp, naive_factors, snapshot
+from small_models import Block, Conv1D, adapted, assert_unchanged, hooks, mlp, naive_factors, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+from versions import TRACES_CONTEXTS
 
 import unilora_torch
 from unilora_core import AdapterFile, CorruptFileError, MismatchError, TargetError, ValuesError, read_adapter

@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
-from small_models import TRACES_CONTEXTS, adapted, assert_same_run, mlp, run
+from small_models import adapted, assert_same_run, mlp, run
 from torch import nn
+from versions import TRACES_CONTEXTS
 
 import unilora_core
 import unilora_torch

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import (
-    TRACES_ATTRIBUTES,
     adapted,
     assert_same_run,
     assert_unchanged,
@@ -16,6 +15,7 @@ from small_models import (
     snapshot,
 )
 from torch import nn
+from versions import TRACES_ATTRIBUTES
 
 import unilora_torch
 from unilora_core import AdapterFileError, MismatchError, TargetError

@@ -6,9 +6,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import TRACES_ATTRIBUTES, adapted, assert_unchanged, naive_factors, run, snapshot
+from small_models import adapted, assert_unchanged, naive_factors, run, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from versions import TRACES_ATTRIBUTES
 
 import unilora_torch
 from unilora_core import MismatchError, TargetError

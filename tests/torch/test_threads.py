@@ -11,9 +11,10 @@ import threading
 import pytest
 import torch
 from kinds import KINDS, Attention
-from small_models import TRACES_CONTEXTS, adapted, mlp, move
+from small_models import adapted, mlp, move
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from versions import TRACES_CONTEXTS
 
 import unilora_torch
 from unilora_core import TargetError
