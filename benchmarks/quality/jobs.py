@@ -15,7 +15,7 @@ import torch
 from common import RESULTS, SMOKE
 from tqdm import tqdm
 
-from quality.methods import RATES, Trained, adapt, middle
+from quality.methods import RATES, TRAINING, Trained, adapt, middle
 from quality.tasks import Data, Task, TaskError
 from quality.training import fit
 
@@ -132,6 +132,7 @@ def run_one(job: Job, task: Task, data: Data, work: Path, *, progress: bool = Fa
         seed=job.seed,
         title=f"{job.method}, {job.rate:g}" if progress else "",
         length=task.length,
+        **{name: value for name, value in job.options if name in TRAINING},
     )
     trained.model.eval()
     with torch.inference_mode():

@@ -16,8 +16,8 @@ from unilora_core.methods import METHODS
 RATES = (0.5, 1.0, 2.0, 4.0)
 """Every method is tuned over the middle of its rates times these, on a seed of its own."""
 
-OPTIONS = ("power",)
-"""Of a job, beside those of ``attach``: the exponent of D/d in the rate of θ_d."""
+POWER, TRAINING = "power", ("weight_decay", "warmup")
+"""Of a job, beside those of ``attach``: the exponent of D/d in the rate of θ_d, and what `training.fit` takes."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ def adapt(model: nn.Module, task: Task, method: str, rate: float, seed: int, opt
 
     Args:
         rate: η for a method of the framework, the optimiser's own rate for the others.
-        options: of ``attach`` (or of PEFT's config), and `OPTIONS`.
+        options: of ``attach`` (or of PEFT's config), `POWER` and `TRAINING`.
 
     Raises:
         TaskError: an unknown method, or the head of a task that has none.
     """
+    options = {name: value for name, value in options.items() if name not in TRAINING}
     if method == "none":
         model.requires_grad_(False)
         return Trained(model, [], 0, lambda _folder: None, {})
@@ -82,7 +83,7 @@ def adapt(model: nn.Module, task: Task, method: str, rate: float, seed: int, opt
 
 
 def _ours(model: nn.Module, task: Task, method: str, rate: float, seed: int, options: dict[str, Any]) -> Trained:
-    power = options.pop("power", None)
+    power = options.pop(POWER, None)
     adapter = task.attach(model, method=method, seed=seed, **options)
     groups = adapter.parameter_groups(rate, task.head_rate)
     if power is not None:

@@ -25,21 +25,24 @@ def fit(
     seed: int,
     title: str = "",
     length: Callable[[Any], int] | None = None,
+    weight_decay: float = 0.0,
+    warmup: float = WARMUP,
 ) -> tuple[list[float], float]:
     """Train; the loss of every step, and the processor's seconds (other programs share the machine).
 
     Args:
         groups: the optimiser's, each with its rate.
+        warmup: the part of the steps in which the rates rise.
         title: of a bar of progress; none without.
     """
     rng = np.random.default_rng(seed)
     chosen = [indices for _ in range(epochs) for indices in batches(examples, batch, rng, length)]
     if not chosen:
         return [], 0.0
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    warmup = max(1, round(WARMUP * len(chosen)))
+    optimizer = torch.optim.AdamW([group | {"weight_decay": weight_decay} for group in groups])  # an adapter's say 0
+    rising = max(1, round(warmup * len(chosen)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (len(chosen) - step) / max(1, len(chosen) - warmup))
+        optimizer, lambda step: min((step + 1) / rising, (len(chosen) - step) / max(1, len(chosen) - rising))
     )
     trained = [parameter for group in groups for parameter in group["params"]]
     started, losses = time.process_time(), []

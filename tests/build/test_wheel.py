@@ -30,7 +30,7 @@ def test_wheel_ships_only_code_and_its_licence(wheel):
     recipes = {name for name in names if name.startswith("unilora_cli/recipes/") and name.endswith(".toml")}
     others = {name for name in names if not name.endswith((".py", "/py.typed"))}
     maps = ("balanced", "iid", "numpy-shuffle", "local", "by-factor", "unnormalised", "identity")
-    vectors = ("adapter", "methods", "codebook", "fastfood", "gaussian", "resized", *maps)
+    vectors = ("adapter", "methods", "members", "codebook", "fastfood", "gaussian", "resized", *maps)
     assert others == recipes | {f"unilora_core/testing/vectors/{name}.json" for name in vectors}
     assert len(recipes) == 32
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
