@@ -10,11 +10,9 @@ has a process of its own. Writes ``benchmarks/results/attach_8b.json``.
 
 import json
 import os
-import re
 import statistics
 import time
 import warnings
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.simplefilter("ignore")
@@ -48,9 +46,14 @@ def skeleton() -> nn.Module:
     config = transformers.LlamaConfig(**SHAPES, tie_word_embeddings=False)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).bfloat16()
+    return with_values(model)
+
+
+def with_values(model: nn.Module) -> nn.Module:
+    """A model on the meta device with values that take no memory: each parameter is one number seen as many."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            one = torch.zeros(1, dtype=torch.bfloat16)
+            one = torch.zeros(1, dtype=parameter.dtype)
             setattr(module, name, nn.Parameter(one.expand(parameter.shape), requires_grad=False))
     return model
 
@@ -93,7 +96,7 @@ def measure(library: str, case: str, repeats: int) -> dict[str, object]:
     torch.set_num_threads(2)
     targets, rank = CASES[case]
     model, run = skeleton(), with_unilora if library == "unilora" else with_peft
-    before = peak()
+    before = common.peak()
     found = [run(model, targets, rank) for _ in range(repeats)]
     D, d, _, _, size = found[0]
     return {
@@ -104,13 +107,8 @@ def measure(library: str, case: str, repeats: int) -> dict[str, object]:
         "repeats": repeats,
         "bytes": size,
         "bytes_per_lora_parameter": size / D,
-        "peak_growth_bytes": peak() - before,
+        "peak_growth_bytes": common.peak() - before,
     }
-
-
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def main() -> None:

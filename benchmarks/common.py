@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 SMOKE = "--smoke" in sys.argv
@@ -89,6 +90,17 @@ def machine() -> dict[str, object]:
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     load = round(os.getloadavg()[0], 1)
     return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "python": platform.python_version(), **packages}
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes; Linux."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
+
+
+def table(rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown, of which the first row is the head."""
+    head, *others = (list(map(str, row)) for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
 
 
 def write(name: str, results: dict) -> Path:

@@ -9,7 +9,7 @@ of the paper's RoBERTa-base (12 layers of width 768, d = 23,040), where P is loo
 
 import re
 
-from common import DOCS, RESULTS, SMOKE, parser
+from common import DOCS, RESULTS, SMOKE, parser, table
 
 from unilora_cli.analyze import draw_support, table_of, write_figures
 from unilora_cli.analyze_cases import made_up, planned
@@ -32,8 +32,7 @@ def measured(name: str) -> str:
     write_figures(RESULTS / f"properties_{name}.csv", found)
     if name == "small":
         draw_support(RESULTS / "properties.png", cases)
-    head, *rows = table_of(found)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return table(table_of(found))
 
 
 def main() -> None:
@@ -42,9 +41,9 @@ def main() -> None:
     for name in LAYOUTS:
         before, mark, rest = re.split(rf"(<!-- {name}: .*? -->\n)", page)
         after = rest[rest.index("\n<!-- end -->") :]
-        table = measured(name)
-        print(table)
-        page = f"{before}{mark}{table}{after}"
+        made = measured(name)
+        print(made)
+        page = f"{before}{mark}{made}{after}"
     PAGE.write_text(page, encoding="utf-8")
 
 

@@ -13,7 +13,6 @@ import functools
 import io
 import json
 import os
-import re
 import socket
 import statistics
 import struct
@@ -36,11 +35,6 @@ from unilora_core.methods import plan_spec  # noqa: E402
 
 PAGE = common.DOCS / "scale.md"
 ROUNDS = 1 if common.SMOKE else 3
-
-
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def timed(run: Callable[[], object]) -> tuple[float, object]:
@@ -74,7 +68,7 @@ def slices(D: int) -> dict[str, float]:
             count[name] += size
     for name in works:
         found[name] = 1e6 * spent[name] / count[name]
-    return found | {"peak_bytes": peak()}
+    return found | {"peak_bytes": common.peak()}
 
 
 # ---- plans of large models -----------------------------------------------------------------------------------------
@@ -166,28 +160,23 @@ def plans(library: str) -> dict[str, dict]:
     PLANS[library]("8B")()  # what is made once
     for name in LLAMAS:
         run = PLANS[library](name)
-        before = peak()
+        before = common.peak()
         seconds, spec = timed(run)
-        found[name] = {"D": spec.D, "d": spec.d, "seconds": seconds, "peak_growth_bytes": peak() - before}
+        found[name] = {"D": spec.D, "d": spec.d, "seconds": seconds, "peak_growth_bytes": common.peak() - before}
     return found
 
 
 def attach(name: str, groups: str) -> dict[str, object]:
     """`unilora_torch.attach` with a table of groups or without; each weight is one number seen as many."""
-    import torch
-    from torch import nn
+    import attach_8b
 
     import unilora_torch
 
-    model = skeleton(name)
-    for module in model.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            one = torch.zeros(1, dtype=torch.bfloat16)
-            setattr(module, key, nn.Parameter(one.expand(parameter.shape), requires_grad=False))
-    before = peak()
+    model = attach_8b.with_values(skeleton(name))
+    before = common.peak()
     seconds, adapter = timed(lambda: unilora_torch.attach(model, list(widths(name)), rank=RANK, groups=groups))
     size = sum(tensor.nbytes for tensor in (*adapter.parameters(), *adapter.projection.tensors))
-    return {"seconds": seconds, "bytes": size, "peak_growth_bytes": peak() - before}
+    return {"seconds": seconds, "bytes": size, "peak_growth_bytes": common.peak() - before}
 
 
 # ---- bytes that are sent ---------------------------------------------------------------------------------------------
@@ -407,12 +396,6 @@ def measured(part: str, *words: str) -> dict:
     return json.loads(common.again(__file__, "--measure", part, *words).splitlines()[-1])
 
 
-def rows(cells: Iterable[Iterable[object]]) -> list[str]:
-    """Of a table in Markdown; the first is its head."""
-    head, *body = [f"| {' | '.join(map(str, row))} |" for row in cells]
-    return [head, re.sub(r"[^|]+", " --- ", head), *body]
-
-
 def bytes_of(size: float) -> str:
     """In the unit that gives it one to three digits before the point."""
     unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if size >= UNITS[unit] or unit == "B")
@@ -422,32 +405,32 @@ def bytes_of(size: float) -> str:
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
-def models_table() -> list[str]:
+def models_table() -> str:
     """What follows from the layouts."""
     cells = [["Llama-3.1", "parameters", "D", "d", "groups, 4·D", "θ_d and AdamW, 16·d", "Uni-LoRA", "LoRA", "full"]]
     for name in LLAMAS:
         spec, size = planned(layers(name)), base_parameters(name)
         sizes = (4 * spec.D, 16 * spec.d, 4 * spec.d, 4 * spec.D, 2 * size)
         cells.append([name, f"{size:,}", f"{spec.D:,}", f"{spec.d:,}", *map(bytes_of, sizes)])
-    return rows(cells)
+    return common.table(cells)
 
 
-def slices_table(found: dict[str, dict]) -> list[str]:
+def slices_table(found: dict[str, dict]) -> str:
     """Seconds of a million numbers, and the memory of the process, for each D."""
     columns = [name for name in next(iter(found.values())) if name != "peak_bytes"]
     cells = [["D", *columns, "the process at most"]]
     for D, row in found.items():
         cells.append([D, *(f"{row[name]:.3f} s" for name in columns), bytes_of(row["peak_bytes"])])
-    return rows(cells)
+    return common.table(cells)
 
 
-def plans_table(found: dict[str, dict]) -> list[str]:
+def plans_table(found: dict[str, dict]) -> str:
     """Seconds and memory of a plan, for each library and model."""
     cells = [["", *LLAMAS]]
     for library, by_model in found.items():
         shown = (f"{row['seconds']:.2f} s, {bytes_of(row['peak_growth_bytes'])}" for row in by_model.values())
         cells.append([library, *shown])
-    return rows(cells)
+    return common.table(cells)
 
 
 def expected(row: dict[str, float], count: int) -> float:
@@ -462,7 +445,7 @@ def against(row: dict[str, float], count: int) -> str:
     return f"{counted}({expected(row, count):,.0f})"
 
 
-def sent_table(found: dict[str, dict]) -> list[str]:
+def sent_table(found: dict[str, dict]) -> str:
     """What a step hands over and sends, for each way, method and number of processes."""
     kinds = {"allreduce": "added up", "allgather_base": "gathered", "reduce_scatter_base": "added up and scattered"}
     head = ["", "", "trained", *kinds.values(), *(f"sent, {count} processes (formula)" for count in found)]
@@ -471,7 +454,7 @@ def sent_table(found: dict[str, dict]) -> list[str]:
         for method, row in by_method.items():
             both = [against(found[count][way][method], int(count)) for count in found]
             cells.append([way, method, f"{row['trained']:,}", *(f"{row.get(kind, 0):,.0f}" for kind in kinds), *both])
-    return rows(cells)
+    return common.table(cells)
 
 
 def write_page(results: dict) -> None:
@@ -479,10 +462,10 @@ def write_page(results: dict) -> None:
     tables = {"models": models_table(), "slices": slices_table(results["slices"])}
     tables |= {"plans": plans_table(results["plans"]), "sent": sent_table(results["sent"])}
     text = PAGE.read_text("utf-8")
-    for name, lines in tables.items():
+    for name, made in tables.items():
         mark = f"<!-- {name}: written by python benchmarks/scale.py; do not edit -->\n"
         before, _, after = text.partition(mark)
-        text = before + mark + "\n".join(lines) + "\n" + after[after.index("\n\n") + 1 :]
+        text = before + mark + made + "\n" + after[after.index("\n\n") + 1 :]
     PAGE.write_text(text, "utf-8")
 
 

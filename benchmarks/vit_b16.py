@@ -13,12 +13,11 @@ steps on the processor, torch.cuda.max_memory_allocated on a GPU. Writes results
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import timm
 import torch
-from common import SMOKE, again, machine, parser, write
+from common import SMOKE, again, machine, parser, peak, write
 from peft import LoraConfig, UniLoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -104,15 +103,14 @@ def times(device: str, repeats: int, warmup: int) -> dict[str, dict]:
     }
 
 
-def peak(name: str, device: str) -> int:
+def most_memory(name: str, device: str) -> int:
     """Peak bytes of this process after three steps of one case."""
     step, _ = stepper(name, device)
     for _ in range(3):
         step()
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return peak()
 
 
 def main() -> None:
@@ -123,7 +121,7 @@ def main() -> None:
     command.add_argument("--peak", choices=list(CASES), help="the memory of one case, in this process")
     arguments = command.parse_args()
     if arguments.peak:
-        print(json.dumps(peak(arguments.peak, arguments.device)))
+        print(json.dumps(most_memory(arguments.peak, arguments.device)))
         return
     results = times(arguments.device, arguments.repeats, arguments.warmup)
     for name in tqdm(CASES, desc="memory"):

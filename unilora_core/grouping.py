@@ -11,10 +11,10 @@ non-negative numbers. A position past 2^31 is a pair (segment, offset) whose seg
 import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +32,7 @@ __all__ = [
     "members",
     "permutation",
     "uniform",
+    "wide",
 ]
 
 MAX_D = 2**48
@@ -185,9 +186,19 @@ def _balanced_sizes(problem: Problem) -> list[int]:
 
 def _balanced_counts(problem: Problem, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Of the groups start … stop-1."""
-    groups, segments = np.arange(start, problem.d if stop is None else stop), Counter(_balanced_sizes(problem))
-    zero = np.zeros(groups.size, np.int64)
-    return sum((n * (size // problem.d + (groups < size % problem.d)) for size, n in segments.items()), zero)
+    groups = np.arange(start, problem.d if stop is None else stop)
+    segments, rest = divmod(problem.D, length := _balanced_segment(problem))
+    return segments * _even(length, problem.d, groups) + _even(rest, problem.d, groups)
+
+
+def _even(size: int, d: int, groups: np.ndarray) -> np.ndarray:
+    least, more = divmod(size, d)
+    return least + (groups < more)
+
+
+def wide(D: int, xp: ModuleType) -> Any:
+    """The integers that hold all positions of a θ_D, and D."""
+    return xp.int32 if D < WORD else xp.int64
 
 
 def members(problem: Problem, start: int, stop: int, xp: ModuleType, device: object = None) -> tuple[Array, Array]:
@@ -199,32 +210,30 @@ def members(problem: Problem, start: int, stop: int, xp: ModuleType, device: obj
         offsets (stop-start+1,) and positions, those of one group after those of another: int32, int64 if D ≥ 2^31.
     """
     xp, sizes = standard(xp), _balanced_sizes(problem)
-    wide = xp.int32 if problem.D < WORD else xp.int64
+    dtype = wide(problem.D, xp)
     each = _balanced_counts(problem, start, stop)
-    offsets = xp.asarray(np.concatenate([[0], np.cumsum(each)]), dtype=wide, device=device)
+    offsets = xp.asarray(np.concatenate([[0], np.cumsum(each)]), dtype=dtype, device=device)
     alike = {start, stop, *(size % problem.d for size in sizes if start < size % problem.d < stop)}
     step = max(1, BLOCK // int(each.max(initial=1))) if is_numpy_namespace(xp) else MAX_d
     parts = [
-        _grid(problem, sizes, low, min(low + step, last), xp, device, wide)
+        _grid(problem, sizes, low, min(low + step, last), xp, device)
         for first, last in itertools.pairwise(sorted(alike))
         for low in range(first, last, step)
     ]
-    return offsets, xp.concat(parts) if parts else xp.zeros(0, dtype=wide, device=device)
+    return offsets, xp.concat(parts) if parts else xp.zeros(0, dtype=dtype, device=device)
 
 
-def _grid(
-    problem: Problem, sizes: list[int], start: int, stop: int, xp: ModuleType, device: object, wide: object
-) -> Array:
+def _grid(problem: Problem, sizes: list[int], start: int, stop: int, xp: ModuleType, device: object) -> Array:
     """The members of groups that have as many as each other in every segment."""
-    length, columns = _balanced_segment(problem), []
+    length, columns, dtype = _balanced_segment(problem), [], wide(problem.D, xp)
     first = xp.reshape(_positions(start, stop - start, xp, device), (-1, 1))
     for segment, size in enumerate(sizes):
         if n := size // problem.d + (start < size % problem.d):
             k = xp.reshape(_positions(0, n, xp, device), (1, -1))
             images = xp.reshape(first + k * problem.d if n > 1 else first, (-1,))
             offset = permutation(problem, segment).inverse(images, xp, device)
-            columns.append(xp.reshape(xp.astype(offset, wide) + segment * length, (-1, n)))
-    return xp.reshape(xp.concat(columns, axis=1), (-1,)) if columns else xp.zeros(0, dtype=wide, device=device)
+            columns.append(xp.reshape(xp.astype(offset, dtype) + segment * length, (-1, n)))
+    return xp.reshape(xp.concat(columns, axis=1), (-1,)) if columns else xp.zeros(0, dtype=dtype, device=device)
 
 
 # ---- iid: g(i) = ⌊u·d / 2^64⌋, u the 64 bits that Threefry-2x32-20 gives for the counter i -----------------------

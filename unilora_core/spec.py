@@ -172,7 +172,7 @@ class ProjectionSpec:
         """
         stop = self.d if stop is None else stop
         _check_slice("members", start, stop, "d", self.d)
-        if self.D >= 2**31 and not has_int64(xp):
+        if self.D >= _grouping.WORD and not has_int64(xp):
             raise SpecError(
                 f"members: D = {self.D} has positions past 2^31, and {xp.__name__} has no int64 here; compute them in "
                 "NumPy (xp=numpy), or in JAX with jax_enable_x64."

@@ -18,12 +18,9 @@ from unilora_core.grouping import ALGORITHMS
 from unilora_core.maps.gather import problem_of
 from unilora_torch.gather import scaled
 from unilora_torch.projection import Projection, Spans
-from unilora_torch.streamed import Place, groups_at, streamed
+from unilora_torch.streamed import BLOCK, Place, groups_at, streamed
 
 __all__ = ["Computed", "computes", "kernels_for"]
-
-BLOCK = 2**20
-"""So many numbers of θ_D at a time: a few temporaries of 4 MB."""
 
 
 @dataclass(eq=False)

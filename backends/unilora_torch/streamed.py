@@ -12,10 +12,10 @@ from torch import Tensor
 
 from unilora_core import ProjectionSpec
 
-__all__ = ["Place", "groups_at", "streamed"]
+__all__ = ["BLOCK", "Place", "groups_at", "streamed"]
 
 BLOCK = 2**20
-"""So many numbers of ΔW at a time: a few temporaries of 4 MB."""
+"""So many numbers of ΔW, or of θ_D, at a time: a few temporaries of 4 MB."""
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,14 @@ def _sorted_members(
     ends = np.concatenate([[0], np.cumsum(counts(of))])[start : stop + 1]
     positions = _ordered(of, groups)[ends[0] : ends[-1]].copy()  # what is kept is not given away
     xp = standard(xp)
-    wide = xp.int32 if of.D < grouping.WORD else xp.int64
-    return tuple(xp.asarray(part, dtype=wide, device=where) for part in (ends - ends[0], positions))
+    dtype = grouping.wide(of.D, xp)
+    return tuple(xp.asarray(part, dtype=dtype, device=where) for part in (ends - ends[0], positions))
 
 
 @lru_cache(maxsize=2)
 def _ordered(of: Instance, groups: Groups) -> np.ndarray:
     """All D positions by group."""
-    return np.argsort(groups(of, 0, of.D, np, None), kind="stable").astype(np.int32 if of.D < grouping.WORD else None)
+    return np.argsort(groups(of, 0, of.D, np, None), kind="stable").astype(grouping.wide(of.D, np))
 
 
 # ---- one grouping for all positions: the grouping module's algorithms ------------------------------------------------
