@@ -8,10 +8,13 @@ and JAX, also under ``jit`` and ``torch.compile``: ``+ - * ^ & <<``, ``>>`` foll
 non-negative numbers. A position past 2^31 is a pair (segment, offset) whose segment is a Python integer.
 """
 
+import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -43,6 +46,9 @@ WORD = 2**31
 
 BLOCK = 2**16
 """NumPy works on this many positions at a time: the temporaries stay in the L2 cache (2 to 3 times faster)."""
+
+SHARE, THREADS = 2**20, 4
+"""Of a longer slice each thread takes so many positions in turn; more threads wait for Python's lock."""
 
 
 Kernel = Callable[[Array], Array]
@@ -345,9 +351,13 @@ def groups(name: str, problem: Problem, start: int, stop: int, xp: ModuleType, d
     length = algorithm.segment(problem)
     if is_numpy_namespace(xp):
         found = np.empty(stop - start, np.int32)
-        for segment, offset, n in _pieces(start, stop, length, BLOCK):
-            at = segment * length + offset - start
-            found[at : at + n] = algorithm.groups(problem, segment, offset, n, xp, device)
+
+        def fill(first: int) -> None:
+            for segment, offset, n in _pieces(first, min(first + SHARE, stop), length, BLOCK):
+                at = segment * length + offset - start
+                found[at : at + n] = algorithm.groups(problem, segment, offset, n, xp, device)
+
+        _each(fill, range(start, stop, SHARE))
         return found
     parts = [algorithm.groups(problem, *piece, xp, device) for piece in _pieces(start, stop, length, length)]
     return xp.concat(parts) if parts else xp.zeros(0, dtype=xp.int32, device=device)
@@ -367,6 +377,15 @@ def uniform(problem: Problem, bound: float) -> np.ndarray:
 def counts(name: str, problem: Problem) -> np.ndarray:
     """n_j, how many positions each group has: (d,) int64, NumPy."""
     return ALGORITHMS[name].counts(problem)
+
+
+def _each(fill: Callable[[int], None], shares: Sequence[int]) -> None:
+    """Fill the first share, and with it the caches; then the others on all cores, as NumPy frees Python's lock."""
+    for first in shares[:1]:
+        fill(first)
+    if len(shares) > 1:
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            collections.deque(pool.map(fill, shares[1:]), maxlen=0)
 
 
 def _pieces(start: int, stop: int, segment: int, block: int) -> Iterator[tuple[int, int, int]]:

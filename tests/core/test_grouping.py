@@ -145,6 +145,32 @@ def test_the_size_of_a_block_does_not_matter(spec_of, monkeypatch, name, block):
     assert (spec.groups(3, 998) == whole[3:998]).all()
 
 
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("share", [1, 7, 999, 1000])
+def test_what_threads_share_does_not_matter(spec_of, monkeypatch, name, share):
+    spec = spec_of(1000, 10, grouping=name)
+    whole = spec.groups()
+    monkeypatch.setattr(impl, "SHARE", share)
+    impl._shuffled.cache_clear()
+    impl.permutation.cache_clear()
+    assert (spec.groups() == whole).all()
+    assert (spec.groups(3, 998) == whole[3:998]).all()
+
+
+def test_what_fails_in_a_thread_comes_out(spec_of, monkeypatch):
+    positions = impl._positions
+
+    def fails(offset, *rest):
+        if offset >= 500:
+            raise MemoryError(offset)
+        return positions(offset, *rest)
+
+    monkeypatch.setattr(impl, "SHARE", 100)
+    monkeypatch.setattr(impl, "_positions", fails)
+    with pytest.raises(MemoryError, match="500"):
+        spec_of(1000, 10).groups()
+
+
 def test_init_does_not_depend_on_the_size_of_a_block(spec_of, monkeypatch):
     spec = spec_of(1000, 100)
     whole = spec.init()
