@@ -34,7 +34,7 @@ from unilora_torch import Adapter, Growth
 SMOKE = common.SMOKE
 KEPT = ("tiny",) if SMOKE else ("rotated", "digits_sklearn", "sst2")
 """Tasks whose gradients are looked at."""
-TRAINED = {"tiny": 1} if SMOKE else {"rotated": 8, "mnist": 5, "small_llama": 4}
+TRAINED = {"tiny": 1} if SMOKE else {"rotated": 8, "mnist": 5, "small_llama": 2}
 """Tasks that are trained, the first also as a linear model, and epochs."""
 RATIOS = (64, 16) if SMOKE else (256, 64, 16, 4)
 """D/d."""
