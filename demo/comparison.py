@@ -33,6 +33,8 @@ import unilora_transformers
 PARTS = {"vision": "digits_sklearn", "text": "pleased", "language": "orders"}
 LOAD = {"images": unilora_timm.load, "text": unilora_transformers.load, "language": unilora_transformers.load}
 SEED, SHOWN, LONGEST = 0, 3, 48
+FLOOR = 500
+"""Bytes, where a plot puts what takes none."""
 ADAPTER = "uni-lora.safetensors"
 
 
@@ -55,6 +57,8 @@ def main() -> None:
         except TaskError as error:
             sys.exit(f"FAILED: {error}")
     if not arguments.reload:
+        if not arguments.only:
+            overview(arguments.out)
         say(f"\n{time.perf_counter() - began:.0f} seconds in all; tables, plots and adapters: {arguments.out}")
 
 
@@ -143,6 +147,35 @@ def plot(path: Path, title: str, losses: dict[str, list[float]]) -> None:
     axes.set(xlabel="step", ylabel="training loss", title=title, ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def overview(folder: Path) -> None:
+    """All three parts in one plot: how much is right over the bytes of what is stored beside the base."""
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, marker in zip(PARTS, "osD", strict=True):
+        with (folder / name / "metrics.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        right = [100 * float(row.get("accuracy", row.get("exact", 0))) for row in rows]
+        stored = [max(int(row["bytes"]), FLOOR) for row in rows]
+        axes.plot([stored[0], stored[2], stored[1]], [right[0], right[2], right[1]], color="0.8", zorder=1)
+        for at, colour in enumerate(("0.5", "C1", "C0")):
+            axes.scatter(stored[at], right[at], 60, colour, marker, zorder=2)
+        axes.annotate(name, (stored[1], right[1]), (0, -20), textcoords="offset points", ha="center")
+    for label, colour in (("before", "0.5"), ("LoRA", "C1"), ("Uni-LoRA", "C0")):
+        axes.scatter([], [], 60, colour, label=label)
+    axes.set(
+        xscale="log",
+        xlim=(FLOOR / 1.5, 3e7),
+        xlabel="bytes, head included (none: at the left)",
+        ylabel="right, %",
+        ylim=(-4, 104),
+    )
+    axes.legend(loc="lower right")
+    figure.savefig(folder / "bytes.png", dpi=150)
     pyplot.close(figure)
 
 
