@@ -15,10 +15,10 @@ FOLDERS = {
     "unilora_timm": ROOT / "integrations" / "unilora_timm",
     "unilora_cli": ROOT / "integrations" / "unilora_cli",
 }
-INTEGRATION = {"unilora_core", "unilora_torch", "numpy", "torch", "huggingface_hub", "safetensors"}
+INTEGRATION = {"unilora_core", "unilora_torch", "numpy", "torch", "huggingface_hub", "safetensors", "typing_extensions"}
 ALLOWED = {
     "unilora_core": {"numpy", "safetensors"},
-    "unilora_torch": {"unilora_core", "numpy", "torch", "safetensors"},
+    "unilora_torch": {"unilora_core", "numpy", "torch", "safetensors", "typing_extensions"},
     "unilora_jax": {"unilora_core", "numpy", "jax", "safetensors"},
     "unilora_transformers": {*INTEGRATION, "regex", "transformers"},
     "unilora_timm": {*INTEGRATION, "timm"},

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from unilora_core.errors import SpecError
 from unilora_core.frames import FRAMES, Frame, Sizes, frame_layout
@@ -16,7 +16,7 @@ from unilora_core.rates import LORA_RANK, default_bound
 from unilora_core.schema import shown
 from unilora_core.spec import ProjectionSpec, known, option
 
-__all__ = ["METHODS", "Method", "method_of", "plan_spec"]
+__all__ = ["METHODS", "Method", "MethodOptions", "check_options", "method_of", "plan_spec"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,23 @@ class Method:
     d: int | None = None
 
 
+class MethodOptions(TypedDict, total=False):
+    """What only some methods take, for editors and type checkers: docs/framework.md says which, and their defaults."""
+
+    initial: float
+    """Of VeRA's and Tied-LoRA's vectors u."""
+    frequencies: int
+    """Of FourierFT, for each target."""
+    scaling: float
+    """Of FourierFT."""
+    vectors: int
+    """In VB-LoRA's codebook."""
+    length: int
+    """Of each of them."""
+    topk: int
+    """How many of them are mixed."""
+
+
 ARGUMENTS = (
     "method",
     "rank",
@@ -52,6 +69,7 @@ ARGUMENTS = (
     "exclude",
     "modules_to_save",
     "name",
+    "groups",
 )
 """What stands beside the options where a method is chosen: words that an unknown option may be meant for."""
 
@@ -81,7 +99,7 @@ def plan_spec(
     grouping: str | None = None,
     start: str | None = None,
     bound: float | None = None,
-    options: Mapping[str, Option] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> ProjectionSpec:
     """The spec of a method for these targets; what is None is the method's own.
 
@@ -100,17 +118,15 @@ def plan_spec(
             none or that no target gives reason for (`unilora_core.lora.largest_rank`), a d where it follows from the
             method, or a field out of its range.
     """
-    known("method", method, METHODS)
-    chosen = METHODS[method]
+    defaults, chosen = _defaults(method, grouping), METHODS[method]
     grouping = chosen.grouping if grouping is None else grouping
-    known("grouping", grouping, MAPS)
     form, each = FRAMES[chosen.frame], MAPS[grouping]
     if rank is not None and not form.ranked:
         raise SpecError(f"the method {method!r} has no rank, got rank = {shown(rank)}; leave it out.")
     if isinstance(rank, Mapping) and chosen.frame != "pair":
         raise SpecError(f"the method {method!r} has one rank for all targets, got {shown(rank)}; say a number.")
     rank = chosen.rank if rank is None else rank
-    values = _values(method, dict(form.options) | dict(each.options), options or {})
+    values = _values(method, defaults, options or {})
     targets = list(targets)
     layout = _laid_out(form, targets, values, rank)
     as_lora = not each.fixed and (form.dense or chosen.frame == "pair")
@@ -136,6 +152,23 @@ def plan_spec(
     if bound is None and spec.start != "identity":
         return spec
     return dataclasses.replace(spec, bound=default_bound(spec) if bound is None else bound)
+
+
+def check_options(method: str, options: Iterable[str], grouping: str | None = None) -> None:
+    """Refuse the names of options that a method does not take, before its layers are known.
+
+    Raises:
+        SpecError: an unknown method or grouping, or an option; the nearest names are said.
+    """
+    _named(method, _defaults(method, grouping), options)
+
+
+def _defaults(method: str, grouping: str | None) -> dict[str, Option]:
+    known("method", method, METHODS)
+    chosen = METHODS[method]
+    grouping = chosen.grouping if grouping is None else grouping
+    known("grouping", grouping, MAPS)
+    return dict(FRAMES[chosen.frame].options) | dict(MAPS[grouping].options)
 
 
 def _laid_out(
@@ -179,14 +212,18 @@ def _check_rank(form: Frame, targets: list[tuple[str, Sizes]], rank: int, D: int
         )
 
 
-def _values(method: str, defaults: Options, given: Options) -> dict[str, Option]:
+def _values(method: str, defaults: Options, given: Mapping[str, Any]) -> dict[str, Option]:
     """The value of each option."""
-    if unknown := [name for name in given if name not in defaults]:
+    _named(method, defaults, given)
+    return {name: option(name, given.get(name, default), default) for name, default in defaults.items()}
+
+
+def _named(method: str, defaults: Options, names: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in defaults]:
         there = f"known: {', '.join(defaults)}." if defaults else "it has none."
         near = difflib.get_close_matches(str(unknown[0])[:200], [*defaults, *ARGUMENTS], 1)
         meant = f" Is {near[0]} meant?" if near else ""
         raise SpecError(f"the method {method!r} has no option {shown(unknown[0])}; {there}{meant}")
-    return {name: option(name, given.get(name, default), default) for name, default in defaults.items()}
 
 
 def method_of(spec: ProjectionSpec) -> str | None:

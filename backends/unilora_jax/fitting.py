@@ -1,11 +1,11 @@
 """Targets held against the leaves that they are of."""
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from unilora_core import TargetError
+from unilora_core.selecting import check_apart
 from unilora_jax.targets import Target, check_leaf, nearest
 
 __all__ = ["check_fits"]
@@ -51,6 +51,4 @@ def _check_apart(targets: tuple[Target, ...]) -> None:
         if (parts[0].inputs, parts[0].stacked) != (target.inputs, target.stacked):
             raise TargetError(f"{target.names[0]} and {parts[0].names[0]} contract different axes of {target.path}.")
     for path, parts in by_path.items():
-        for above, below in itertools.pairwise(sorted(parts, key=lambda part: part.first_row)):
-            if below.first_row < above.first_row + above.out_features:
-                raise TargetError(f"{above.names[0]} and {below.names[0]} adapt the same outputs of {path}.")
+        check_apart(path, ((part.names[0], part.first_row, part.out_features) for part in parts))

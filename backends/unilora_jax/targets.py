@@ -19,6 +19,7 @@ from jax.tree_util import GetAttrKey
 
 from unilora_core import TargetError
 from unilora_core.frames import Sizes
+from unilora_core.selecting import given, matches
 
 __all__ = ["ALL_LINEAR", "Target", "find_targets", "leaves_of", "linear_target"]
 
@@ -117,11 +118,8 @@ def find_targets(
     """
     if not isinstance(targets, str):
         targets = tuple(targets)
-        given = tuple(target for target in targets if isinstance(target, Target))
-        if given and len(given) < len(targets):
-            raise TargetError("expected a list of names or a list of Target, got both in one; make a Target of each.")
-        if given:
-            return given
+        if made := given(targets, Target):
+            return made
     leaves, exclude = leaves_of(params), exclude if isinstance(exclude, str) else tuple(exclude)
     _refuse_quantised(leaves, targets, exclude)
     linear = targets == ALL_LINEAR
@@ -276,17 +274,8 @@ def _joined(path: tuple) -> str:
 
 
 def _matches(path: str, pattern: str | Iterable[str | Target]) -> bool:
-    if isinstance(pattern, str):
-        try:
-            return re.fullmatch(pattern, path) is not None
-        except re.error as error:
-            raise TargetError(
-                f"{pattern!r} is not a regular expression ({error}); give a list for plain names."
-            ) from None
     layer, _, last = path.rpartition("/")
-    known = {path, layer} if last in WEIGHTS else {path}
-    ends = [str(end).replace(".", "/") for end in pattern]
-    return any(name == end or name.endswith(f"/{end}") for name in known for end in ends)
+    return matches([path, layer] if last in WEIGHTS else [path], pattern, "/")
 
 
 def _no_match(targets: str | Iterable[str | Target], exclude: object, chosen: list[str], paths: list[str]) -> str:

@@ -5,19 +5,21 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import nn
+from typing_extensions import Unpack
 
 from unilora_core import Layout, ProjectionSpec, TargetError
 from unilora_core.lora import lora_layout
-from unilora_core.methods import plan_spec
+from unilora_core.methods import MethodOptions, plan_spec
 from unilora_torch import base
 from unilora_torch.adapter import NAME, Adapter, adapters
 from unilora_torch.chains import Frozen, sizes_of
 from unilora_torch.checks import check_initialised, check_targets
 from unilora_torch.heads import check_apart, check_heads, inside, part_of, state_of, submodule
 from unilora_torch.opened import open_file
+from unilora_torch.options import Groups
 from unilora_torch.swapping import fill, swap
 from unilora_torch.targets import Target, find_targets, weight_name
-from unilora_torch.vector import Groups, check_name
+from unilora_torch.vector import check_name
 
 __all__ = ["attach", "layout_of", "load", "swap"]
 
@@ -37,7 +39,7 @@ def attach(
     modules_to_save: Iterable[str] = (),
     name: str = NAME,
     groups: Groups = "cached",
-    **options: float,
+    **options: Unpack[MethodOptions],
 ) -> Adapter:
     """Freeze a model and put one trainable vector beside its linear layers.
 

@@ -3,12 +3,13 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from unilora_core import TargetError, ValuesError
+from unilora_core.selecting import check_apart
 from unilora_torch.replaced import adds, convolves, is_registered, looks_up, still
 from unilora_torch.targets import Target, features, is_conv, matrices_in, nearest, weight_name
 
@@ -53,7 +54,7 @@ def check_targets(model: nn.Module, targets: Iterable[Target], *, loaded: bool =
             _check_own_values(module, target)
             check_untied(module, target, owners)
     for blocks in taken.values():
-        _check_apart(blocks)
+        check_apart(blocks[0].module, ((block.name, block.first_row, block.out_features) for block in blocks))
 
 
 def check_initialised(model: nn.Module) -> None:
@@ -108,14 +109,6 @@ def _check_own_values(module: nn.Module, target: Target) -> None:
             f"{target.module}: its weight is on the meta device and has no values; "
             "load the model's weights before attaching."
         )
-
-
-def _check_apart(blocks: Sequence[Target]) -> None:
-    """Refuse blocks of one weight that overlap."""
-    for one, other in itertools.pairwise(sorted(blocks, key=lambda target: target.first_row)):
-        if other.first_row < one.first_row + one.out_features:
-            names = " and ".join(block.name for block in reversed(blocks) if block in (one, other))
-            raise TargetError(f"{names} adapt the same outputs of {one.module}.")
 
 
 def check_parameter(module: nn.Module, target: Target) -> None:

@@ -3,13 +3,13 @@
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_core.header import TargetRow
+from unilora_core.selecting import given, matches
 from unilora_torch.replaced import convolves
 
 __all__ = [
@@ -201,21 +201,16 @@ def find_targets(
     """
     if not isinstance(targets, str):
         targets = tuple(targets)
-        given = tuple(target for target in targets if isinstance(target, Target))
-        if given and len(given) < len(targets):
-            raise TargetError(
-                "expected a list of names or a list of Target, got both in one; make a Target of each name."
-            )
-        if given:
-            return given
+        if made := given(targets, Target):
+            return made
     candidates = _candidates(model, all_linear)
     linear = [
         name
         for name, found in candidates.items()
         if (_is_attention(model.get_submodule(found.module)) if isinstance(found, Target) else all_linear(found))
     ]
-    chosen = linear if targets == "all-linear" else [name for name in candidates if _matches(name, targets)]
-    kept = [name for name in chosen if not _matches(name, exclude)]
+    chosen = linear if targets == "all-linear" else [name for name in candidates if matches([name], targets)]
+    kept = [name for name in chosen if not matches([name], exclude)]
     if not kept:
         raise TargetError(_no_match(targets, exclude, chosen, linear))
     found = ((name, candidates[name]) for name in kept)
@@ -334,17 +329,6 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
         return {}
     own = module.named_parameters(recurse=False)
     return {name: parameter for name, parameter in own if parameter.dim() in (2, 3)}
-
-
-def _matches(name: str, pattern: str | Iterable[str | Target]) -> bool:
-    if isinstance(pattern, str):
-        try:
-            return re.fullmatch(pattern, name) is not None
-        except re.error as error:
-            raise TargetError(
-                f"{pattern!r} is not a regular expression ({error}); give a list for plain names."
-            ) from None
-    return any(name == end or name.endswith(f".{end}") for end in pattern)
 
 
 def _no_match(targets: str | Iterable[str | Target], exclude: object, chosen: list[str], linear: list[str]) -> str:

@@ -23,17 +23,15 @@ from unilora_torch.gather import Gather
 from unilora_torch.generic import Mapped
 from unilora_torch.heads import parameters_of, state_of
 from unilora_torch.live import Live, Streamed, alone
+from unilora_torch.options import Groups
 from unilora_torch.projection import Projection
 from unilora_torch.streamed import Place
 from unilora_torch.structure import Structure
 from unilora_torch.targets import Target, shaped
 
-__all__ = ["Groups", "Vector", "attached", "check_name", "device_of", "projection_of"]
+__all__ = ["Vector", "attached", "check_name", "device_of", "projection_of"]
 
 Part = TypeVar("Part", Projection, Chains)
-
-Groups = Literal["cached", "computed"]
-"""Whether the groups are kept as int32, or computed in each pass."""
 
 
 class Vector(nn.Module):

@@ -8,6 +8,19 @@ optimizer = timm.optim.create_optimizer_v2(adapter.parameter_groups(lora_rate=1e
 from unilora_timm.attach import attach, load
 from unilora_timm.saving import merged, save_onnx
 from unilora_timm.targets import classifier, find_targets
-from unilora_torch import Adapter, Target
+from unilora_torch import Adapter, Bank, Growth, Target, adapters, switch
 
-__all__ = ["Adapter", "Target", "attach", "classifier", "find_targets", "load", "merged", "save_onnx"]
+__all__ = [
+    "Adapter",
+    "Bank",
+    "Growth",
+    "Target",
+    "adapters",
+    "attach",
+    "classifier",
+    "find_targets",
+    "load",
+    "merged",
+    "save_onnx",
+    "switch",
+]

@@ -3,19 +3,18 @@
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 import unilora_torch
 from unilora_core import TargetError
 from unilora_timm.targets import classifier, find_targets
 from unilora_torch import Adapter, Target
-from unilora_torch.adapter import NAME
 from unilora_torch.bypassed import through_readers
-from unilora_torch.vector import Groups
+from unilora_torch.options import AttachOptions, LoadOptions, check_attach
 
 __all__ = ["attach", "example_of", "load"]
 
@@ -28,7 +27,7 @@ def attach(
     method: str = "uni-lora",
     modules_to_save: str | Iterable[str] | None = None,
     example: Tensor | None = None,
-    **options: Any,
+    **options: Unpack[AttachOptions],
 ) -> Adapter:
     """Freeze a timm model, put one trainable vector beside its layers, and leave its classifier to train.
 
@@ -56,6 +55,7 @@ def attach(
         SpecError: an unknown method or option, or rank or d out of range; the model is unchanged, as it is after an
             interrupt.
     """
+    check_attach(method, options)
     heads = classifier(model) if modules_to_save is None else modules_to_save
     found = find_targets(model, targets, exclude=exclude)
     image = example_of(model) if example is None else example
@@ -76,18 +76,9 @@ def attach(
     return _watched(model, adapter)
 
 
-def load(
-    model: nn.Module,
-    path: str | os.PathLike,
-    *,
-    name: str = NAME,
-    check_base: bool = True,
-    any_rank: bool = False,
-    groups: Groups = "cached",
-) -> Adapter:
-    """Read an adapter file and attach it to its base model, under ``name``; see `unilora_torch.load`."""
-    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank, groups=groups)
-    return _watched(model, adapter)
+def load(model: nn.Module, path: str | os.PathLike, **options: Unpack[LoadOptions]) -> Adapter:
+    """Read an adapter file and attach it to its base model; `unilora_torch.load` says what the options are."""
+    return _watched(model, unilora_torch.load(model, path, **options))
 
 
 def _watched(model: nn.Module, adapter: Adapter) -> Adapter:

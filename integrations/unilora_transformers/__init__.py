@@ -1,7 +1,7 @@
 """Uni-LoRA for Hugging Face transformers: targets and heads by default, PEFT's UniLora adapters both ways."""
 
 from unilora_core import engines
-from unilora_torch import Adapter, Bank, Target
+from unilora_torch import Adapter, Bank, Growth, Target, adapters, switch
 from unilora_transformers import auto
 from unilora_transformers.attach import attach, from_pretrained, load
 from unilora_transformers.merging import merge_checkpoint
@@ -12,9 +12,11 @@ from unilora_transformers.rollouts import LoraSync, lora_tensors, merged_paramet
 __all__ = [
     "Adapter",
     "Bank",
+    "Growth",
     "LoraSync",
     "Reference",
     "Target",
+    "adapters",
     "attach",
     "engines",
     "from_pretrained",
@@ -24,6 +26,7 @@ __all__ = [
     "merge_checkpoint",
     "merged_parameters",
     "save_peft",
+    "switch",
     "sync_rollouts",
 ]
 

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
+from typing_extensions import Unpack
 
 import unilora_torch
 from unilora_core import TargetError
 from unilora_torch import Adapter, Target
-from unilora_torch.adapter import NAME
 from unilora_torch.base import with_fresh
 from unilora_torch.heads import inside
-from unilora_torch.vector import Groups
+from unilora_torch.options import AttachOptions, LoadOptions, check_attach
 from unilora_transformers.bypassed import through_readers
 from unilora_transformers.check import check
 from unilora_transformers.checkpointing import watch_checkpointing
@@ -41,7 +41,7 @@ def attach(
     method: str = "uni-lora",
     modules_to_save: str | Iterable[str] | None = None,
     example: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[AttachOptions],
 ) -> Adapter:
     """Freeze a model and put one trainable vector beside its linear layers.
 
@@ -73,6 +73,7 @@ def attach(
         SpecError: an unknown method or option, or rank or d out of range; the model is unchanged.
     """
     require_model(model)
+    check_attach(method, options)
     found = select_targets(model, targets, exclude)
     fresh = fresh_weights(model)
     heads = _heads(model, modules_to_save, fresh)
@@ -93,21 +94,14 @@ def attach(
     return adapter
 
 
-def load(
-    model: PreTrainedModel,
-    path: str | os.PathLike,
-    *,
-    name: str = NAME,
-    check_base: bool = True,
-    any_rank: bool = False,
-    groups: Groups = "cached",
-) -> Adapter:
-    """Read an adapter file and attach it to its base model under ``name``.
+def load(model: PreTrainedModel, path: str | os.PathLike, **options: Unpack[LoadOptions]) -> Adapter:
+    """Read an adapter file and attach it to its base model.
 
-    `unilora_torch.load` says what it refuses. That every target is reached is checked by the first forward pass.
+    `unilora_torch.load` says what the options are, and what is refused. That every target is reached is checked by the
+    first forward pass.
     """
     require_model(model)
-    adapter = unilora_torch.load(model, path, name=name, check_base=check_base, any_rank=any_rank, groups=groups)
+    adapter = unilora_torch.load(model, path, **options)
     warn_of_fresh(model, adapter, os.fspath(path))
     return finish(model, adapter)
 
