@@ -1,11 +1,13 @@
 """P of a gather without a table of D groups: they are computed where they are used, forwards and backwards.
 
 On CUDA Triton's kernels keep the groups of ``balanced`` in registers; elsewhere, and of other groupings, a block of
-positions at a time is computed by the core.
+positions at a time is computed by the core. P and Pᵀ are operators of PyTorch, ``unilora::project`` and
+``unilora::project_transpose``, that graphs hold as they are; an operator takes no spec, so it is told its JSON.
 """
 
 import functools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -30,20 +32,29 @@ class Computed(Projection):
     Attributes:
         scale: (d,) float32, 1/√n_j.
         origin: (d,) float32, θ_d⁰ of ``start="identity"``; None without one.
+        told: the spec as JSON.
     """
 
     scale: Tensor
     origin: Tensor | None
+    told: str
 
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Computed":
         """Make that of a spec, on the CPU."""
         origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
-        return cls(spec, torch.from_numpy(spec.scale()), origin)
+        return cls(spec, torch.from_numpy(spec.scale()), origin, json.dumps(spec.to_json()))
 
     def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
         """See `Projection`."""
-        return _projected(theta_d, self.spec, self.scale, self.origin, tuple(spans))
+        borders = [border for at in spans for border in (at.start, at.stop)]
+        return _Project.apply(theta_d, self.scale, self.origin, self.told, borders)
+
+    def copy_(self, other: Projection) -> None:
+        """See `Projection`."""
+        assert isinstance(other, Computed)
+        super().copy_(other)
+        self.told = other.told
 
     def product(self, x: Tensor, theta_d: Tensor, place: Place) -> Tensor:
         """Compute x·ΔWᵀ of a dense frame, all of whose numbers start at zero; see `streamed`."""
@@ -73,69 +84,112 @@ def _kernels() -> ModuleType | None:
     return gather
 
 
-@torch.compiler.disable  # which would trace the permutation
-def _projected(
-    theta_d: Tensor, spec: ProjectionSpec, scale: Tensor, origin: Tensor | None, spans: tuple[slice, ...]
+@torch.library.custom_op("unilora::project", mutates_args=())
+def _project(theta_d: Tensor, scale: Tensor, origin: Tensor | None, told: str, borders: Sequence[int]) -> Tensor:
+    """θ_d (…, d) → the numbers of slices of θ_D, whose borders are these: (…, n)."""
+    spec, table, spans = _spec(told), scaled(theta_d, scale, origin), _spans(borders)
+    if kernels := kernels_for(spec, table.device):
+        out = table.new_empty((*table.shape[:-1], _length(borders)))
+        pi, tiles = kernels.permuted(spec, table.device), kernels.tiles(spec, spans, table.device)
+        for row, into in zip(table.reshape(-1, table.shape[-1]), out.view(-1, out.shape[-1]), strict=True):
+            kernels.project(row.contiguous(), pi, tiles, into)
+        return out
+    return torch.cat([table.index_select(-1, _shifted(spec, at, table.device)) for at in _blocks(spans)], dim=-1)
+
+
+@torch.library.custom_op("unilora::project_transpose", mutates_args=())
+def _project_transpose(
+    y: Tensor,
+    scale: Tensor,
+    origin: Tensor | None,  # noqa: ARG001 - both halves of the table are made of the same θ_d
+    told: str,
+    borders: Sequence[int],
 ) -> Tensor:
-    return _Project.apply(theta_d, spec, scale, origin, spans)
+    """The other way, y (…, n) → (…, d)."""
+    spec, spans = _spec(told), _spans(borders)
+    if spans == ((0, spec.D),) and (kernels := kernels_for(spec, y.device)):
+        pi = kernels.permuted(spec, y.device)
+        rows = [kernels.project_transpose(row.contiguous(), pi, scale) for row in y.reshape(-1, spec.D)]
+        return torch.stack(rows).view(*y.shape[:-1], spec.d)
+    summed, done = y.new_zeros((*y.shape[:-1], spec.d)), 0
+    for start, stop in _blocks(spans):
+        part = y[..., done : done + stop - start]
+        summed.index_add_(-1, groups_at(spec, start, stop, y.device), part)
+        done += stop - start
+    return summed.mul_(scale)
 
 
-class _Project(torch.autograd.Function):
-    """Keeps nothing of size D between the passes, and nothing among autograd's saved tensors, which are counted."""
+class _Linear(torch.autograd.Function):
+    """Keeps nothing of size D between the passes, and nothing among autograd's saved tensors, which are counted.
+
+    Stands before the operators, whose own gradient `torch.func` cannot take.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, _output: Tensor) -> None:
-        _, ctx.spec, ctx.scale, _, ctx.spans = inputs
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG004 - so it is called
+        _, *ctx.rest = inputs
 
+
+class _Project(_Linear):
     @staticmethod
-    def forward(
-        theta_d: Tensor, spec: ProjectionSpec, scale: Tensor, origin: Tensor | None, spans: tuple[slice, ...]
-    ) -> Tensor:
-        table = scaled(theta_d, scale, origin)
-        if kernels := _here(spec, table):
-            borders, out = tuple((at.start, at.stop) for at in spans), table.new_empty(sum(map(_length, spans)))
-            tiles = kernels.tiles(spec, borders, table.device)
-            kernels.project(table, kernels.permuted(spec, table.device), tiles, out)
-            return out
-        return torch.cat([table.index_select(0, _shifted(spec, at, table.device)) for at in _blocks(spans)])
+    def forward(theta_d: Tensor, scale: Tensor, origin: Tensor | None, told: str, borders: Sequence[int]) -> Tensor:
+        return _project(theta_d, scale, origin, told, borders)
 
     @staticmethod
     def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
-        spec, scale, spans = ctx.spec, ctx.scale, ctx.spans
-        whole = spans == (slice(0, spec.D),)
-        if whole and (kernels := _here(spec, y)):
-            pi = kernels.permuted(spec, y.device)
-            return kernels.project_transpose(y.contiguous(), pi, scale), None, None, None, None
-        summed, done = y.new_zeros(spec.d), 0
-        for at in _blocks(spans):
-            part = y[done : done + _length(at)]
-            summed = summed.index_add(0, groups_at(spec, at.start, at.stop, y.device), part)
-            done += _length(at)
-        return summed * scale, None, None, None, None
+        return _ProjectTranspose.apply(y, *ctx.rest), None, None, None, None
 
 
-def _length(at: slice) -> int:
-    return at.stop - at.start
+class _ProjectTranspose(_Linear):
+    @staticmethod
+    def forward(y: Tensor, scale: Tensor, origin: Tensor | None, told: str, borders: Sequence[int]) -> Tensor:
+        return _project_transpose(y, scale, origin, told, borders)
+
+    @staticmethod
+    def backward(ctx: Any, theta_d: Tensor) -> tuple[Tensor | None, ...]:
+        scale, origin, *where = ctx.rest
+        zero = None if origin is None else torch.zeros_like(origin)
+        return _Project.apply(theta_d, scale, zero, *where), None, None, None, None
 
 
-def _here(spec: ProjectionSpec, x: Tensor) -> ModuleType | None:
-    """The kernels, where x is a tensor that they can read: none of `torch.vmap`."""
-    return None if torch._C._functorch.is_functorch_wrapped_tensor(x) else kernels_for(spec, x.device)
+def _mapped(operator: Callable[..., Tensor], _: Any, axes: tuple, x: Tensor, *others: Any) -> tuple[Tensor, int]:
+    """The rule of `torch.vmap`: the first tensor alone is ever one of many."""
+    return operator(x.movedim(axes[0], 0), *others), 0
 
 
-def _blocks(spans: Spans) -> Iterator[slice]:
-    for span in spans:
-        for start in range(span.start, span.stop, BLOCK):
-            yield slice(start, min(start + BLOCK, span.stop))
+_project.register_fake(lambda x, _scale, _origin, _told, borders: x.new_empty((*x.shape[:-1], _length(borders))))
+_project_transpose.register_fake(lambda y, scale, *_: y.new_empty((*y.shape[:-1], len(scale))))
+for _operator, _function in {_project: _Project, _project_transpose: _ProjectTranspose}.items():
+    _operator.register_autograd(_function.backward, setup_context=_function.setup_context)  # of an exported graph
+    _operator.register_vmap(functools.partial(_mapped, _operator))
 
 
-def _shifted(spec: ProjectionSpec, block: slice, device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _spec(told: str) -> ProjectionSpec:
+    return ProjectionSpec.from_json(json.loads(told))
+
+
+def _length(borders: Sequence[int]) -> int:
+    return sum(borders[1::2]) - sum(borders[::2])
+
+
+def _spans(borders: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(borders[::2], borders[1::2], strict=True))
+
+
+def _blocks(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for first, last in spans:
+        for start in range(first, last, BLOCK):
+            yield start, min(start + BLOCK, last)
+
+
+def _shifted(spec: ProjectionSpec, block: tuple[int, int], device: torch.device) -> Tensor:
     """The groups of a block; those of factors that start at zero point into the second half of the table."""
-    groups = groups_at(spec, block.start, block.stop, device)
+    first, last = block
+    groups = groups_at(spec, first, last, device)
     for name, at in spec.layout.slices.items() if spec.start == "identity" else ():
-        start, stop = max(at.start, block.start), min(at.stop, block.stop)
-        if start < stop and spec.shifted(name):
-            groups[start - block.start : stop - block.start] += spec.d
+        if at.start < last and first < at.stop and spec.shifted(name):
+            groups[max(at.start - first, 0) : at.stop - first] += spec.d
     return groups

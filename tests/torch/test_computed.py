@@ -1,5 +1,10 @@
 """Groups that are computed in each pass: the same numbers as those of the table, and no byte of size D kept."""
 
+import copy
+import dataclasses
+import io
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +12,13 @@ from torch import nn
 import unilora_torch
 from unilora_core import SpecError
 from unilora_core.maps import MAPS
-from unilora_torch.computed import Computed
+from unilora_torch.computed import Computed, _Project, _project, _project_transpose
+
+pytestmark = [  # raised inside torch while it traces or reads
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
+]
 
 GROUPINGS = [name for name, each in MAPS.items() if each.groups is not None and name != "numpy-shuffle"]
 
@@ -76,6 +87,79 @@ def test_what_an_adapter_can_do(tmp_path):
     ours = torch.vmap(lambda theta: computed.projection(theta, spans))(several)
     theirs = torch.vmap(lambda theta: cached.projection(theta, spans))(several)
     assert torch.equal(ours, theirs)
+
+
+def used(model, adapter, x):
+    """What it computes, and the gradient of θ_d."""
+    adapter.theta_d.grad = None
+    output = model(x)
+    output.square().sum().backward()
+    return output.detach(), adapter.theta_d.grad
+
+
+def same(found, wanted):
+    return all(torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) for ours, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_a_compiled_model_is_one_graph(start):
+    """Also with another seed, after growth, and of a copy."""
+    cached, computed = both(d=40, start=start)
+    x = torch.randn(4, 12)
+    compiled = torch.compile(computed.model, fullgraph=True, backend="aot_eager")
+    assert same(used(compiled, computed, x), used(cached.model, cached, x))
+    for adapter in (cached, computed):
+        adapter.reseed(dataclasses.replace(adapter.spec, seed=7))
+    assert same(used(compiled, computed, x), used(cached.model, cached, x))
+    for adapter in (cached, computed):
+        adapter.grow(2)
+    assert same(used(compiled, computed, x), used(cached.model, cached, x))
+    for again in (copy.deepcopy(computed.model), pickle.loads(pickle.dumps(computed.model))):
+        compiled = torch.compile(again, fullgraph=True, backend="aot_eager")
+        assert same(used(compiled, again.unilora, x), used(cached.model, cached, x))
+
+
+def test_an_exported_model_trains():
+    cached, computed = both(d=40)
+    x, file = torch.randn(4, 12), io.BytesIO()
+    torch.export.save(torch.export.export(computed.model, (x,), strict=False), file)
+    file.seek(0)
+    exported = torch.export.load(file).module()
+    assert same(used(exported, exported.unilora, x), used(cached.model, cached, x))
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_the_operators_are_what_they_say(start):
+    """Their fake kernels, gradients and schemas, as PyTorch checks them; gradients of gradients."""
+    _, computed = both(d=40, start=start)
+    P, D = computed.projection, computed.spec.D
+    for borders in ([0, D], [100, 150, 3, 40]):
+        y = torch.randn(sum(borders[1::2]) - sum(borders[::2]), requires_grad=True)
+        theta_d, rest = torch.randn(40, requires_grad=True), (P.scale, P.origin, P.told, borders)
+        torch.library.opcheck(_project, (theta_d, *rest))
+        torch.library.opcheck(_project_transpose, (y, *rest))
+        for function in (_project, _Project.apply):
+            squared = lambda theta, function=function, rest=rest: function(theta, *rest) ** 2  # noqa: E731
+            torch.autograd.gradcheck(squared, theta_d.detach().double().requires_grad_())
+            torch.autograd.gradgradcheck(squared, theta_d.detach().double().requires_grad_())
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_transforms_of_torch_func(start):
+    """Gradients, many at once, along any axis, and of gradients."""
+    cached, computed = both(d=40, start=start)
+    spans, several = [slice(0, 200), slice(60, 90)], torch.randn(3, 40)
+
+    def found(adapter):
+        def loss(theta):
+            return (adapter.projection(theta, spans) ** 3).sum()
+
+        gradient = torch.func.grad(loss)
+        second = torch.func.grad(lambda theta: gradient(theta).square().sum())
+        columns = torch.vmap(lambda theta: adapter.projection(theta, spans), in_dims=1, out_dims=1)(several.T)
+        return gradient(several[0]), torch.vmap(gradient)(several), second(several[0]), columns
+
+    assert same(found(computed), found(cached))
 
 
 def test_the_summary_says_what_computes_them():
