@@ -120,10 +120,10 @@ def test_gradients_of_slices_in_torch(torch, name):
     y, frozen = torch.tensor(normal(100, 1, np.float64)), spec.map.frozen(spec, torch, None)
     (found,) = torch.autograd.grad(spec.map.project(spec, theta, frozen, 100, 200), theta, y)
     whole = np.zeros(spec.D)
-    whole[100:200] = y
+    whole[100:200] = y.numpy()
     linear = spec.map.transpose is not None
     expected = matrix(spec).T @ whole if linear else definitions.codebook_pullback(spec, theta.detach().numpy(), whole)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FURTHER)

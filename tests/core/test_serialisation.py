@@ -269,7 +269,7 @@ def test_a_failing_system_call_leaves_the_old_file_and_nothing_else(path, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, step, fail)
+        patch.setattr(*((os, step) if step == "fsync" else (Path, step)), fail)
         with pytest.raises(OSError, match="No space left"):
             save_adapter(path, SPEC, np.ones(4))
     assert_whole(path)
