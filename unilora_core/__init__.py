@@ -1,6 +1,6 @@
 """unilora: one trainable vector θ_d adapts a whole model, θ_D = P θ_d (Uni-LoRA, arXiv 2506.00799).
 
-This package is the specification and its reference, for any Array API namespace; it imports no framework.
+It holds the specification and its reference, for any Array API namespace; it imports no framework.
 """
 
 from unilora_core.analysis import analyze

@@ -1,4 +1,4 @@
-"""The one door to the Array API: nothing else in unilora imports array_api_compat."""
+"""The one place where unilora meets the Array API: no other module imports array_api_compat."""
 
 from types import ModuleType
 from typing import Any
@@ -21,10 +21,10 @@ Array = Any
 
 
 def standard(xp: ModuleType) -> ModuleType:
-    """The Array API namespace for ``xp``, which may be a framework's own module (``torch``, ``jax.numpy``)."""
+    """Return the Array API namespace for ``xp``, which may be a framework's own module (``torch``, ``jax.numpy``)."""
     return array_namespace(xp.zeros(0))
 
 
 def has_int64(xp: ModuleType) -> bool:
-    """Whether a namespace has integers of 64 bits (JAX has them in its x64 mode only)."""
+    """Say whether a namespace has integers of 64 bits (JAX has them in its x64 mode only)."""
     return "int64" in standard(xp).__array_namespace_info__().dtypes()

@@ -1,7 +1,8 @@
-"""What P is, measured: which targets and factors a column reaches, how evenly, what it does to lengths, what it costs.
+"""Measured properties of P: which targets and factors a column reaches, how evenly, what it does to lengths, what it
+costs.
 
-P is taken as the paper takes it (Uni-LoRA, arXiv 2506.00799, section 3): from θ_d to the numbers of A and B of every
-target, which a frame with frozen factors makes of θ_D; to ΔW itself where the frame is dense. Where that is not linear,
+As in the paper (Uni-LoRA, arXiv 2506.00799, section 3), P goes from θ_d to the numbers of A and B of every target,
+which a frame with frozen factors makes of θ_D. It goes to ΔW itself where the frame is dense. Where that is not linear,
 P is its derivative at the start.
 """
 
@@ -22,15 +23,15 @@ from unilora_core.spec import ProjectionSpec
 __all__ = ["Analysis", "Part", "Projection", "analyze"]
 
 EXACT = 2**24
-"""Up to so many entries P is looked at whole, beyond that in `COLUMNS` columns and by `PROBES` vectors."""
+"""The largest number of entries for which P is measured whole; beyond it `COLUMNS` columns and `PROBES` vectors are."""
 
 COLUMNS, PROBES, TIMES = 128, 32, 5
 
 STEP = 1e-6
-"""Of the central differences, in float64: exact to 1e-9 for what is linear or a product of two pieces."""
+"""The step of the central differences, in float64: exact to 1e-9 for what is linear or a product of two pieces."""
 
 ZERO = 1e-8
-"""An entry below this part of its column's largest is rounding."""
+"""The part of its column's largest entry below which an entry is rounding."""
 
 Arrays = Mapping[str, Array]
 
@@ -40,20 +41,22 @@ class Analysis:
     """The properties of one P.
 
     Attributes:
-        d, D: trained numbers; numbers that the frame takes.
-        numbers: the rows of P: numbers of A and B, or of ΔW.
+        d, D: the number of trained values, and of values that the frame takes.
+        numbers: the number of rows of P: the numbers of A and B, or of ΔW.
         across_targets: the share of columns that reach more than one target (the paper's "global").
         across_factors: the share of columns that reach both A and B; None where ΔW is one factor.
         rows: the least and the largest number of rows that a column reaches (the paper's "uniform": they are equal).
-            Of a large P: of the columns that were looked at, among them one that each kind of piece reads.
-        columns: factor → the same of the columns that one of its rows reads; empty unless ``exact``.
+            For a large P, of the columns that were measured, among them one that each kind of piece reads.
+        columns: factor → the least and the largest number of columns that one of its rows reads; empty unless
+            ``exact``.
         gains: the least and the largest ‖P x‖²/‖x‖²: of all x, the eigenvalues of PᵀP, where ``exact``, else of random
             ones (the paper's "isometric": both are 1).
-        exact: whether all of P was looked at.
+        exact: whether all of P was measured.
         linear: whether P is the same everywhere.
-        operations, seconds: of θ_D = P θ_d, then of Pᵀ; None where there is no Pᵀ. Seconds are medians, in NumPy.
-        file_bytes: of θ_d, and of what a file keeps beside it; without the header.
-        memory_bytes: of θ_d and of all that is frozen, as this package keeps it.
+        operations, seconds: the cost of θ_D = P θ_d, then of Pᵀ; None where there is no Pᵀ. Seconds are medians, in
+            NumPy.
+        file_bytes: the bytes of θ_d, and of what a file keeps beside it; without the header.
+        memory_bytes: the bytes of θ_d and of all that is frozen, as this package keeps it.
     """
 
     d: int
@@ -77,15 +80,15 @@ def analyze(
     targets: Iterable[tuple[str, Sizes]] | None = None,
     frozen: Mapping[str, Arrays] | None = None,
 ) -> Analysis:
-    """The properties of a spec's P.
+    """Measure the properties of a spec's P.
 
     Args:
-        targets: name and sizes of each, as in `plan_spec`. Without them P ends at θ_D, and each factor of the layout
-            counts as itself: no different for A and B that are trained whole.
+        targets: the name and the sizes of each, as in `plan_spec`. Without them P ends at θ_D, and each factor of the
+            layout counts as itself; for A and B that are trained whole this is no difference.
         frozen: target → what the frame makes of its weight (``Frame.of_weight``); LoRA-XS needs them.
 
     Raises:
-        SpecError: a target's arrays are missing, or have other shapes.
+        SpecError: a target's frozen arrays are missing, or have other shapes.
     """
     P = Projection(spec, None if targets is None else tuple(targets), frozen or {})
     exact = P.numbers * spec.d <= EXACT
@@ -121,7 +124,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Projection:
-    """P as numbers: columns, and products with vectors, in float64.
+    """P as numbers: its columns, and its products with vectors, in float64.
 
     Args:
         targets, frozen: see `analyze`.
@@ -133,12 +136,12 @@ class Projection:
 
     @cached_property
     def kept(self) -> Frozen:
-        """What the map keeps beside θ_d."""
+        """The arrays that the map keeps beside θ_d."""
         return self.spec.map.frozen(self.spec, np, None)
 
     @cached_property
     def frozen(self) -> Mapping[str, Arrays]:
-        """Target → what the frame keeps; the same arrays for targets of one size."""
+        """The arrays that the frame keeps for each target; the same ones for targets of one size."""
         form, options, targets = self.spec.form, self.spec.chosen, self.targets or ()
         for name, sizes in targets:
             shapes = {piece: tuple(array.shape) for piece, array in self.of_weights.get(name, {}).items()}
@@ -161,7 +164,7 @@ class Projection:
 
     @property
     def numbers(self) -> int:
-        """How many rows P has."""
+        """The number of rows of P."""
         return self.parts[-1].at.stop
 
     @cached_property
@@ -172,14 +175,14 @@ class Projection:
         return bool(np.allclose(self.times(direction, here), self.times(direction, there), rtol=1e-4, atol=1e-6))
 
     def times(self, x: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
-        """P x: (numbers,); ``at``: the θ_d where P is the derivative, by default the start."""
+        """Compute P x: (numbers,); ``at`` is the θ_d at which P is the derivative, by default the start."""
         at = self._start if at is None else at
         step = STEP / max(float(np.linalg.norm(x)), 1e-300)
         ends = [np.concatenate([a.reshape(-1) for *_, a in self._built(at + side * x)]) for side in (step, -step)]
         return (ends[0] - ends[1]) / (2 * step)
 
     def columns(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """Those columns of P, one at a time: (numbers,) each."""
+        """Yield these columns of P, one at a time: (numbers,) each."""
         for j in indices:
             yield self.times(np.eye(1, self.spec.d, int(j))[0])
 
@@ -189,14 +192,14 @@ class Projection:
 
     @cached_property
     def _shift(self) -> np.ndarray:
-        """P θ_d⁰ in the factors that start at zero, else 0."""
+        """P θ_d⁰ in the factors that start at zero, and 0 elsewhere."""
         spec = self.spec
         shifted = [np.full(at.stop - at.start, spec.shifted(name)) for name, at in spec.layout.slices.items()]
         at_start = spec.map.project(spec, self._start, self.kept, 0, spec.D)
         return np.where(np.concatenate(shifted), at_start, 0)
 
     def _built(self, theta: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
-        """(target, factor, its numbers) for θ_d: A and B, or ΔW."""
+        """Return (target, factor, its numbers) for θ_d: A and B, or ΔW."""
         spec = self.spec
         pieces = spec.layout.split(spec.map.project(spec, theta, self.kept, 0, spec.D) - self._shift)
         if self.targets is None:
@@ -225,9 +228,9 @@ class _Seen:
     """Some columns of P.
 
     Attributes:
-        reached: (parts, columns), whether a column has an entry there.
+        reached: (parts, columns), whether a column has an entry in a part.
         rows: (columns,), how many entries it has.
-        matrix: (numbers, columns), empty unless it was to be kept.
+        matrix: (numbers, columns), empty unless it is to be kept.
     """
 
     reached: np.ndarray
@@ -245,19 +248,19 @@ class _Seen:
         return cls(np.stack(reached, axis=1), np.array(rows), np.stack(kept, axis=1) if kept else np.empty((0, 0)))
 
     def columns(self, slices: Iterable[slice]) -> tuple[int, int]:
-        """The least and the largest number of columns that these rows read."""
+        """Return the least and the largest number of columns that these rows read."""
         counts = np.count_nonzero(_support(self.matrix), axis=1)
         return _range(np.concatenate([counts[at] for at in slices]))
 
 
 def _support(columns: np.ndarray) -> np.ndarray:
-    """Where columns have an entry that is no rounding."""
+    """Say where columns have an entry that is more than rounding."""
     sizes = np.abs(columns)
     return sizes > ZERO * sizes.max(axis=0)
 
 
 def _by(parts: Iterable[Part], key: Callable[[Part], str]) -> dict[str, list[int]]:
-    """Key → the numbers of its parts."""
+    """Return the indices of the parts of each key."""
     found: dict[str, list[int]] = {}
     for i, part in enumerate(parts):
         found.setdefault(key(part), []).append(i)
@@ -265,13 +268,15 @@ def _by(parts: Iterable[Part], key: Callable[[Part], str]) -> dict[str, list[int
 
 
 def _share(reached: np.ndarray, kinds: Mapping[str, list[int]]) -> float:
-    """The share of columns that reach parts of more than one kind; ``reached``: (parts, columns)."""
+    """Return the share of columns that reach parts of more than one kind; ``reached``: (parts, columns)."""
     times = sum(reached[mine].any(axis=0).astype(int) for mine in kinds.values())
     return float(np.mean(times > 1))
 
 
 def _one_of_each(P: Projection) -> list[int]:
-    """For each kind of piece (its name and shape) a column that it reads: a few small ones would hardly be drawn."""
+    """Return a column for each kind of piece (its name and shape) that the piece reads: a few small ones would hardly
+    be drawn.
+    """
     spec, transpose, one = P.spec, P.spec.map.transpose, np.ones(1, np.float32)
     if transpose is None:
         return []
@@ -284,7 +289,7 @@ def _range(counts: np.ndarray) -> tuple[int, int]:
 
 
 def _eigenvalues(matrix: np.ndarray, reached: np.ndarray) -> tuple[float, float]:
-    """The least and the largest of PᵀP, part by part of columns that have no row in common."""
+    """Return the least and the largest eigenvalue of PᵀP, for each set of columns that share no row with the others."""
     linked = reached.astype(float) @ reached.T > 0
     while (wider := linked.astype(float) @ linked > 0).sum() > linked.sum():
         linked = wider
@@ -294,7 +299,7 @@ def _eigenvalues(matrix: np.ndarray, reached: np.ndarray) -> tuple[float, float]
 
 
 def _probed(P: Projection) -> tuple[float, float]:
-    """The least and the largest ‖P x‖²/‖x‖² of random x."""
+    """Return the least and the largest ‖P x‖²/‖x‖² of random x."""
     xs = np.random.default_rng(3).normal(size=(PROBES, P.spec.d))
     gains = [float(np.sum(P.times(x) ** 2) / np.sum(x**2)) for x in xs]
     return min(gains), max(gains)

@@ -1,4 +1,6 @@
-"""How many numbers a piece of Array API code computes or moves: counted while it runs, so that no map has to say it."""
+"""Counting of the numbers that Array API code computes or moves: it is done while the code runs, so no map has to say
+it.
+"""
 
 import operator
 from collections.abc import Callable
@@ -11,15 +13,15 @@ from unilora_core._namespace import standard
 __all__ = ["operations"]
 
 FREE = {"reshape", "broadcast_to", "astype", "asarray", "matrix_transpose", "arange", "zeros", "zeros_like"}
-"""Views, conversions and constants."""
+"""The operations that count nothing: views, conversions and constants."""
 
 ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 BITS = ("and", "or", "xor", "lshift", "rshift")
 
 
 def operations(function: Callable[[Any], object], x: np.ndarray) -> int:
-    """How many numbers ``function(x)`` computes or moves: each number that an operation gives, or takes in where these
-    are more (a sum, a lookup), counts one; a product of matrices counts its multiplications and its additions.
+    """Count the numbers that ``function(x)`` computes or moves. Each number that an operation gives, or takes in where
+    these are more (a sum, a lookup), counts one; a product of matrices counts its multiplications and its additions.
     """
     space = _Space()
     function(_Counted(x, space))
@@ -39,7 +41,7 @@ class _Space:
         return lambda *values, **named: self.call(found, *values, **named)
 
     def call(self, function: Callable, *values: Any, **named: Any) -> Any:
-        """What the function gives for the plain arrays, counted."""
+        """Return what the function gives for the plain arrays, and count it."""
         plain = [_plain(value) for value in values]
         given = function(*plain, **named)
         if not isinstance(given, (np.ndarray, np.generic)):

@@ -1,7 +1,7 @@
-"""Random numbers that are a function of a text and a counter: the same in every namespace, on any device.
+"""Random numbers as a function of a text and a counter: they are the same in every namespace, on any device.
 
 The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
-in int32 that wraps on overflow. What is drawn with it is part of the file format: a change is another text.
+in int32 that wraps on overflow. What is drawn with it is part of the file format: a change needs another text.
 Integers, signs and uniform numbers have the same bits everywhere; normal ones agree to rounding.
 """
 
@@ -17,16 +17,16 @@ from unilora_core._namespace import Array, standard
 __all__ = ["keys", "normal", "normals", "permutations", "shift", "signed", "signs", "threefry", "uniform", "words"]
 
 BLOCK = 2**15
-"""So many counters at a time in NumPy: the temporaries stay in the L2 cache."""
+"""The number of counters that NumPy takes at a time: the temporaries stay in the L2 cache."""
 
 
 def keys(text: str) -> tuple[int, ...]:
-    """Eight int32 keys: the SHA-256 of an ASCII text, read as little-endian words."""
+    """Return eight int32 keys: the SHA-256 of an ASCII text, read as little-endian words."""
     return struct.unpack("<8i", hashlib.sha256(text.encode("ascii")).digest())
 
 
 def threefry(key: tuple[int, ...], x0: Array, x1: Array) -> tuple[Array, Array]:
-    """Two int32 words for each counter (x0, x1) under a key of two words."""
+    """Return two int32 words for each counter (x0, x1) under a key of two words."""
     schedule = [*key, signed(key[0] ^ key[1] ^ 0x1BD11BDA)]
     x0, x1 = x0 + schedule[0], x1 + schedule[1]
     for i in range(5):
@@ -38,21 +38,22 @@ def threefry(key: tuple[int, ...], x0: Array, x1: Array) -> tuple[Array, Array]:
 
 
 def shift(x: Array, n: int) -> Array:
-    """Logical right shift: int32 ``>>`` copies the sign bit, so it is masked."""
+    """Shift right logically: int32 ``>>`` copies the sign bit, so the result is masked."""
     y = x >> n
     y &= (1 << (32 - n)) - 1
     return y
 
 
 def signed(word: int) -> int:
-    """The int32 with the same 32 bits."""
+    """Return the int32 that has the same 32 bits."""
     return (word + 2**31) % 2**32 - 2**31
 
 
 def normals(x0: Array, x1: Array, xp: ModuleType, dtype: object = None) -> tuple[Array, Array]:
-    """Two N(0, 1) for each pair of words (Box and Muller 1958), in ``dtype`` (float32).
+    """Return two N(0, 1) numbers for each pair of words (Box and Muller 1958), in ``dtype`` (default float32).
 
-    From 23 bits of each word: with one half more they are exact in float32, also beside 1, where a logarithm needs it.
+    They use 23 bits of each word: with one half more these are exact in float32, also beside 1, where a logarithm needs
+    it.
     """
     u, v = ((xp.astype(shift(x, 9), dtype or xp.float32) + 0.5) * 2.0**-23 for x in (x0, x1))
     radius, angle = xp.sqrt(-2 * xp.log(u)), 2 * np.pi * v
@@ -60,7 +61,7 @@ def normals(x0: Array, x1: Array, xp: ModuleType, dtype: object = None) -> tuple
 
 
 def words(text: str, n: int) -> np.ndarray:
-    """(n,) int32 in NumPy: the words of the counters 0 … ⌈n/2⌉-1, both of each."""
+    """Return (n,) int32, NumPy: both words of each of the counters 0 … ⌈n/2⌉-1."""
     key, found = keys(text)[:2], np.empty((-(-n // 2), 2), np.int32)
     for start in range(0, len(found), BLOCK):
         counter = np.arange(start, min(start + BLOCK, len(found))).astype(np.int32)
@@ -69,13 +70,15 @@ def words(text: str, n: int) -> np.ndarray:
 
 
 def uniform(text: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
-    """U(-bound, bound), float32, NumPy."""
+    """Return numbers from U(-bound, bound), float32, NumPy."""
     values = (shift(words(text, math.prod(shape)), 8) + 0.5) / 2**23 - 1
     return (values * bound).astype(np.float32).reshape(shape)
 
 
 def normal(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """N(0, 1), float32, NumPy; rounded from float64, so that libraries whose logarithms differ round alike."""
+    """Return numbers from N(0, 1), float32, NumPy. They are rounded from float64, so that libraries whose logarithms
+    differ round alike.
+    """
     n = math.prod(shape)
     pairs, xp = words(text, 2 * -(-n // 2)).reshape(-1, 2), standard(np)
     found = np.empty(pairs.shape, np.float32)
@@ -86,10 +89,10 @@ def normal(text: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def signs(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """-1 and 1 with equal chances, float32, NumPy."""
+    """Return -1 and 1 with equal chances, float32, NumPy."""
     return (1 - 2 * (words(text, math.prod(shape)) & 1)).astype(np.float32).reshape(shape)
 
 
 def permutations(text: str, rows: int, n: int) -> np.ndarray:
-    """A permutation of {0 … n-1} in each row: (rows, n) int64, NumPy."""
+    """Return a permutation of {0 … n-1} in each row: (rows, n) int64, NumPy."""
     return np.argsort(words(text, rows * n).reshape(rows, n), axis=1, kind="stable")

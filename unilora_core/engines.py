@@ -1,7 +1,8 @@
-"""Which serving engines take a plain LoRA folder: the limits of each, as its own sources state them.
+"""Rules that say which serving engines take a plain LoRA folder: the limits of each, as its own sources state them.
 
-Read in November 2026: vLLM 0.33.0, SGLang 0.5.23, LoRAX (main), llama.cpp's converter (as llama-cpp-python 0.3.36 ships
-it). An engine that only logs a warning and then serves without a part of the adapter counts as one that refuses it.
+They were read in November 2026: vLLM 0.33.0, SGLang 0.5.23, LoRAX (main), llama.cpp's converter (as llama-cpp-python
+0.3.36 ships it). An engine that only logs a warning and then serves without a part of the adapter counts as one that
+refuses it.
 """
 
 import os
@@ -33,16 +34,16 @@ FIELDS: Mapping[str, Any] = {
     "target_modules": str | tuple[str, ...] | None,
     "target_parameters": tuple[str, ...] | None,
 }
-"""The fields of ``adapter_config.json`` that are looked at, and their types; what PEFT adds to them may be anything."""
+"""The fields of ``adapter_config.json`` that are read, with their types; other fields of PEFT may hold anything."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank may be: MaxLoRARanks in vllm/config/lora.py."""
+"""The values that --max-lora-rank may have: MaxLoRARanks in vllm/config/lora.py."""
 
 SGLANG_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 SGLANG_FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 SGLANG_LAYERS = {"qkv_proj", "o_proj", "out_proj", "gate_up_proj", "down_proj", "in_proj", "embed_tokens", "lm_head"}
 SGLANG_LAYERS |= {"q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj"}
-"""The layers that it has buffers for: get_normalized_target_modules and get_hidden_dim in sglang/srt/lora/utils.py."""
+"""The layers that have buffers: get_normalized_target_modules and get_hidden_dim in sglang/srt/lora/utils.py."""
 
 
 A_AND_B = (".lora_A.weight", ".lora_B.weight")
@@ -53,7 +54,7 @@ class Lora:
     """A LoRA folder, as far as engines look at it.
 
     Attributes:
-        config: those of the `FIELDS` that ``adapter_config.json`` has.
+        config: the values of those `FIELDS` that ``adapter_config.json`` has.
         shapes: name → shape of each tensor in ``adapter_model.safetensors``.
     """
 
@@ -62,12 +63,12 @@ class Lora:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Layer → the rows of its A."""
+        """The rank of each layer: layer → rows of its A."""
         return {_layer(name): shape[0] for name, shape in self.shapes.items() if name.endswith(A_AND_B[0])}
 
     @property
     def others(self) -> list[str]:
-        """The tensors that are neither A nor B of a layer."""
+        """The names of the tensors that are neither A nor B of a layer."""
         return sorted(name for name in self.shapes if not re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", name))
 
 
@@ -76,10 +77,10 @@ Rule = Callable[[Lora], Iterator[str]]
 
 @dataclass(frozen=True)
 class Engine:
-    """What one engine refuses.
+    """One serving engine: what it refuses, and how it is started.
 
     Attributes:
-        version: of the sources that the rules come from.
+        version: the version of the sources that the rules come from.
         rules: each gives a sentence per reason to refuse: the field or tensor, the limit, and where the source is.
         command: how an adapter is served; `serving` fills it in.
     """
@@ -90,7 +91,7 @@ class Engine:
 
 
 def check(folder: str | os.PathLike) -> dict[str, tuple[str, ...]]:
-    """Engine → why it would not serve this LoRA folder as it is; nothing where it would.
+    """Return for each engine why it would not serve this LoRA folder as it is; no reason where it would.
 
     Raises:
         FileNotFoundError, CorruptFileError: see `read_lora`.
@@ -99,15 +100,15 @@ def check(folder: str | os.PathLike) -> dict[str, tuple[str, ...]]:
 
 
 def verdicts(lora: Lora) -> dict[str, tuple[str, ...]]:
-    """As `check`, of a folder that was read."""
+    """Return what `check` returns, for a folder that was read."""
     return {name: _reasons(engine, lora) for name, engine in ENGINES.items()}
 
 
 def serving(engine: str, folder: str | os.PathLike, lora: Lora) -> str:
-    """The command that serves a LoRA folder, in words of a POSIX shell.
+    """Return the command that serves a LoRA folder, quoted for a POSIX shell.
 
     Raises:
-        SpecError: no such engine.
+        SpecError: the engine is unknown.
     """
     name = lora.config.get("base_model_name_or_path") or "BASE"
     base, rank = _word(name), lora.config.get("r")
@@ -116,32 +117,33 @@ def serving(engine: str, folder: str | os.PathLike, lora: Lora) -> str:
 
 
 def refuse(lora: Lora, engine: str) -> None:
-    """Refuse what an engine would refuse.
+    """Raise an error for a folder that an engine would refuse.
 
     Raises:
         AdapterFileError: the engine would not serve it; the message has every reason.
-        SpecError: no such engine.
+        SpecError: the engine is unknown.
     """
     if reasons := _reasons(_engine(engine), lora):
         raise AdapterFileError(f"{engine} {_engine(engine).version} would not serve this export: {' '.join(reasons)}")
 
 
 def served_rank(engine: str, rank: int) -> int:
-    """The rank to export for an engine: for vLLM the next that it can be started with, else the same.
+    """Return the rank to export for an engine: for vLLM the next that it can be started with, else the same.
 
     Raises:
-        SpecError: no such engine.
+        SpecError: the engine is unknown.
     """
     allowed = VLLM_RANKS if engine == "vllm" else ()
     return next((each for each in allowed if each >= rank), rank) if _engine(engine) else rank
 
 
 def read_lora(folder: str | os.PathLike) -> Lora:
-    """What a LoRA folder holds; the values of its tensors are not read.
+    """Read what a LoRA folder holds, without the values of its tensors.
 
     Raises:
         FileNotFoundError: ``adapter_config.json`` or ``adapter_model.safetensors`` is missing.
-        CorruptFileError: one of them cannot be read, or a field or a factor is of another type or shape; by name.
+        CorruptFileError: one of them cannot be read, or a field or a factor has another type or shape; the error names
+            it.
     """
     config, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     with alone(folder, shared=True):
@@ -183,12 +185,12 @@ def _some(names: list[str]) -> str:
 
 
 def _short(name: str) -> str:
-    """A name from a file for a message: on one line, and without control characters."""
+    """Return a name from a file for a message: on one line, and without control characters."""
     return shown(name)[1:-1]
 
 
 def _word(text: str) -> str:
-    """One word of a shell, whatever the text is, and no option."""
+    """Return the text as one word of a shell that is never read as an option."""
     text = printable(text).replace("\n", "\\n")
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
@@ -256,14 +258,14 @@ def _no_rslora(lora: Lora) -> Iterator[str]:
 
 
 def _vllm_rank(lora: Lora) -> Iterator[str]:
-    """PEFTHelper.validate_legal in vllm/lora/peft_helper.py; MaxLoRARanks in vllm/config/lora.py."""
+    """Refuse ranks above the largest: PEFTHelper.validate_legal in vllm/lora/peft_helper.py."""
     largest = max([lora.config.get("r") or 0, *lora.ranks.values()])
     if largest > VLLM_RANKS[-1]:
         yield f"the rank is {shown(largest)}, the largest --max-lora-rank is {VLLM_RANKS[-1]}."
 
 
 def _vllm_names(lora: Lora) -> Iterator[str]:
-    """parse_fine_tuned_lora_name in vllm/lora/utils.py; PEFTHelper._validate_features."""
+    """Refuse other tensors: parse_fine_tuned_lora_name in vllm/lora/utils.py; PEFTHelper._validate_features."""
     head = r"\.(score|classifier)\.(weight|bias)$"
     if others := [name for name in lora.others if not re.search(head, name)]:
         yield (
@@ -273,7 +275,7 @@ def _vllm_names(lora: Lora) -> Iterator[str]:
 
 
 def _vllm_conv1d(lora: Lora) -> Iterator[str]:
-    """GPT2LMHeadModel in vllm/model_executor/models/gpt2.py has no SupportsLoRA."""
+    """Refuse GPT-2: GPT2LMHeadModel in vllm/model_executor/models/gpt2.py has no SupportsLoRA."""
     if lora.config.get("fan_in_fan_out"):
         yield "fan_in_fan_out is set: its GPT-2 takes no LoRA. Merge the adapter into a full checkpoint instead."
 
@@ -282,7 +284,7 @@ def _vllm_conv1d(lora: Lora) -> Iterator[str]:
 
 
 def _sglang_targets(lora: Lora) -> Iterator[str]:
-    """get_normalized_target_modules and get_hidden_dim in sglang/srt/lora/utils.py."""
+    """Refuse unknown layers: get_normalized_target_modules and get_hidden_dim in sglang/srt/lora/utils.py."""
     targets = lora.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield f"target_modules is {shown(targets)}, expected a list of names or 'all-linear'."
@@ -292,14 +294,14 @@ def _sglang_targets(lora: Lora) -> Iterator[str]:
 
 
 def _sglang_layers(lora: Lora) -> Iterator[str]:
-    """_process_weight in sglang/srt/lora/lora.py: a tensor's layer is the number after "layers."."""
+    """Refuse layers without a number: _process_weight in sglang/srt/lora/lora.py takes the number after "layers."."""
     lost = [n for n in lora.ranks if not re.search(r"layers\.\d+\.", n) and not re.search("embed_tokens|lm_head", n)]
     if lost:
         yield f"{_some(sorted(lost))}: dropped without a word, as it is in no numbered layer."
 
 
 def _sglang_fused(lora: Lora) -> Iterator[str]:
-    """normalize_qkv_proj and normalize_gate_up_proj in sglang/srt/lora/lora.py."""
+    """Refuse parts of fused layers: normalize_qkv_proj and normalize_gate_up_proj in sglang/srt/lora/lora.py."""
     blocks: dict[str, set[str]] = defaultdict(set)
     for layer in lora.ranks:
         parent, _, end = layer.rpartition(".")
@@ -318,7 +320,7 @@ def _sglang_fused(lora: Lora) -> Iterator[str]:
 
 
 def _lorax_every_layer(lora: Lora) -> Iterator[str]:
-    """LoraWeights.load in lorax_server/adapters/lora.py: a kind of layer that is missing anywhere is left out."""
+    """Refuse a kind of layer that is missing anywhere: LoraWeights.load in lorax_server/adapters/lora.py drops it."""
     layers: dict[str, set[int]] = defaultdict(set)
     for layer in lora.ranks:
         if match := re.match(r"(.*?)\.([0-9]{1,9})\.(.*)", layer):
@@ -335,7 +337,7 @@ def _lorax_every_layer(lora: Lora) -> Iterator[str]:
 
 
 def _llama_cpp_conv1d(lora: Lora) -> Iterator[str]:
-    """modify_tensors in conversion/gpt2.py transposes the weight, and with it B·A, which is not transposed."""
+    """Refuse GPT-2: modify_tensors in conversion/gpt2.py transposes the weight, and B·A with it."""
     if lora.config.get("fan_in_fan_out"):
         yield (
             "fan_in_fan_out is set: its converter turns GPT-2's weights round, and B·A with them. Merge the adapter "
@@ -349,7 +351,7 @@ def _llama_cpp_base(lora: Lora) -> Iterator[str]:
 
 
 def _llama_cpp_tied_head(lora: Lora) -> Iterator[str]:
-    """modify_tensors in convert_lora_to_gguf.py, and llama.cpp issue 9065."""
+    """Refuse an adapted head that is tied: modify_tensors in convert_lora_to_gguf.py, and llama.cpp issue 9065."""
     if not (base := lora.config.get("base_model_name_or_path")) or not any("lm_head" in layer for layer in lora.ranks):
         return
     if not os.path.isfile(path := os.path.join(base, "config.json")):

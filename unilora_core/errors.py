@@ -1,4 +1,4 @@
-"""The errors of unilora. Each message says where, what was expected, what came, and what to do."""
+"""The error classes of unilora. Each message says where, what was expected, what was found, and what to do."""
 
 __all__ = [
     "AdapterFileError",
@@ -14,11 +14,11 @@ __all__ = [
 
 
 LONGEST = 4000
-"""Characters of a message, of which the last 1,000 say what to do."""
+"""The largest length of a message in characters, of which the last 1,000 say what to do."""
 
 
 def printable(text: str) -> str:
-    """The text with every character that does not print as Python escapes it (``\\x1b``), lines kept.
+    """Return the text with each character that does not print escaped as Python does (``\\x1b``); lines are kept.
 
     Names and strings that come from a file end up in messages and on terminals, which act on control characters.
     """
@@ -36,15 +36,15 @@ class UniLoraError(Exception):
 
 
 class SpecError(UniLoraError, ValueError):
-    """A layout or a projection that cannot exist: d < 1, d > D, a repeated name, an unknown grouping."""
+    """A layout or a projection that cannot exist was asked for: d < 1, d > D, a repeated name, an unknown grouping."""
 
 
 class ValuesError(UniLoraError, ValueError):
-    """An array that does not fit: wrong shape, wrong dtype, NaN or infinity in θ_d."""
+    """An array does not fit: it has a wrong shape or dtype, or θ_d holds NaN or infinity."""
 
 
 class AdapterFileError(UniLoraError):
-    """An adapter file that cannot be used."""
+    """An adapter file cannot be used."""
 
 
 class CorruptFileError(AdapterFileError):
@@ -56,8 +56,8 @@ class UnknownVersionError(AdapterFileError):
 
 
 class MismatchError(UniLoraError):
-    """The file is whole, but belongs to another model: a missing module, another width, another head."""
+    """The file is whole, but belongs to another model: a module is missing, or a width or a head is another."""
 
 
 class TargetError(UniLoraError, ValueError):
-    """A module that cannot be adapted, or a choice of targets that reaches none."""
+    """A module cannot be adapted, or a choice of targets reaches none."""

@@ -1,9 +1,9 @@
-"""Writing files so that a reader, or a writer that is killed, sees each whole or not at all.
+"""Writing of files so that a reader sees each one whole or not at all, also when a writer is killed.
 
 What is new is written in a temporary folder beside its place, flushed to the disk, and renamed. The folder is locked by
-its writer while it lives, so that the next writer there can tell the leftovers of dead ones, and takes them away.
+its writer while it lives, so that the next writer there recognises the leftovers of dead ones, and removes them.
 
-What a file system lacks (permissions, locks, links, flushing, renaming) is done without: what is written stays.
+Where a file system lacks something (permissions, locks, links, flushing, renaming), writing goes on without it.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ __all__ = ["alone", "new_files", "new_folder", "try_files", "try_folder", "write
 PREFIX = ".unilora-"
 LEFTOVER = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{16}}")
 KEPT = "unilora-unplaced-"
-"""A folder of files that are whole, where they could not take their places."""
+"""The prefix of a folder that keeps whole files which could not take their places."""
 
 NOT_THERE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
-"""What a file system says of what it does not have, or does not allow."""
+"""The error numbers for what a file system does not have, or does not allow."""
 
 NO_RENAME = NOT_THERE | {errno.EXDEV, errno.EBUSY}
-"""The place may be a mounted file, which can only be written over."""
+"""The error numbers of a refused renaming: the place may be a mounted file, which can only be written over."""
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -45,18 +45,18 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_files(*paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
-    """Paths to write to in the ``with``; the files take the places of ``paths`` at its end, if no error ends it.
+    """Yield paths to write to; the files take the places of ``paths`` at the end of the ``with``, if no error ends it.
 
-    Several files belong together and appear together: the last one is what makes them whole, so, unless it stays the
-    same beside a single other, it is taken away before the first of the others changes, and comes last.
+    Several files belong together and appear together. The last one makes them whole: it is removed before the first of
+    the others changes, and placed last, unless it stays the same beside a single other.
 
     Args:
-        paths: where the files shall be; a symbolic link stays one, and what it points to is replaced. Who may read and
+        paths: the places of the files; a symbolic link stays one, and what it points to is replaced. Who may read and
             write an old file may do so with the new one, where the file system has permissions.
 
     Raises:
-        OSError: a file cannot be written; it names the path. The old files are as they were. Where only the last step
-            is refused, the new ones are kept, and it says where.
+        OSError: a file cannot be written; the error names the path. The old files are as they were. Where only the last
+            step is refused, the new files are kept, and the error says where.
     """
     places = [Path(os.path.realpath(path)) for path in paths]
     with contextlib.ExitStack() as stack, _naming(*paths):
@@ -71,7 +71,7 @@ def new_files(*paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
         with alone(places[-1].parent), _kept(*folders.values()):
             for file, place in pairs:
                 _like(place, file)
-                with contextlib.suppress(OSError):  # none there, or no links: else freeing it would take time below
+                with contextlib.suppress(OSError):  # kept until the end: freeing an old file here takes time
                     os.link(place, file.parent.with_name(f"old-{secrets.token_hex(8)}"))
             if len(others) > 1 or (others and not _same(*last)):
                 with _done_without(NO_RENAME):
@@ -82,15 +82,15 @@ def new_files(*paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
-    """A folder to fill in the ``with``; at its end, if no error ends it, it is what is at ``path``.
+    """Yield a folder to fill; at the end of the ``with``, if no error ends it, it takes the place ``path``.
 
-    A folder that is there stays the same one, as a mounted or the current one must: it is filled, with the file called
-    ``last`` at last, without which nobody takes it for whole.
+    An empty folder that is there stays the same one, as a mounted or the current one must: it is filled. The file
+    called ``last`` comes last; without it no reader takes the folder for whole.
 
     Raises:
         FileExistsError: ``path`` holds something.
-        OSError: something cannot be written; it names the path. ``path`` is as it was. Where only the last step is
-            refused, what was written is kept, and it says where.
+        OSError: something cannot be written; the error names the path. ``path`` is as it was. Where only the last step
+            is refused, what was written is kept, and the error says where.
     """
     _refuse_filled(path)
     place = Path(os.path.realpath(path))
@@ -104,17 +104,17 @@ def new_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
                 _flush(file)
         with alone(new.parent.parent), _kept(new):
             if there:
-                _refuse_filled(place)  # by another writer, meanwhile
+                _refuse_filled(place)  # another writer may have filled it meanwhile
                 _move_into(whole, place, last)
             else:
                 _move(whole, place, last)
 
 
 def try_files(*paths: str | os.PathLike) -> None:
-    """Refuse what `new_files` could not write, before the work that makes it; nothing stays.
+    """Refuse what `new_files` could not write, before the work that makes it; nothing stays on the disk.
 
     Raises:
-        OSError: in the place of a file is a folder or a device, or nothing can be written beside it.
+        OSError: a folder or a device is in the place of a file, or nothing can be written beside it.
     """
     with _naming(*paths):
         for place in (Path(os.path.realpath(path)) for path in paths):
@@ -124,7 +124,7 @@ def try_files(*paths: str | os.PathLike) -> None:
 
 
 def try_folder(path: str | os.PathLike) -> None:
-    """Refuse what `new_folder` could not make, before the work that fills it; nothing stays.
+    """Refuse what `new_folder` could not make, before the work that fills it; nothing stays on the disk.
 
     Raises:
         FileExistsError: ``path`` holds something.
@@ -137,7 +137,7 @@ def try_folder(path: str | os.PathLike) -> None:
 
 
 def _refuse_filled(path: str | os.PathLike) -> None:
-    """Refuse a folder that holds something, whatever made it, but what a file system or a killed writer left there.
+    """Refuse a folder that holds something, except what a file system or a killed writer left there.
 
     Raises:
         FileExistsError: ``path`` is a file, or a folder that is not empty.
@@ -156,9 +156,10 @@ def _nobodys(name: str) -> bool:
 
 @contextlib.contextmanager
 def _temporary(parent: Path) -> Iterator[Path]:
-    """A new folder in a new one in this one, locked and taken away at the end; those of killed writers go first.
+    """Yield a new folder inside a new locked one in ``parent``; both are removed at the end.
 
-    What is locked is the outer, so that files can be written in the inner by this module, too.
+    Folders of killed writers are removed first. The outer one is locked, so that this module can write files in the
+    inner one.
     """
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     parent.mkdir(parents=True, exist_ok=True)
@@ -181,17 +182,17 @@ def _temporary(parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone(folder: str | os.PathLike, shared: bool = False) -> Iterator[None]:
-    """No writer of this module changes the files of a folder during the ``with``.
+    """Keep writers of this module from changing the files of a folder during the ``with``.
 
     Args:
-        shared: for readers of several files that belong together; others may read, too.
+        shared: True for readers of several files that belong together; others may then read, too.
     """
     with _lock(Path(folder), shared=shared):
         yield
 
 
 def _tidy(folder: Path) -> None:
-    """Take away what writers that were killed left behind."""
+    """Remove what killed writers left behind."""
     for path in folder.glob(f"{PREFIX}*"):
         if LEFTOVER.fullmatch(path.name):
             with _lock(path, wait=False) as held:
@@ -201,7 +202,7 @@ def _tidy(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
-    """Holds the lock of a folder during the ``with``, and gives whether it could be had."""
+    """Hold the lock of a folder during the ``with``, and yield whether it could be had."""
     handle, held = None, False
     try:
         if fcntl is not None:
@@ -223,7 +224,7 @@ def _flush(file: Path) -> None:
 
 
 def _refuse_other(place: Path) -> None:
-    """Refuse a place that holds what is no file: as root one would put a file there instead."""
+    """Refuse a place that holds something other than a file: root would put a file there instead."""
     if place.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
     if place.exists() and not place.is_file():
@@ -238,7 +239,9 @@ def _like(old: Path, new: Path) -> None:
 
 
 def _move(written: Path, place: Path, last: str = "") -> None:
-    """Rename it; where that is refused, write it where it shall be, a folder file by file and the last one at last."""
+    """Rename a file or folder; where that is refused, write it in its place, a folder file by file, ``last`` at the
+    end.
+    """
     fresh = not place.exists()
     with _done_without(NO_RENAME):
         os.replace(written, place)
@@ -256,7 +259,7 @@ def _move(written: Path, place: Path, last: str = "") -> None:
 
 
 def _move_into(written: Path, place: Path, last: str) -> None:
-    """Move what one folder holds into another, which is empty, and back again if anything stops that."""
+    """Move the entries of one folder into another, which is empty, and back again if an error stops that."""
     entries = sorted(written.iterdir(), key=lambda entry: entry.name == last)
     try:
         for entry in entries:
@@ -277,7 +280,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _kept(*folders: Path) -> Iterator[None]:
-    """Where files that are whole cannot take their places, they stay beside them, and the error says where."""
+    """Keep whole files that cannot take their places beside them, and let the error say where."""
     try:
         yield
     except OSError as error:
@@ -294,7 +297,7 @@ def _kept(*folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _done_without(numbers: Collection[int]) -> Iterator[None]:
-    """Go on after an error of the operating system of one of these numbers."""
+    """Go on after an error of the operating system that has one of these numbers."""
     try:
         yield
     except OSError as error:
@@ -308,7 +311,7 @@ def _same(new: Path, old: Path) -> bool:
 
 @contextlib.contextmanager
 def _naming(*paths: str | os.PathLike) -> Iterator[None]:
-    """Errors of the operating system that name no file, or a temporary one, name the path that was asked for."""
+    """Make errors of the operating system that name no file, or a temporary one, name the path that was asked for."""
     try:
         yield
     except SafetensorError as error:

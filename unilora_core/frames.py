@@ -1,8 +1,8 @@
 """Frames: what the numbers of one target build, ΔW = F_k ⋯ F_1.
 
-A frame's *pieces* are cut out of θ_D; what else its chain needs is *frozen*, and follows from the seed or from the
-layer's weight. Beside a layer the chain is applied to x, factor by factor: ``for F in chain: x = linear(x, F)``.
-Every array may have a leading axis that counts experts.
+A frame's *pieces* are cut out of θ_D. All else that its chain needs is *frozen*: it follows from the seed or from the
+layer's weight. Beside a layer the chain is applied to x, factor by factor: ``for F in chain: x = linear(x, F)``. Every
+array may have a leading axis that counts experts.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +27,7 @@ Arrays = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Sizes:
-    """One target: its inputs, its outputs, and how many experts it stacks (0: none)."""
+    """The sizes of one target: its inputs, its outputs, and how many experts it stacks (0: none)."""
 
     in_features: int
     out_features: int
@@ -35,7 +35,7 @@ class Sizes:
 
     @property
     def stack(self) -> Shape:
-        """The leading axis of the experts, if there is one."""
+        """The shape of the leading axis of the experts, if there is one."""
         return (self.experts,) if self.experts else ()
 
 
@@ -48,19 +48,19 @@ class Frame:
     """A frame as data.
 
     Attributes:
-        version: which a file states.
-        names: of the pieces.
+        version: the version that a file states.
+        names: the names of the pieces.
         zero: the pieces that may start at zero: with ``start="identity"`` they are P(θ_d - θ_d⁰).
         pieces: (sizes, options) → name → shape, in the order of ``names``.
         chain: (pieces, frozen, options) → F_1 … F_k, in the order in which x meets them.
-        shared: the pieces that all targets of one size have in common.
-        frozen: (sizes, seed, options) → name → array, NumPy, where it follows from the seed.
-        of_weight: (weight (…, out, in), rank) → name → array, where it is made of the layer's weight; a file keeps it.
-        kept: (sizes, options) → name → shape, of what ``of_weight`` gives.
-        ranked: whether it has a rank, which is among the options then.
+        shared: the pieces that all targets of one size share.
+        frozen: (sizes, seed, options) → name → array, NumPy, for what follows from the seed.
+        of_weight: (weight (…, out, in), rank) → name → array, for what is made of the layer's weight; a file keeps it.
+        kept: (sizes, options) → name → shape of what ``of_weight`` gives.
+        ranked: whether it has a rank, which is then one of the options.
         dense: whether the chain is ΔW itself, which no plain LoRA holds.
-        rate: what LoRA's learning rate is multiplied by, whatever the map.
-        usual: a rank up to which a file is taken at its word, in narrow layers too.
+        rate: the factor on LoRA's learning rate, whatever the map.
+        usual: the rank up to which a file is trusted, in narrow layers too.
         options: name → default.
         source: where it was published.
     """
@@ -126,7 +126,7 @@ def _scaled_pieces(sizes: Sizes, options: Options) -> dict[str, Shape]:
 
 
 def _scaled_frozen(sizes: Sizes, seed: int, options: Options) -> dict[str, np.ndarray]:
-    """Kaiming-uniform A (r, in) and B (out, r), as VeRA draws them; targets of one width have them in common."""
+    """Draw Kaiming-uniform A (r, in) and B (out, r), as VeRA draws them; targets of one width share them."""
     rank = int(options["rank"])
     text = f"unilora/scaled/1 seed={seed} rank={rank}"
     return {
@@ -189,7 +189,7 @@ def _core_pieces(sizes: Sizes, options: Options) -> dict[str, Shape]:
 
 
 def _core_of_weight(weight: Array, rank: int) -> dict[str, Array]:
-    """V (r, in) and U·Σ (out, r) of the truncated singular value decomposition, in float32 or float64."""
+    """Compute V (r, in) and U·Σ (out, r) of the truncated singular value decomposition, in float32 or float64."""
     xp = array_namespace(weight)
     wide = weight if weight.dtype == xp.float64 else xp.astype(weight, xp.float32)
     U, S, V = xp.linalg.svd(wide, full_matrices=False)
@@ -240,7 +240,7 @@ def _spectrum_pieces(sizes: Sizes, options: Options) -> dict[str, Shape]:
 
 
 def _spectrum_frozen(sizes: Sizes, seed: int, options: Options) -> dict[str, np.ndarray]:
-    """Which coefficient an entry of the spectrum (out, in) holds, int32; where it holds none, ``frequencies``."""
+    """Draw which coefficient each entry of the spectrum (out, in) holds, int32; ``frequencies`` where it holds none."""
     n, size = int(options["frequencies"]), sizes.in_features * sizes.out_features
     places = groups("balanced", Problem(size, size, seed), 0, n, np)  # d = D: a permutation
     table = np.full(size, n, np.int32)
@@ -249,7 +249,7 @@ def _spectrum_frozen(sizes: Sizes, seed: int, options: Options) -> dict[str, np.
 
 
 def _spectrum_chain(pieces: Arrays, frozen: Arrays, options: Options) -> tuple[Array, ...]:
-    """scaling · Re IFFT2 of the spectrum."""
+    """Compute ΔW = scaling · Re IFFT2 of the spectrum."""
     c, places = pieces["c"], frozen["places"]
     xp = array_namespace(c)
     held = xp.concat([c, xp.zeros_like(c[..., :1])], axis=-1)
@@ -287,16 +287,16 @@ FRAMES: dict[str, Frame] = {
 
 
 def piece_names(frame: Frame, target: str, sizes: Sizes) -> dict[str, str]:
-    """Piece → its factor's name in the layout: ``target.piece``, or one for all targets of the same size."""
+    """Return each piece's name in the layout: ``target.piece``, or one name for all targets of the same size."""
     common = f"shared.{sizes.in_features}x{sizes.out_features}"
     return {piece: f"{common if piece in frame.shared else target}.{piece}" for piece in frame.names}
 
 
 def frame_layout(frame: Frame, targets: Iterable[tuple[str, Sizes]], options: Options) -> Layout:
-    """The factors of all targets, in order; shared ones where the first target needs them.
+    """Make the layout of all targets, in order; a shared factor stands where the first target needs it.
 
     Raises:
-        SpecError: a rank below 1, or an option that a target's size does not allow; it names the target.
+        SpecError: the rank is below 1, or a target's size does not allow an option; the error names the target.
     """
     if frame.ranked and not _at_least(1, options["rank"]):
         raise SpecError(f"expected rank ≥ 1, got {shown(options['rank'])}; LoRA ranks are usually 4 to 64.")

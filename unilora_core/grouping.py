@@ -1,7 +1,7 @@
 """Grouping: the group g(i) ∈ {0 … d-1} of each position i ∈ {0 … D-1}, an exact function of (seed, D, d, i).
 
-A grouping is part of the file format: what is written here never changes; another algorithm is another name.
-Reasons and statistics: ``docs/grouping.md``.
+A grouping is part of the file format: what is written here never changes; another algorithm gets another name.
+Reasons and statistics are in ``docs/grouping.md``.
 
 Arrays are int32 and wrap on overflow. Only operations are used that mean the same in NumPy, array-api-strict, PyTorch
 and JAX, also under ``jit`` and ``torch.compile``: ``+ - * ^ & <<``, ``>>`` followed by a mask, and ``//`` of
@@ -42,22 +42,23 @@ MAX_D = 2**48
 MAX_d = 2**31
 
 WORD = 2**31
-"""No segment is longer, so that every offset fits int32."""
+"""The largest length of a segment, so that every offset fits int32."""
 
 BLOCK = 2**16
-"""NumPy works on this many positions at a time: the temporaries stay in the L2 cache (2 to 3 times faster)."""
+"""The number of positions that NumPy takes at a time: the temporaries stay in the L2 cache (2 to 3 times faster)."""
 
 SHARE, THREADS = 2**20, 4
-"""Of a longer slice each thread takes so many positions in turn; more threads wait for Python's lock."""
+"""The positions that each thread takes in turn of a longer slice, and the number of threads; more would wait for
+Python's lock."""
 
 
 Kernel = Callable[[Array], Array]
-"""Positions in a segment, int32 of any shape → their groups."""
+"""A function from positions in a segment, int32 of any shape, to their groups."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a grouping depends on, and nothing else.
+    """All that a grouping depends on.
 
     Attributes:
         first_d: the d that the keys and the segments of ``balanced`` belong to; None for d itself.
@@ -97,15 +98,15 @@ class Permutation:
     before: tuple[int, ...] = ()
 
     def __call__(self, p: Array, xp: ModuleType, device: object = None) -> Array:
-        """π(p); p: (n,) int32 in {0 … size-1}."""
+        """Return π(p); p: (n,) int32 in {0 … size-1}."""
         return self._inside(self.network(p), self.outside, xp, device)
 
     def inverse(self, q: Array, xp: ModuleType, device: object = None) -> Array:
-        """π⁻¹(q); q: int32 of any shape in {0 … size-1}."""
+        """Return π⁻¹(q); q: int32 of any shape in {0 … size-1}."""
         return self._inside(self.backwards(q), self.before, xp, device)
 
     def _inside(self, y: Array, walked: tuple[int, ...], xp: ModuleType, device: object) -> Array:
-        """The end of the walk that has come to y."""
+        """Return where the walk that has come to y ends."""
         if not walked:
             return y
         over = y >= self.size
@@ -113,7 +114,7 @@ class Permutation:
         return xp.where(over, xp.take(ends, xp.where(over, y - self.size, 0 * y), axis=0), y)
 
     def network(self, p: Array) -> Array:
-        """The Feistel network itself, a permutation of {0 … a·b-1}."""
+        """Apply the Feistel network itself, a permutation of {0 … a·b-1}."""
         left = p // self.b
         right = p - left * self.b
         m, n = self.a, self.b
@@ -128,7 +129,7 @@ class Permutation:
         return left
 
     def backwards(self, y: Array) -> Array:
-        """The inverse of `network`: the same rounds from the last to the first."""
+        """Apply the inverse of `network`: the same rounds from the last to the first."""
         left = y // self.b
         right = y - left * self.b
         m, n = (self.a, self.b) if len(self.keys) % 2 else (self.b, self.a)
@@ -139,17 +140,17 @@ class Permutation:
 
 
 def _balanced_segment(problem: Problem) -> int:
-    """As many whole rounds of all d groups as fit a word: every segment but the last is exactly balanced.
+    """Return the length of a segment: as many whole rounds of all d groups as fit a word.
 
-    With ``first_d`` they are rounds of as many groups, so that π stays what it was; d groups of a multiple of it then
-    differ by at most one in each segment.
+    So every segment but the last is exactly balanced. With ``first_d`` they are rounds of that many groups, so that π
+    stays what it was; where d is a multiple of it, the groups then differ by at most one in each segment.
     """
     return min(problem.D, WORD // problem.keyed_d * problem.keyed_d)
 
 
 @functools.lru_cache(maxsize=64)
 def permutation(problem: Problem, segment: int) -> Permutation:
-    """The permutation of one segment of ``balanced``."""
+    """Return the permutation of one segment of ``balanced``."""
     longest = _balanced_segment(problem)
     size = min(longest, problem.D - segment * longest)
     a, b = _factor(size)
@@ -159,7 +160,7 @@ def permutation(problem: Problem, segment: int) -> Permutation:
 
 
 def _walked(step: Kernel, size: int, end: int) -> tuple[int, ...]:
-    """Where a walk by steps leads from each of {size … end-1}."""
+    """Return where a walk by steps leads from each of {size … end-1}."""
     points = step(np.arange(size, end, dtype=np.int32))
     for _ in range(points.size):  # a walk still outside after that is a cycle that no position inside leads to
         if not (over := points >= size).any():
@@ -169,7 +170,7 @@ def _walked(step: Kernel, size: int, end: int) -> tuple[int, ...]:
 
 
 def _factor(size: int) -> tuple[int, int]:
-    """(a, b), a·b ≥ size, a from ⌈√size⌉ upwards: the pair with the fewest points outside, the first of equals."""
+    """Return (a, b), a·b ≥ size, a from ⌈√size⌉ upwards: the pair with the fewest points outside, or the first."""
     root = math.isqrt(size - 1) + 1
     a = np.arange(root, min(2 * root, root + WINDOW), dtype=np.int64)
     b = -(-size // a)
@@ -185,13 +186,13 @@ def _balanced(problem: Problem, segment: int, xp: ModuleType, device: object) ->
 
 
 def _balanced_sizes(problem: Problem) -> list[int]:
-    """Of the segments."""
+    """Return the sizes of the segments."""
     whole, rest = divmod(problem.D, length := _balanced_segment(problem))
     return [length] * whole + [rest] * (rest > 0)
 
 
 def _balanced_counts(problem: Problem, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Of the groups start … stop-1."""
+    """Return the sizes of the groups start … stop-1."""
     groups = np.arange(start, problem.d if stop is None else stop)
     segments, rest = divmod(problem.D, length := _balanced_segment(problem))
     return segments * _even(length, problem.d, groups) + _even(rest, problem.d, groups)
@@ -203,17 +204,18 @@ def _even(size: int, d: int, groups: np.ndarray) -> np.ndarray:
 
 
 def wide(D: int, xp: ModuleType) -> Any:
-    """The integers that hold all positions of a θ_D, and D."""
+    """Return the integer dtype that holds all positions of a θ_D, and D."""
     return xp.int32 if D < WORD else xp.int64
 
 
 def members(problem: Problem, start: int, stop: int, xp: ModuleType, device: object = None) -> tuple[Array, Array]:
-    """The inverse of ``balanced``: where the members of each group start … stop-1 begin and end, and what they are.
+    """Compute the inverse of ``balanced``: the members of the groups start … stop-1, and where each group begins and
+    ends.
 
-    Those of group j are π⁻¹(j + k·d) for k = 0, 1, … in each segment, so nothing is sorted.
+    The members of group j are π⁻¹(j + k·d) for k = 0, 1, … in each segment, so nothing is sorted.
 
     Returns:
-        offsets (stop-start+1,) and positions, those of one group after those of another: int32, int64 if D ≥ 2^31.
+        offsets (stop-start+1,) and the positions of one group after those of another: int32, int64 if D ≥ 2^31.
     """
     xp, sizes = standard(xp), _balanced_sizes(problem)
     dtype = wide(problem.D, xp)
@@ -230,7 +232,7 @@ def members(problem: Problem, start: int, stop: int, xp: ModuleType, device: obj
 
 
 def _grid(problem: Problem, sizes: list[int], start: int, stop: int, xp: ModuleType, device: object) -> Array:
-    """The members of groups that have as many as each other in every segment."""
+    """Return the members of groups of which all have equally many in every segment."""
     length, columns, dtype = _balanced_segment(problem), [], wide(problem.D, xp)
     first = xp.reshape(_positions(start, stop - start, xp, device), (-1, 1))
     for segment, size in enumerate(sizes):
@@ -255,7 +257,7 @@ def _iid(problem: Problem, segment: int, xp: ModuleType, _device: object) -> Ker
 
 
 def _times_shifted(high: Array, low: Array, d: int, xp: ModuleType) -> Array:
-    """⌊(high·2^32 + low)·d / 2^64⌋ of two unsigned words, d ≤ 2^31."""
+    """Return ⌊(high·2^32 + low)·d / 2^64⌋ of two unsigned words, d ≤ 2^31."""
     top, middle = _multiply(high, d)
     carried = middle + _multiply(low, d)[0]
     carry = (carried ^ -WORD) < (middle ^ -WORD)  # an unsigned comparison: the 32-bit sum wrapped
@@ -263,7 +265,7 @@ def _times_shifted(high: Array, low: Array, d: int, xp: ModuleType) -> Array:
 
 
 def _multiply(word: Array, d: int) -> tuple[Array, Array]:
-    """The high and the low 32 bits of the unsigned product word·d, d ≤ 2^31, by 16-bit limbs."""
+    """Return the high and the low 32 bits of the unsigned product word·d, d ≤ 2^31, by 16-bit limbs."""
     w1, w0 = shift(word, 16), word & 0xFFFF
     d1, d0 = d >> 16, d & 0xFFFF
     low, cross_w, cross_d = w0 * d0, w1 * d0, w0 * d1
@@ -285,7 +287,7 @@ def _iid_counts(problem: Problem) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def _shuffled(problem: Problem) -> np.ndarray:
-    """All D groups: ⌊D/d⌋ of each, some at random once more, in the order of `numpy.random.Generator.shuffle`."""
+    """Return all D groups: ⌊D/d⌋ of each, some once more at random, shuffled by `numpy.random.Generator.shuffle`."""
     rng = np.random.default_rng(problem.seed)
     least, more = divmod(problem.D, problem.d)
     table = np.repeat(np.arange(problem.d, dtype=np.int32), least)
@@ -313,12 +315,12 @@ def _shuffle_counts(problem: Problem) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A grouping as data: its version, and how segments, groups and counts come about.
+    """A grouping as data: its version, and how segments, groups and counts are computed.
 
     Attributes:
         groups: (problem, segment, offset, n, xp, device) → the groups of n positions of a segment.
         kernel: (problem, segment, xp, device) → the function from positions to groups that a backend may compile; None
-            where a table stands instead.
+            where a table takes its place.
     """
 
     version: int
@@ -345,7 +347,7 @@ ALGORITHMS = {
 
 
 def groups(name: str, problem: Problem, start: int, stop: int, xp: ModuleType, device: object = None) -> Array:
-    """g(start) … g(stop-1): (stop-start,) int32 in the namespace ``xp``."""
+    """Return g(start) … g(stop-1): (stop-start,) int32 in the namespace ``xp``."""
     xp = standard(xp)
     algorithm = ALGORITHMS[name]
     length = algorithm.segment(problem)
@@ -364,7 +366,7 @@ def groups(name: str, problem: Problem, start: int, stop: int, xp: ModuleType, d
 
 
 def uniform(problem: Problem, bound: float) -> np.ndarray:
-    """(d,) float32, NumPy: U(-bound, bound) at 2^24 equidistant points, from Threefry under a key of its own."""
+    """Return U(-bound, bound) at 2^24 equidistant points: (d,) float32, NumPy, from Threefry under a key of its own."""
     key = _words("init", problem, 0)[:2]
     values = np.empty(problem.d, np.float32)
     for start in range(0, problem.d, BLOCK):
@@ -375,7 +377,7 @@ def uniform(problem: Problem, bound: float) -> np.ndarray:
 
 
 def counts(name: str, problem: Problem) -> np.ndarray:
-    """n_j, how many positions each group has: (d,) int64, NumPy."""
+    """Return n_j, how many positions each group has: (d,) int64, NumPy."""
     return ALGORITHMS[name].counts(problem)
 
 
@@ -402,13 +404,13 @@ def _positions(offset: int, n: int, xp: ModuleType, device: object) -> Array:
 
 
 def _words(name: str, problem: Problem, segment: int) -> tuple[int, ...]:
-    """Eight int32 keys: the SHA-256 of everything that a segment depends on, read as little-endian words."""
+    """Return eight int32 keys: the SHA-256 of everything that a segment depends on, read as little-endian words."""
     text = f"unilora/{name}/1 seed={problem.seed} D={problem.D} d={problem.keyed_d} segment={segment}"
     return keys(text)
 
 
 def _lowbias32(x: Array) -> Array:
-    """A bijection of 32-bit words with low avalanche bias (C. Wellons, hash-prospector, "lowbias32")."""
+    """Apply a bijection of 32-bit words with low avalanche bias (C. Wellons, hash-prospector, "lowbias32")."""
     x = x ^ shift(x, 16)
     x *= 0x7FEB352D
     x ^= shift(x, 15)
@@ -418,7 +420,7 @@ def _lowbias32(x: Array) -> Array:
 
 
 def _mod(x: Array, m: int) -> Array:
-    """x mod m, x ≥ 0 (NumPy divides by a constant much faster than it takes the remainder)."""
+    """Return x mod m, x ≥ 0 (NumPy divides by a constant much faster than it takes the remainder)."""
     multiple = x // m
     multiple *= m
     return x - multiple

@@ -1,4 +1,4 @@
-"""Everything that a file's header says beside its spec: which layers the factors belong to, and which base model.
+"""All that a file's header says beside its spec: which layers the factors belong to, and which base model.
 
 A file may come from anybody, so each entry has a schema. What it says of its base is a name, a class and a closed list
 of harmless settings; code, tokens, devices, quantisation and further paths are for the caller to give.
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 FROZEN = "frozen."
-"""What an extra tensor's name begins with that a frame made of a weight: ``frozen.TARGET.ARRAY``."""
+"""The prefix of the extra tensors that a frame made of a weight: ``frozen.TARGET.ARRAY``."""
 
 SETTINGS: Mapping[str, Any] = {
     **dict.fromkeys(("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "dropout"), float),
@@ -45,28 +45,28 @@ SETTINGS: Mapping[str, Any] = {
     "pad_token_id": int,
     "problem_type": Literal["multi_label_classification", "regression", "single_label_classification"],
 }
-"""The settings of a base model that a file may state, and their types: of timm's `create_model` and of transformers'
-`from_pretrained`."""
+"""The settings of a base model that a file may state, with their types: arguments of timm's `create_model` and of
+transformers' `from_pretrained`."""
 
 SIZES = {"depth": 64, "in_chans": 256, "img_size": 4096, "num_classes": 2**16, "num_labels": 2**16}
-"""What a setting that decides a model's size may be at most; ImageNet-21k has 21,841 classes."""
+"""The largest value of each setting that decides a model's size; ImageNet-21k has 21,841 classes."""
 
 
 ClassName = str | int | float | bool | None
-"""What transformers takes for the name of a class, or for its number."""
+"""The types that transformers takes for the name of a class, or for its number."""
 
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One target of a frame: of a pair, ``name.A`` (rank, in_features) and ``name.B`` (out_features, rank).
+    """One target of a frame; a pair has the factors ``name.A`` (rank, in_features) and ``name.B`` (out_features, rank).
 
     Attributes:
-        rank: 0 where the frame has none.
+        rank: the rank; 0 where the frame has none.
         module: the layer's name.
-        first_row: where the adapted outputs start in the layer's.
-        transposed: the weight is stored (in, out), as in transformers' Conv1D.
+        first_row: where the adapted outputs start among the layer's outputs.
+        transposed: whether the weight is stored (in, out), as in transformers' Conv1D.
         parameter: the name of the parameter inside ``module`` that B·A is added to; None for a layer.
-        experts: 0, or how many matrices the factors stack along a first axis.
+        experts: the number of matrices that the factors stack along a first axis; 0 for none.
     """
 
     name: str
@@ -82,15 +82,15 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What tells the base model apart, as the PyTorch backend writes it.
+    """The facts that identify a base model, as the PyTorch backend writes them.
 
     Attributes:
         kind: the name of its class.
         name: its name or path; None where it has none.
         embeddings: the shapes of its embeddings.
         values: some of its values, bfloat16 in base64.
-        ends: likewise, of the last rows of its embeddings; empty in older files.
-        fresh: some of the values of each weight that no checkpoint gave values, and that is not in the file, by name.
+        ends: some of the values in the last rows of its embeddings; empty in older files.
+        fresh: name → some of the values of each weight that comes from no checkpoint and is not in the file.
     """
 
     kind: str
@@ -103,13 +103,13 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class BaseArguments:
-    """How the command `unilora` built the base model.
+    """The arguments with which the command `unilora` built the base model.
 
     Attributes:
-        arguments: settings, of those in `SETTINGS` and others; see `Header.settings`.
-        pretrained: for timm: pretrained weights; else random ones, which ``seed`` fixes.
+        arguments: settings, among them those in `SETTINGS`; see `Header.settings`.
+        pretrained: for timm: whether the weights are pretrained; else they are random, and ``seed`` fixes them.
         checkpoint: for timm: the file that the weights came from.
-        seed: of whatever the base model leaves to chance, such as a new head; 0 ≤ seed < 2^64.
+        seed: the seed of all that is random in the base model, such as a new head; 0 ≤ seed < 2^64.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -120,18 +120,18 @@ class BaseArguments:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says beside its spec and its tensors.
+    """The contents of a file beside its spec and its tensors.
 
     Attributes:
         targets: which layer each pair of factors belongs to.
         modules_to_save: the modules that were trained in full.
-        base: what tells the base model apart; None where the file does not say.
+        base: what identifies the base model; None where the file does not say.
         base_model: its name or path; None likewise.
         base_class: its class in transformers; None likewise.
         task: what it does; None likewise.
         labels: the names of its classes, in the order of its outputs.
-        id2label, label2id: these fields of a config of transformers, where `labels` cannot say it; None likewise.
-        base_arguments: how it was built.
+        id2label, label2id: these fields of a config of transformers, where `labels` cannot hold them; None likewise.
+        base_arguments: how the base model was built.
         where: the file, for messages.
     """
 
@@ -148,13 +148,13 @@ class Header:
     label2id: dict[str, ClassName] | None = None
 
     def settings(self, given: Iterable[str] = ()) -> dict[str, Any]:
-        """The settings of the base model that the file states, but for those that the caller gives.
+        """Return the settings of the base model that the file states, without those that the caller gives.
 
         Args:
-            given: the names of what the caller gives by themselves: the file's value is left out.
+            given: the names that the caller gives a value for; the file's values are left out.
 
         Raises:
-            CorruptFileError: a setting that only the caller may give, or a value of another type or size.
+            CorruptFileError: only the caller may give a setting, or a value has another type or size.
         """
         said = {name: value for name, value in self.base_arguments.arguments.items() if name not in set(given)}
         if strange := sorted(said.keys() - SETTINGS.keys()):
@@ -167,22 +167,22 @@ class Header:
 
 
 Entry = tuple[str, str, int, bool] | tuple[str, str, int, bool, str]
-"""A target in the file: name, module, first row, transposed, and the parameter if it is one."""
+"""A target in the file: name, module, first row, transposed, and the parameter's name if it is one."""
 
 Sized = tuple[str, str, int, bool, str | None, int, int, int]
-"""A target of another frame, whose factors do not tell its sizes: as above, then inputs, outputs, experts."""
+"""A target of another frame, whose factors do not tell its sizes: the entries above, then inputs, outputs, experts."""
 
 
 def write_targets(rows: Iterable[Entry | Sized], modules_to_save: Iterable[str] = ()) -> dict[str, str]:
-    """The header's entries for the targets and the modules that were trained in full."""
+    """Return the header's entries for the targets and for the modules that were trained in full."""
     return {"targets": json.dumps([list(row) for row in rows]), "modules_to_save": json.dumps(list(modules_to_save))}
 
 
 def read_header(path: str | os.PathLike, file: AdapterFile) -> Header:
-    """What a file says; without an entry for the targets, there is one per pair of factors.
+    """Read what a file's header says; without an entry for the targets, there is one target per pair of factors.
 
     Raises:
-        CorruptFileError: an entry has another structure, or does not fit the layout; the message names it.
+        CorruptFileError: an entry has another structure, or does not fit the layout; the error names it.
     """
     said = file.metadata
 
@@ -214,7 +214,7 @@ def _targets(path: str | os.PathLike, file: AdapterFile) -> tuple[TargetRow, ...
 
 
 def _pairs(where: str, spec: ProjectionSpec, said: Any) -> tuple[TargetRow, ...]:
-    """The targets of pairs, whose shapes tell their sizes; each may have a rank of its own."""
+    """Return the targets of pairs, whose shapes tell their sizes; each may have a rank of its own."""
     shapes, entries = spec.layout.shapes, typed(tuple[Entry, ...] | None, said, where)
     names = [name.removesuffix(".A") for name in shapes if name.endswith(".A")]
     rows = []
@@ -230,7 +230,7 @@ def _pairs(where: str, spec: ProjectionSpec, said: Any) -> tuple[TargetRow, ...]
 
 
 def _sized(where: str, spec: ProjectionSpec, said: Any) -> tuple[TargetRow, ...]:
-    """The targets of any frame; the layout must be the one that the frame makes of them."""
+    """Return the targets of any other frame; the layout must be the one that the frame makes of them."""
     rank = int(spec.chosen.get("rank", 0))
     rows = []
     for name, module, first_row, transposed, parameter, *sizes in typed(tuple[Sized, ...], said, where):
@@ -259,7 +259,7 @@ def _row(
     transposed: bool,
     parameter: str | None = None,
 ) -> TargetRow:
-    """A (*experts, rank, in) and B (*experts, out, rank) with an entry of the header."""
+    """Make the target of A (*experts, rank, in) and B (*experts, out, rank) from an entry of the header."""
     most = 2 + (parameter is not None)
     if not 2 <= len(A) <= most or (*A[:-2], B[-2] if len(B) > 1 else 0, A[-2]) != B:
         raise CorruptFileError(f"{where}: the factors of {shown(name)} have the shapes {shown(A)} and {shown(B)}.")
@@ -283,9 +283,9 @@ def _setting(where: str, name: str, value: Any) -> Any:
 
 
 def write_identity(base: BaseIdentity | None) -> dict[str, str]:
-    """The header's entries for what tells the base model apart; empty for None.
+    """Return the header's entries for what identifies the base model; empty for None.
 
-    What older readers do not know is an entry of its own, which they pass by.
+    What older readers do not know is an entry of its own, which they skip.
     """
     if base is None:
         return {}
@@ -295,14 +295,14 @@ def write_identity(base: BaseIdentity | None) -> dict[str, str]:
 
 
 def read_identity(text: str, where: str, more: str | None = None) -> BaseIdentity:
-    """The entry ``base``, as the PyTorch backend writes it, and the entry ``base_more``.
+    """Read the entry ``base``, as the PyTorch backend writes it, and the entry ``base_more``.
 
     Raises:
         CorruptFileError: it has another structure.
     """
     said = typed(dict[str, Any], parse_json(text, where), where)
     rest = typed(dict[str, Any], parse_json(more, f"{where}_more"), f"{where}_more") if more is not None else {}
-    names = {"class": "kind", "kind": "class"}  # a keyword of Python
+    names = {"class": "kind", "kind": "class"}  # "class" is a keyword of Python
     identity = typed(BaseIdentity, {names.get(key, key): value for key, value in (said | rest).items()}, where)
     if not all(map(_in_pairs, (identity.values, identity.ends, *identity.fresh.values()))):
         raise CorruptFileError(f"{where}: its values are not pairs of bytes in base64.")

@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 class Layout:
     """An ordered list of named factor shapes.
 
-    As a dictionary of them it has a length, and its names are what it iterates over and what ``in`` looks for.
+    Like a dictionary it has a length; it iterates over the names, and ``in`` looks for a name.
     ``one + other`` has the factors of both; where D changes, so do all groups of a `ProjectionSpec`.
 
     Args:
@@ -38,7 +38,7 @@ class Layout:
             the factors of a linear layer ``m`` are ``("m.A", (r, in_features))`` and ``("m.B", (out_features, r))``.
 
     Raises:
-        SpecError: no factor, a repeated or empty name, a shape that is empty or has a size below 1.
+        SpecError: there is no factor, a name is repeated or empty, or a shape is empty or has a size below 1.
     """
 
     factors: tuple[tuple[str, Shape], ...]
@@ -61,7 +61,7 @@ class Layout:
         first = f"{shown(name)} {shown(shape)}" + (f" and {len(others)} more" if others else "")
         return f"Layout({first}, D = {self.size}, fingerprint {self.fingerprint[:12]})"
 
-    def __reduce__(self) -> tuple:  # without what is kept: views of mappings cannot be pickled
+    def __reduce__(self) -> tuple:  # without the cached properties: views of mappings cannot be pickled
         return Layout, (self.factors,)
 
     def __len__(self) -> int:
@@ -78,12 +78,12 @@ class Layout:
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
-        """Name → shape, in order; read-only."""
+        """The shapes of the factors, name → shape, in order; read-only."""
         return MappingProxyType(dict(self.factors))
 
     @cached_property
     def slices(self) -> Mapping[str, slice]:
-        """Name → its slice of θ_D, in order; read-only."""
+        """The slices of the factors in θ_D, name → slice, in order; read-only."""
         slices: dict[str, slice] = {}
         start = 0
         for name, shape in self.factors:
@@ -99,7 +99,7 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of names, shapes and their order: the identity of a layout across files and frameworks."""
+        """The SHA-256 (hex) of names, shapes and their order: the identity of a layout across files and frameworks."""
         return hashlib.sha256(json.dumps(self.to_json(), separators=(",", ":")).encode()).hexdigest()
 
     def split(self, theta_D: Array) -> dict[str, Array]:
@@ -109,7 +109,7 @@ class Layout:
             theta_D: (D,), any namespace.
 
         Returns:
-            Name → array of the factor's shape, in layout order (views where the namespace gives views).
+            Name → array in the factor's shape, in layout order (views where the namespace gives views).
 
         Raises:
             ValuesError: ``theta_D`` has another shape.
@@ -120,7 +120,7 @@ class Layout:
         return {name: xp.reshape(theta_D[self.slices[name]], shape) for name, shape in self.factors}
 
     def join(self, factors: Mapping[str, Array]) -> Array:
-        """The inverse of `split`: the factors, flattened in layout order, as one (D,) array.
+        """Join the factors, flattened in layout order, to one (D,) array: the inverse of `split`.
 
         Raises:
             ValuesError: a factor is missing, unknown, or has another shape.
@@ -137,12 +137,12 @@ class Layout:
         return xp.concat([xp.reshape(array, (-1,)) for array in arrays])
 
     def to_json(self) -> list[list]:
-        """``[[name, [sizes…]], …]``, ready for `json.dumps`."""
+        """Return ``[[name, [sizes…]], …]``, ready for `json.dumps`."""
         return [[name, list(shape)] for name, shape in self.factors]
 
     @classmethod
     def from_json(cls, data: object) -> "Layout":
-        """The inverse of `to_json`.
+        """Make the layout that `to_json` wrote.
 
         Raises:
             SpecError: ``data`` has another structure.
@@ -153,10 +153,10 @@ class Layout:
 
 
 def integer(value: object) -> int:
-    """A Python integer of an integer of any library.
+    """Return a Python integer from an integer of any library.
 
     Raises:
-        TypeError: it is none; True and False are truth values, and 1.0 is a measurement.
+        TypeError: the value is no integer; True and False are truth values, and 1.0 is a measurement.
     """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{value!r} is a truth value")
@@ -164,10 +164,10 @@ def integer(value: object) -> int:
 
 
 def number(value: object) -> float:
-    """A Python float of a real number, Python's or NumPy's; infinite where it is too large for one.
+    """Return a Python float from a real number of Python or NumPy; infinity where it is too large for a float.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is no real number.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{shown(value)} is no real number")

@@ -1,7 +1,8 @@
-"""The factors of plain LoRA, and what its folder holds, whichever framework computed A and B.
+"""The factors of plain LoRA and the contents of its folder, whichever framework computed A and B.
 
-Format: ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21 reads and writes them. Every layer has
-the same rank and alpha equals it, because few servers read PEFT's ``rank_pattern`` (see docs/serving.md).
+The format is
+``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT 0.21 reads and writes them. Every layer has the same
+rank and alpha equals it, because few servers read PEFT's ``rank_pattern`` (see docs/serving.md).
 """
 
 import os
@@ -24,24 +25,25 @@ __all__ = [
 ]
 
 USUAL = 64
-"""The largest of the ranks that LoRA is usually given, in narrow layers too."""
+"""The largest rank that LoRA is usually given, in narrow layers too."""
 
 BLOCKS = 4
-"""How many blocks of the largest rank one weight may have in a file; q, k and v are three."""
+"""The number of blocks of the largest rank that one weight may have in a file; q, k and v are three."""
 
 Block = tuple[np.ndarray, np.ndarray, int]
-"""A (r, in), B (out, r), and where its outputs start in the layer's."""
+"""A (r, in), B (out, r), and where their outputs start among the layer's outputs."""
 
 
 def lora_layout(layers: Iterable[tuple[str, int, int] | tuple[str, int, int, int]], rank: int) -> Layout:
-    """``name.A`` (rank, in_features) and ``name.B`` (out_features, rank) of each layer, in order.
+    """Make the layout of plain LoRA: ``name.A`` (rank, in_features) and ``name.B`` (out_features, rank) of each layer.
 
     Args:
-        layers: (name, in_features, out_features) of each; with a fourth number other than 0, so many matrices are
-            adapted as one: ``name.A`` is (number, rank, in_features), ``name.B`` (number, out_features, rank).
+        layers: (name, in_features, out_features) of each, in order; a fourth number other than 0 is the number of
+            matrices that are adapted as one: ``name.A`` is (number, rank, in_features), ``name.B`` (number,
+            out_features, rank).
 
     Raises:
-        SpecError: rank < 1.
+        SpecError: the rank is below 1.
     """
     if rank < 1:
         raise SpecError(f"expected rank ≥ 1, got {rank}; LoRA ranks are usually 4 to 64.")
@@ -54,8 +56,8 @@ def lora_layout(layers: Iterable[tuple[str, int, int] | tuple[str, int, int, int
 
 
 def largest_rank(in_features: int, out_features: int, usual: int = USUAL) -> int:
-    """The rank up to which a file is taken at its word: min(in, out), beyond which B·A gains nothing, or a usual rank
-    (a frame's ``usual``) where that is larger. So what a file makes of a model is bounded by the model.
+    """Return the rank up to which a file is trusted: min(in, out), beyond which B·A gains nothing, or a usual rank (a
+    frame's ``usual``) where that is larger. So the model bounds what a file makes of it.
     """
     return max(min(in_features, out_features), usual)
 
@@ -77,10 +79,10 @@ def check_rank(
 
 
 def join_blocks(blocks: Iterable[Block], height: int) -> tuple[np.ndarray, np.ndarray]:
-    """One LoRA for the blocks of one layer (q and v of a fused qkv): the rank is the sum of theirs.
+    """Join the blocks of one layer (q and v of a fused qkv) to one LoRA, whose rank is the sum of theirs.
 
     Args:
-        height: the layer's outputs.
+        height: the number of the layer's outputs.
 
     Returns:
         A (Σr, in) and B (height, Σr), zero outside the blocks.
@@ -97,17 +99,17 @@ def join_blocks(blocks: Iterable[Block], height: int) -> tuple[np.ndarray, np.nd
 def lora_state(
     blocks: Mapping[str, Sequence[Block]], heights: Mapping[str, int], rank: int | None = None
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors of ``adapter_model.safetensors``, and the rank that all have.
+    """Return the tensors of ``adapter_model.safetensors``, and the rank that all have.
 
-    Rows of zeros below A and columns of zeros beside B fill a smaller rank up; B·A stays the same.
+    A smaller rank is filled up with rows of zeros below A and columns of zeros beside B; B·A stays the same.
 
     Args:
         blocks: module → its blocks.
-        heights: module → its outputs.
-        rank: of every layer; by default the largest that one needs.
+        heights: module → the number of its outputs.
+        rank: the rank of every layer; by default the largest that one needs.
 
     Raises:
-        SpecError: a layer needs more than ``rank``.
+        SpecError: a layer needs a rank above ``rank``.
     """
     pairs = {module: join_blocks(parts, heights[module]) for module, parts in blocks.items()}
     needed = {module: A.shape[0] for module, (A, _) in pairs.items()}
@@ -124,7 +126,7 @@ def lora_state(
 
 
 def lora_names(module: str) -> tuple[str, str]:
-    """The names of A and B in ``adapter_model.safetensors``."""
+    """Return the names of A and B in ``adapter_model.safetensors``."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
@@ -136,14 +138,14 @@ def lora_config(
     fan_in_fan_out: bool = False,
     modules_to_save: Iterable[str] = (),
 ) -> dict:
-    """``adapter_config.json``. alpha equals r, so the scaling is 1.
+    """Make the contents of ``adapter_config.json``.
 
     Args:
-        modules: whole names of the layers; no ending selects others by accident.
-        rank: of every layer.
-        base_model: name or path of the base model.
-        fan_in_fan_out: weights are stored (in, out), as in transformers' Conv1D.
-        modules_to_save: modules stored in full.
+        modules: the whole names of the layers, so that no ending selects others by accident.
+        rank: the rank of every layer.
+        base_model: the name or path of the base model.
+        fan_in_fan_out: whether weights are stored (in, out), as in transformers' Conv1D.
+        modules_to_save: the modules that are stored in full.
     """
     return {
         "alpha_pattern": {},

@@ -1,4 +1,6 @@
-"""Methods by name: the paper's table, executable. Each is a frame and a map with its defaults: docs/framework.md."""
+"""Methods by name: the paper's table, executable. Each method is a frame and a map with its defaults:
+docs/framework.md.
+"""
 
 import dataclasses
 import difflib
@@ -27,9 +29,9 @@ class Method:
         frame: a name of `unilora_core.frames.FRAMES`.
         grouping: a name of `unilora_core.maps.MAPS`.
         start: see `ProjectionSpec`.
-        rank: the usual one; None where the frame has none.
+        rank: the usual rank; None where the frame has none.
         source: where it was published.
-        d: the usual one; None where it follows from the layout.
+        d: the usual d; None where it follows from the layout.
     """
 
     frame: str
@@ -41,20 +43,22 @@ class Method:
 
 
 class MethodOptions(TypedDict, total=False):
-    """What only some methods take, for editors and type checkers: docs/framework.md says which, and their defaults."""
+    """The options that only some methods take, for editors and type checkers: docs/framework.md says which, and their
+    defaults.
+    """
 
     initial: float
-    """Of VeRA's and Tied-LoRA's vectors u."""
+    """The initial value of VeRA's and Tied-LoRA's vectors u."""
     frequencies: int
-    """Of FourierFT, for each target."""
+    """The number of FourierFT's frequencies for each target."""
     scaling: float
-    """Of FourierFT."""
+    """The scaling of FourierFT's ΔW."""
     vectors: int
-    """In VB-LoRA's codebook."""
+    """The number of vectors in VB-LoRA's codebook."""
     length: int
-    """Of each of them."""
+    """The length of each vector in VB-LoRA's codebook."""
     topk: int
-    """How many of them are mixed."""
+    """The number of vectors that VB-LoRA mixes."""
 
 
 ARGUMENTS = (
@@ -71,7 +75,7 @@ ARGUMENTS = (
     "name",
     "groups",
 )
-"""What stands beside the options where a method is chosen: words that an unknown option may be meant for."""
+"""The arguments that stand beside the options where a method is chosen: a mistyped option may mean one of them."""
 
 METHODS: dict[str, Method] = {
     "uni-lora": Method("pair", "balanced", "identity", 16, "Uni-LoRA, arXiv 2506.00799"),
@@ -101,22 +105,22 @@ def plan_spec(
     bound: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ProjectionSpec:
-    """The spec of a method for these targets; what is None is the method's own.
+    """Make the spec of a method for these targets; an argument that is None takes the method's own value.
 
     Args:
-        targets: name and sizes of each.
-        rank: r; for a pair also a mapping from names of targets, or their endings (``"q_proj"``), to the rank of each,
-            of which the longest that fits counts.
+        targets: the name and the sizes of each.
+        rank: r; for a pair also a mapping from names of targets, or their endings (``"q_proj"``), to ranks. The longest
+            name or ending that fits counts.
         d: the number of trained values; ``"auto"``: the method's, which for Uni-LoRA is a sixteenth of the numbers that
             LoRA has at rank 4, whatever the rank, and where ΔW itself is made of them.
         grouping: another map for the method's frame, such as ``"iid"``, or ``"balanced"`` for VeRA's vectors.
-        bound: of θ_d⁰; by default `default_bound` for the identity start, else 0.02.
-        options: name → value, of the options of the frame and the map; the others are their defaults.
+        bound: the bound of θ_d⁰; by default `default_bound` for the identity start, else 0.02.
+        options: name → value of the options of the frame and the map; others keep their defaults.
 
     Raises:
-        SpecError: an unknown method (the nearest are named), an option that it does not take, a rank where there is
-            none or that no target gives reason for (`unilora_core.lora.largest_rank`), a d where it follows from the
-            method, or a field out of its range.
+        SpecError: the method is unknown (the error names the nearest), does not take an option, has no rank, or fixes d
+            itself; the rank is larger than every target gives reason for (`unilora_core.lora.largest_rank`); or a field
+            is out of its range.
     """
     defaults, chosen = _defaults(method, grouping), METHODS[method]
     grouping = chosen.grouping if grouping is None else grouping
@@ -155,10 +159,10 @@ def plan_spec(
 
 
 def check_options(method: str, options: Iterable[str], grouping: str | None = None) -> None:
-    """Refuse the names of options that a method does not take, before its layers are known.
+    """Refuse options that a method does not take, before its layers are known.
 
     Raises:
-        SpecError: an unknown method or grouping, or an option; the nearest names are said.
+        SpecError: a method, a grouping or an option is unknown; the error says the nearest names.
     """
     _named(method, _defaults(method, grouping), options)
 
@@ -174,7 +178,7 @@ def _defaults(method: str, grouping: str | None) -> dict[str, Option]:
 def _laid_out(
     form: Frame, targets: list[tuple[str, Sizes]], values: Options, rank: int | Mapping[str, int] | None
 ) -> Layout:
-    """The factors of all targets, whose rank is one for all, or each one's own, or none."""
+    """Make the layout of all targets, with one rank for all, one for each, or none."""
     if isinstance(rank, Mapping):
         ranks = _ranks([name for name, _ in targets], rank)
         parts = [_laid_out(form, [each], values, r) for each, r in zip(targets, ranks, strict=True)]
@@ -187,7 +191,7 @@ def _laid_out(
 
 
 def _ranks(names: list[str], said: Mapping[str, int]) -> list[int]:
-    """The rank of each target: what is said for its name, or for the longest of its endings that are said."""
+    """Return the rank of each target: the one given for its name, or for the longest of its endings that is given."""
     keys = [key for key in said if isinstance(key, str)]
     fitting = {name: [key for key in keys if name == key or name.endswith(f".{key}")] for name in names}
     if bare := [name for name, fits in fitting.items() if not fits]:
@@ -201,7 +205,9 @@ def _ranks(names: list[str], said: Mapping[str, int]) -> list[int]:
 
 
 def _check_rank(form: Frame, targets: list[tuple[str, Sizes]], rank: int, D: int) -> None:
-    """The widest target's bound for files: what is planned for layers of one width can be loaded for them."""
+    """Refuse a rank above the bound that files have for the widest target, so that what is planned for layers of one
+    width can be loaded for them.
+    """
     name, widest = max(targets, key=lambda each: min(each[1].in_features, each[1].out_features))
     most = largest_rank(widest.in_features, widest.out_features, form.usual)
     if rank > most:
@@ -213,7 +219,7 @@ def _check_rank(form: Frame, targets: list[tuple[str, Sizes]], rank: int, D: int
 
 
 def _values(method: str, defaults: Options, given: Mapping[str, Any]) -> dict[str, Option]:
-    """The value of each option."""
+    """Return the value of each option."""
     _named(method, defaults, given)
     return {name: option(name, given.get(name, default), default) for name, default in defaults.items()}
 
@@ -227,9 +233,9 @@ def _named(method: str, defaults: Options, names: Iterable[str]) -> None:
 
 
 def method_of(spec: ProjectionSpec) -> str | None:
-    """The name of the method that a spec's frame and map make; None where they make none of these.
+    """Return the name of the method that a spec's frame and map make; None where they make no known method.
 
-    A pair under any map with groups is Uni-LoRA: the paper's own text has ``"iid"``.
+    A pair under any map with groups is Uni-LoRA: the paper's own text uses ``"iid"``.
     """
     if spec.frame == "pair" and spec.map.groups is not None:
         return "uni-lora"

@@ -1,4 +1,6 @@
-"""θ_D = P θ_d and its transpose, for every map. Source: Uni-LoRA (arXiv 2506.00799), section 3."""
+"""The projection θ_D = P θ_d and its transpose, for every map. Source:
+Uni-LoRA (arXiv 2506.00799), section 3.
+"""
 
 from types import ModuleType
 
@@ -12,16 +14,17 @@ __all__ = ["project", "project_transpose"]
 
 
 def project(spec: ProjectionSpec, theta_d: Array) -> Array:
-    """The factors' numbers: θ_D = P θ_d (with ``start="identity"`` P (θ_d - θ_d⁰) in the factors that are shifted).
+    """Compute the factors' numbers θ_D = P θ_d (with ``start="identity"`` P (θ_d - θ_d⁰) in the factors that are
+    shifted).
 
     Args:
-        theta_d: (d,) floating point, any namespace. Narrower floats than float32 are computed in float32.
+        theta_d: (d,) floating point, any namespace. Floats narrower than float32 are computed in float32.
 
     Returns:
         θ_D: (D,), in the namespace, dtype and device of ``theta_d``; differentiable where the namespace is.
 
     Raises:
-        ValuesError: another shape or a dtype that is not floating point.
+        ValuesError: ``theta_d`` has another shape or a dtype that is not floating point.
     """
     xp, wide = _floating(theta_d, "project: theta_d", (spec.d,))
     where = device(theta_d)
@@ -35,9 +38,9 @@ def project(spec: ProjectionSpec, theta_d: Array) -> Array:
 
 
 def _joined(spec: ProjectionSpec, of: dict[bool, Array], frozen: Frozen) -> Array:
-    """θ_D of one vector for the factors that are shifted, and of another for the rest."""
+    """Compute θ_D from one vector in the factors that are shifted, and from another in the rest."""
     xp = array_namespace(of[True])
-    if spec.map.groups is not None:  # factor by factor, in the order of which the gradient's bits are
+    if spec.map.groups is not None:  # factor by factor: this order fixes the gradient's bits
         groups, counts = frozen
         narrow = scale(counts, xp, device(of[True]), of[True].dtype)
         of = {shifted: theta * narrow for shifted, theta in of.items()}
@@ -49,17 +52,17 @@ def _joined(spec: ProjectionSpec, of: dict[bool, Array], frozen: Frozen) -> Arra
 
 
 def project_transpose(spec: ProjectionSpec, y: Array) -> Array:
-    """Pᵀ y: what the gradient of a loss with respect to θ_D becomes for θ_d.
+    """Compute Pᵀ y, which turns the gradient of a loss with respect to θ_D into the gradient for θ_d.
 
     Args:
-        y: (D,) floating point, any namespace (of a gather: that `unilora_core.maps.gather.scatter_add` knows).
+        y: (D,) floating point, any namespace (for a gather: one that `unilora_core.maps.gather.scatter_add` knows).
 
     Returns:
-        (d,), in the namespace, dtype and device of ``y``.
+        Pᵀ y: (d,), in the namespace, dtype and device of ``y``.
 
     Raises:
         SpecError: the map is not linear.
-        ValuesError: another shape or a dtype that is not floating point.
+        ValuesError: ``y`` has another shape or a dtype that is not floating point.
     """
     if spec.map.transpose is None:
         raise SpecError(f"project_transpose: the grouping {spec.grouping!r} is not linear; differentiate project.")
@@ -69,7 +72,7 @@ def project_transpose(spec: ProjectionSpec, y: Array) -> Array:
 
 
 def _floating(x: Array, what: str, shape: tuple[int]) -> tuple[ModuleType, object]:
-    """The namespace of x and the float that it is computed in."""
+    """Return the namespace of x and the float dtype that it is computed in."""
     xp = array_namespace(x)
     if tuple(x.shape) != shape or not xp.isdtype(x.dtype, "real floating"):
         raise ValuesError(f"{what}: expected shape {shape} and a floating-point dtype, got {tuple(x.shape)} {x.dtype}.")

@@ -1,7 +1,7 @@
-"""Another d for the same function: θ_d grows where a small one has learned what it can, and shrinks where it may.
+"""Changes of d that keep the function: θ_d grows where a small one has learned what it can, and shrinks where it may.
 
 With g(i) = π(i) mod d each group of d is whole groups of a multiple of d, so P of the larger d makes every θ_D that P
-of the smaller makes. Growing keeps θ_D; shrinking is its least squares fit, which takes a growth back.
+of the smaller d makes. Growing keeps θ_D. Shrinking is its least squares fit, which undoes a growth.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ __all__ = ["carried", "grow", "grown", "moved", "resized", "shrink", "shrunk"]
 
 
 def grow(spec: ProjectionSpec, theta_d: Array, factor: int = 2) -> tuple[ProjectionSpec, Array]:
-    """The spec of ``factor`` times d, and its θ_d: the same θ_D but for rounding.
+    """Return the spec of ``factor`` times d, and its θ_d, which gives the same θ_D but for rounding.
 
     Args:
         theta_d: (d,) float32 or float64, any namespace.
 
     Raises:
-        SpecError: a map that does not nest, or a d past D; with the largest factor.
+        SpecError: the map does not nest, or the new d is past D; the error says the largest factor.
         ValuesError: ``theta_d`` has another shape or dtype.
     """
     after = grown(spec, factor)
@@ -34,13 +34,14 @@ def grow(spec: ProjectionSpec, theta_d: Array, factor: int = 2) -> tuple[Project
 
 
 def shrink(spec: ProjectionSpec, theta_d: Array, factor: int = 2) -> tuple[ProjectionSpec, Array]:
-    """The spec of d / ``factor``, and the θ_d whose θ_D is nearest to this one: each group's mean of what it joins.
+    """Return the spec of d / ``factor``, and the θ_d whose θ_D is nearest to this one: each group's mean of what it
+    joins.
 
     Args:
         theta_d: (d,) float32 or float64, any namespace.
 
     Raises:
-        SpecError: a map that does not nest, or a factor that does not divide d.
+        SpecError: the map does not nest, or ``factor`` does not divide d.
         ValuesError: ``theta_d`` has another shape or dtype.
     """
     after = shrunk(spec, factor)
@@ -48,7 +49,7 @@ def shrink(spec: ProjectionSpec, theta_d: Array, factor: int = 2) -> tuple[Proje
 
 
 def grown(spec: ProjectionSpec, factor: int = 2) -> ProjectionSpec:
-    """The spec of ``factor`` times d; see `grow`."""
+    """Return the spec of ``factor`` times d; see `grow`."""
     factor, limit = _factor("grow", factor), min(spec.D, MAX_d)
     if spec.map.nests is not None and spec.d * factor > limit:
         most = limit // spec.d
@@ -60,7 +61,7 @@ def grown(spec: ProjectionSpec, factor: int = 2) -> ProjectionSpec:
 
 
 def shrunk(spec: ProjectionSpec, factor: int = 2) -> ProjectionSpec:
-    """The spec of d / ``factor``; see `shrink`."""
+    """Return the spec of d / ``factor``; see `shrink`."""
     factor = _factor("shrink", factor)
     if spec.map.nests is not None and spec.d % factor:
         divisors = [str(each) for each in range(2, min(spec.d, 1000) + 1) if spec.d % each == 0]
@@ -72,10 +73,11 @@ def shrunk(spec: ProjectionSpec, factor: int = 2) -> ProjectionSpec:
 
 
 def resized(spec: ProjectionSpec, d: int, what: str = "resize") -> ProjectionSpec:
-    """The spec of another d, for ``what``; that with which training began has its own options again.
+    """Return the spec of another d; the d with which training began has its own options again.
 
     Raises:
-        SpecError: a map that does not nest, or a d of which neither it nor the first one is a multiple of the other.
+        SpecError: the map does not nest, or neither ``d`` nor the first d is a multiple of the other; the error names
+            ``what``.
     """
     if spec.map.nests is None:
         raise SpecError(f"{what}: {_no_nest(spec)}")
@@ -91,7 +93,7 @@ def resized(spec: ProjectionSpec, d: int, what: str = "resize") -> ProjectionSpe
 
 
 def moved(before: ProjectionSpec, after: ProjectionSpec, theta_d: Array) -> Array:
-    """θ_d of one spec as that of another d of it; with the identity start what was θ_d⁰ is exactly θ_d⁰ again.
+    """Carry θ_d of one spec to the same spec with another d; with the identity start, θ_d⁰ becomes exactly θ_d⁰ again.
 
     Raises:
         ValuesError: ``theta_d`` has another shape or dtype.
@@ -104,13 +106,13 @@ def moved(before: ProjectionSpec, after: ProjectionSpec, theta_d: Array) -> Arra
 
 
 def carried(before: ProjectionSpec, after: ProjectionSpec, x: Array, power: int = 1) -> Array:
-    """What else has a number for each of θ_d, such as an optimiser's state, for another d.
+    """Carry what else has a number for each of θ_d, such as an optimiser's state, to another d.
 
     Args:
         x: (d,) float32 or float64, any namespace.
-        power: 1 for what is linear in θ_d or in its gradient (Adam's first moment, momentum): as θ_d without its
-            start. 2 for mean squares (Adam's second moment): copied by a growth, averaged by a shrinking, since
-            a gradient's entry under P has the same mean square whatever d.
+        power: 1 for what is linear in θ_d or in its gradient (Adam's first moment, momentum): it changes as θ_d without
+            its start. 2 for mean squares (Adam's second moment): growing copies them, shrinking averages them, since a
+            gradient's entry under P has the same mean square whatever d.
 
     Returns:
         (d′,), in the namespace, dtype and device of ``x``.
@@ -142,7 +144,7 @@ def _no_nest(spec: ProjectionSpec) -> str:
 
 
 def _checked(spec: ProjectionSpec, x: Array) -> ModuleType:
-    """The namespace of an array that has a number for each of θ_d."""
+    """Return the namespace of an array that has a number for each of θ_d."""
     xp = array_namespace(x)
     if tuple(x.shape) != (spec.d,) or x.dtype not in (xp.float32, xp.float64):
         raise ValuesError(

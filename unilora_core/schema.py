@@ -23,10 +23,10 @@ SHORT.maxlist, SHORT.maxlevel = 16, 2
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. NaN and infinity pass, as in some a ``config.json``; `typed` refuses them.
+    """Return the value of a JSON text. NaN and infinity pass, as some ``config.json`` hold them; `typed` refuses them.
 
     Raises:
-        CorruptFileError: it is none, is nested too deeply to be read, says a name twice, or holds half a surrogate pair
+        CorruptFileError: the text is no JSON, is nested too deeply, says a name twice, or holds half a surrogate pair
             or a number of too many digits.
     """
     try:
@@ -39,10 +39,10 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         CorruptFileError: it holds no JSON object in UTF-8.
     """
     try:
@@ -57,16 +57,16 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """A value from JSON as the type that is declared for it.
+    """Return a value from JSON as the type that is declared for it.
 
     Args:
         kind: ``str``, ``int`` (no bool, no 1.0, below 2^64), ``float`` (finite; 1 becomes 1.0), ``bool``, ``None``,
             a `Literal`, a union, ``tuple[T, ...]`` or ``tuple[A, B]`` (from a list), ``dict[str, T]``, ``Any``, or
             a dataclass of such fields (from an object that has those without a default and no others).
-        where: for the message: the file, and the field in it.
+        where: the file and the field in it, for the message.
 
     Raises:
-        CorruptFileError: the value is of another type: where, what was expected and what was found.
+        CorruptFileError: the value has another type; the error says where, what was expected and what was found.
     """
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or (value is None and kind in (None, type(None))):
@@ -97,7 +97,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value for a message: short however large or deep it is, and without control characters."""
+    """Return a value as text for a message: short however large or deep it is, and without control characters."""
     try:
         return SHORT.repr(value)
     except ValueError:  # an integer of more digits than Python prints

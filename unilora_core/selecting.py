@@ -1,4 +1,4 @@
-"""Which layers are meant: patterns and endings for their names, and blocks of one weight that must lie apart."""
+"""The choice of layers: patterns and endings for their names, and blocks of one weight that must not overlap."""
 
 import itertools
 import re
@@ -13,10 +13,10 @@ Kind = TypeVar("Kind")
 
 
 def given(targets: Iterable[Any], kind: type[Kind]) -> tuple[Kind, ...]:
-    """The targets themselves, where they are made already; none where they are names.
+    """Return the targets that are made already; none where the targets are names.
 
     Raises:
-        TargetError: both in one.
+        TargetError: the list has both.
     """
     targets = tuple(targets)
     made = tuple(target for target in targets if isinstance(target, kind))
@@ -26,14 +26,14 @@ def given(targets: Iterable[Any], kind: type[Kind]) -> tuple[Kind, ...]:
 
 
 def matches(names: Iterable[str], pattern: str | Iterable[Any], separator: str = ".") -> bool:
-    """Whether a pattern means a layer, by one of its names.
+    """Say whether a pattern means a layer, by one of its names.
 
     Args:
-        names: of the layer; a regular expression is for the first, whole.
-        pattern: a regular expression, or a list of names or endings, which begin behind a ``separator``.
+        names: the names of the layer; a regular expression must match the whole first one.
+        pattern: a regular expression, or a list of names or endings; an ending starts after a ``separator``.
 
     Raises:
-        TargetError: it is no regular expression.
+        TargetError: the pattern is no regular expression.
     """
     names = tuple(names)
     if isinstance(pattern, str):
@@ -51,10 +51,10 @@ def check_apart(weight: str, blocks: Iterable[tuple[str, int, int]]) -> None:
     """Refuse blocks of one weight that overlap.
 
     Args:
-        blocks: name, first row, and how many rows.
+        blocks: (name, first row, number of rows) of each.
 
     Raises:
-        TargetError: with both names.
+        TargetError: two blocks overlap; the error has both names.
     """
     for (above, first, rows), (below, start, _) in itertools.pairwise(sorted(blocks, key=lambda block: block[1])):
         if start < first + rows:

@@ -33,7 +33,7 @@ FORMAT_VERSION = "1"
 THETA = "theta_d"
 
 SUMMED = 1e19
-"""About the root of what float32 holds: no sum of 2^31 such numbers is infinite."""
+"""The largest number whose sums are safe, about √(float32's maximum): a sum of 2^31 such numbers is not infinite."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +41,7 @@ class AdapterFile:
     """The contents of an adapter file.
 
     Attributes:
-        spec: what fixes P.
+        spec: the spec, which fixes P.
         theta_d: (d,) float32, NumPy.
         tensors: extra tensors by name, NumPy; usually the parameters of a trained head.
         metadata: extra strings by name, for whoever wrote the file (targets, base model, versions).
@@ -65,7 +65,7 @@ def save_adapter(
     tensors: Mapping[str, Array] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter, atomically: until the new file is whole, an old one at ``path`` stays as it is.
+    """Write an adapter file atomically: until the new file is whole, an old one at ``path`` stays as it is.
 
     Args:
         theta_d: (d,) real numbers, anything `numpy.asarray` takes; stored as float32.
@@ -73,9 +73,9 @@ def save_adapter(
         metadata: extra strings by name.
 
     Raises:
-        ValuesError: θ_d has another shape, or holds no real numbers, NaN or infinity, or an extra tensor does; an extra
-            name is taken, or what it names is no array of numbers, or no string.
-        OSError: the file cannot be written; it names the path.
+        ValuesError: θ_d has another shape or is not real; θ_d or an extra tensor holds NaN or infinity; an extra name
+            is taken, or names something that is no array of numbers or no string.
+        OSError: the file cannot be written; the error names the path.
     """
     if (kind := np.asarray(theta_d).dtype).kind in "bcOSU":
         raise ValuesError(f"save_adapter: {path}: expected theta_d of real numbers, got {kind}.")
@@ -104,7 +104,7 @@ def save_adapter(
 
 
 def load_adapter(path: str | os.PathLike) -> tuple[ProjectionSpec, np.ndarray]:
-    """The spec and θ_d ((d,) float32, NumPy) of an adapter file; see `read_adapter` for everything in it."""
+    """Return the spec and θ_d ((d,) float32, NumPy) of an adapter file; `read_adapter` returns everything in it."""
     file = read_adapter(path)
     return file.spec, file.theta_d
 
@@ -113,10 +113,10 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
     """Read and check an adapter file.
 
     Raises:
-        FileNotFoundError: no such file.
-        CorruptFileError: truncated, damaged, or not written by unilora.
-        AdapterFileError: an extra tensor in bfloat16, where ml_dtypes is not imported.
-        UnknownVersionError: a format or an algorithm that this version does not know.
+        FileNotFoundError: the file does not exist.
+        CorruptFileError: the file is truncated, damaged, or not written by unilora.
+        AdapterFileError: an extra tensor is bfloat16, and ml_dtypes is not imported.
+        UnknownVersionError: this version does not know the format or an algorithm.
         MismatchError: the layout in the file is not the one its fingerprint was made of.
         ValuesError: θ_d has another shape than the spec says, or holds NaN or infinity, or an extra tensor does.
     """
@@ -202,13 +202,13 @@ def _check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
 
 
 def _native(array: Array) -> np.ndarray:
-    """In C order and this machine's byte order, with which its checksum will be taken again."""
+    """Return the array in C order and in this machine's byte order, in which the reader takes its checksum."""
     array = np.asarray(array, order="C")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
-    """SHA-256 (hex) over the header and each tensor's name, dtype, shape and bytes, both in order of name."""
+    """Return the SHA-256 (hex) of the header and of each tensor's name, dtype, shape and bytes, in order of name."""
     digest = hashlib.sha256(json.dumps(sorted(header.items()), separators=(",", ":")).encode())
     for name, array in sorted(arrays.items()):
         digest.update(json.dumps([name, str(array.dtype), array.shape], separators=(",", ":")).encode())
@@ -217,7 +217,7 @@ def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> st
 
 
 def _in_order(data: bytes) -> bytes:
-    """The same file with its header fields in order of name, so that equal adapters are equal files.
+    """Return the same file with its header fields in order of name, so that equal adapters are equal files.
 
     safetensors writes its metadata in the order of a hash table, another one in each process.
     """

@@ -1,7 +1,7 @@
-"""ProjectionSpec: everything that fixes P, what its numbers build, and where training starts; P is not stored.
+"""ProjectionSpec: all that fixes P, what its numbers build, and where training starts; P itself is not stored.
 
 θ_D = P θ_d: for Uni-LoRA P ∈ R^{D×d} is one-hot by row at column g(i), column j is scaled by 1/√n_j, so PᵀP = I_d.
-Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1. Other maps: `unilora_core.maps`.
+Source: Uni-LoRA (arXiv 2506.00799), section 3 and theorem 1. Other maps are in `unilora_core.maps`.
 """
 
 import difflib
@@ -32,7 +32,8 @@ Function = TypeVar("Function", bound=Callable)
 STARTS = ("paper", "identity", "zero")
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 LARGEST_SUMMED = 2.0**60
-"""Sums and differences of 2^31 numbers of this size, two times over, are float32 numbers."""
+"""The largest number that may be summed: sums and differences of 2^31 such numbers, two times over, are float32
+numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,21 @@ class ProjectionSpec:
 
     Args:
         layout: the factors that θ_D holds.
-        d: trainable numbers, 1 ≤ d ≤ min(D, 2^31); for some maps there is one d only.
+        d: the number of trainable values, 1 ≤ d ≤ min(D, 2^31); for some maps there is one d only.
         seed: 0 ≤ seed < 2^64.
         grouping: the name of the map P. ``"balanced"`` (a keyed permutation: group sizes differ by at most one),
             ``"iid"`` (the paper's text: each position draws its group), ``"numpy-shuffle"`` (what PEFT ≥ 0.20
             generates), or another of `unilora_core.maps.MAPS`.
         start: ``"paper"``: the factors are θ_D = P θ_d, and B·A is not zero at the start. ``"identity"``: the factors
             that the frame lets start at zero (``*.B``) are P (θ_d - θ_d⁰), where θ_d⁰ = `init`, so that the adapted
-            model starts as the base. ``"zero"``: the same with θ_d⁰ = 0, for a frame all of whose factors may be zero.
+            model starts as the base. ``"zero"``: the same with θ_d⁰ = 0, for a frame whose factors may all be zero.
         bound: θ_d starts as U(-bound, bound).
         frame: what the factors of a target build: ``"pair"`` (A and B), or another of `unilora_core.frames.FRAMES`.
-        options: name → value, of the map's and the frame's options; the rank of every frame but a pair; ``first_d``
+        options: name → value of the map's and the frame's options; the rank, for every frame but a pair; ``first_d``
             where `unilora_core.resizing` has changed d.
 
     Raises:
-        SpecError: a field out of its range, with the range.
+        SpecError: a field is out of its range; the error says the range.
     """
 
     layout: Layout
@@ -99,12 +100,12 @@ class ProjectionSpec:
 
     @property
     def chosen(self) -> Options:
-        """Name → value of the options."""
+        """The options as a mapping, name → value."""
         return dict(self.options)
 
     @property
     def first(self) -> "ProjectionSpec":
-        """The spec with which training began: this one, unless its d is another by now."""
+        """The spec with which training began: this one, unless its d has changed since."""
         if FIRST_D not in self.chosen:
             return self
         return replace(
@@ -117,16 +118,16 @@ class ProjectionSpec:
         return self.map.version if self.map.nests is None or FIRST_D not in self.chosen else self.map.nests
 
     def shifted(self, factor: str) -> bool:
-        """Whether the numbers of this factor are P (θ_d - θ_d⁰), not P θ_d: the rule of the identity start."""
+        """Say whether the numbers of this factor are P (θ_d - θ_d⁰), not P θ_d: the rule of the identity start."""
         return self.start != "paper" and _piece(factor) in self.form.zero
 
     @property
     def D(self) -> int:
-        """The number of LoRA parameters."""
+        """D, the number of LoRA parameters."""
         return self.layout.size
 
     def groups(self, start: int = 0, stop: int | None = None, *, xp: ModuleType = np, device: object = None) -> Array:
-        """g(start) … g(stop-1), in time and memory of the slice (numpy-shuffle: of D).
+        """Return g(start) … g(stop-1), in time and memory of the slice (numpy-shuffle: of D).
 
         Args:
             start, stop: 0 ≤ start ≤ stop ≤ D; ``stop=None`` means D.
@@ -143,21 +144,22 @@ class ProjectionSpec:
         return _of_groups(self, self.map.groups)(self, start, stop, xp, device)
 
     def counts(self) -> np.ndarray:
-        """n_j, the size of each group: (d,) int64 in NumPy. Closed form for ``balanced``, else a pass over D.
+        """Return n_j, the size of each group: (d,) int64, NumPy. ``balanced`` has a closed form; other maps take a pass
+        over D.
 
         Raises:
-            SpecError: a map without groups.
+            SpecError: the map has no groups.
         """
         return _of_groups(self, self.map.counts)(self)
 
     def members(
         self, start: int = 0, stop: int | None = None, *, xp: ModuleType = np, device: object = None
     ) -> tuple[Array, Array]:
-        """The inverse of `groups`: which positions belong to each of the groups start … stop-1.
+        """Compute the inverse of `groups`: the positions that belong to each of the groups start … stop-1.
 
-        Those of ``balanced`` are computed in time and memory of the slice, in the order of the permutation; those of
-        other maps come of one stable sort of all D groups, in increasing order. A sum over members in their order has
-        the same bits in every namespace and on every device, which a scatter-add has not.
+        For ``balanced`` they are computed in time and memory of the slice, in the order of the permutation; for other
+        maps they come from one stable sort of all D groups, in increasing order. A sum over members in their order has
+        the same bits in every namespace and on every device, unlike a scatter-add.
 
         Args:
             start, stop: 0 ≤ start ≤ stop ≤ d; ``stop=None`` means d.
@@ -168,7 +170,7 @@ class ProjectionSpec:
             {0 … D-1}; both int32, or int64 where D ≥ 2^31.
 
         Raises:
-            SpecError: the slice lies outside {0 … d}; a map without groups; D ≥ 2^31 in a namespace without int64.
+            SpecError: the slice lies outside {0 … d}, the map has no groups, or D ≥ 2^31 in a namespace without int64.
         """
         stop = self.d if stop is None else stop
         _check_slice("members", start, stop, "d", self.d)
@@ -180,18 +182,19 @@ class ProjectionSpec:
         return _of_groups(self, self.map.members)(self, start, stop, xp, device)
 
     def scale(self, *, xp: ModuleType = np, device: object = None, dtype: object = None) -> Array:
-        """1/√n_j: (d,), computed in float64 and rounded once to ``dtype`` (default float32); 1 for an empty group.
+        """Return 1/√n_j: (d,), computed in float64 and rounded once to ``dtype`` (default float32); 1 for an empty
+        group.
 
         Raises:
-            SpecError: a map without groups.
+            SpecError: the map has no groups.
         """
         return scale(_of_groups(self, self.map.weighs)(self), xp, device, dtype)
 
     def init(self, *, xp: ModuleType = np, device: object = None) -> Array:
-        """θ_d⁰ ~ U(-bound, bound): (d,) float32, the same bits in every namespace (drawn in NumPy, then moved).
+        """Draw θ_d⁰ ~ U(-bound, bound): (d,) float32, the same bits in every namespace (drawn in NumPy, then moved).
 
-        It is 0 with ``start="zero"``, and what the map starts from where that is something else. Where d has changed,
-        it is that of `first`, changed as θ_d was.
+        It is 0 with ``start="zero"``; a map that has a start of its own gives that. Where d has changed, it is the θ_d⁰
+        of `first`, changed as θ_d was.
         """
         if self.start == "zero":
             values = np.zeros(self.d, np.float32)
@@ -205,7 +208,9 @@ class ProjectionSpec:
         return standard(xp).asarray(values, device=device)
 
     def to_json(self) -> dict:
-        """Every field, with the versions of map and frame, ready for `json.dumps`; a pair and no options go unsaid."""
+        """Return every field, with the versions of map and frame, ready for `json.dumps`; a pair and empty options are
+        left out.
+        """
         written = {
             "layout": self.layout.to_json(),
             "d": self.d,
@@ -221,18 +226,18 @@ class ProjectionSpec:
 
     @classmethod
     def from_json(cls, data: object) -> "ProjectionSpec":
-        """The inverse of `to_json`.
+        """Make the spec that `to_json` wrote.
 
         Raises:
             SpecError: a field is missing, unknown or out of range.
-            UnknownVersionError: the grouping, the frame, the version of one, or the start is not known to this version
-                of unilora, whatever other fields there are.
+            UnknownVersionError: this version of unilora does not know the grouping, the frame, the version of one, or
+                the start, whatever other fields there are.
         """
         return _read(data)
 
 
 def _read(data: object) -> ProjectionSpec:
-    """See `ProjectionSpec.from_json`."""
+    """Make the spec that a file states; see `ProjectionSpec.from_json`."""
     said = data if isinstance(data, dict) else {}
     _check_known("grouping", said, MAPS)
     _check_known("frame", said, FRAMES)
@@ -263,7 +268,7 @@ def _check_slice(what: str, start: int, stop: int, letter: str, size: int) -> No
 
 
 def _of_groups(spec: ProjectionSpec, function: Function | None) -> Function:
-    """What a map has where it has groups."""
+    """Return a function of a map, which must have groups."""
     if function is None:
         there = ", ".join(name for name, each in MAPS.items() if each.groups is not None)
         raise SpecError(
@@ -288,7 +293,7 @@ def _checked_bound(spec: ProjectionSpec) -> float:
 
 
 def _checked_options(spec: ProjectionSpec) -> tuple[tuple[str, Option], ...]:
-    """The options in order of name, each of the type of its default."""
+    """Return the options in order of name, each of the type of its default."""
     wanted = dict(spec.form.options) | dict(spec.map.options)
     if spec.form.ranked and spec.frame != "pair":
         wanted["rank"] = 1
@@ -330,10 +335,10 @@ def _check_start(spec: ProjectionSpec) -> None:
 
 
 def known(what: str, name: object, there: Iterable[str]) -> None:
-    """Refuse a name that is none of these; the nearest are listed.
+    """Refuse a name that is none of these; the error lists the nearest.
 
     Raises:
-        SpecError: with the names.
+        SpecError: the name is unknown.
     """
     there = list(there)
     if not isinstance(name, str) or name not in there:
@@ -365,10 +370,10 @@ def _versions(each: Map | Frame) -> tuple[int, ...]:
 
 
 def option(name: str, value: object, default: Option) -> Option:
-    """A positive number of the default's type.
+    """Return the value as a positive number of the default's type.
 
     Raises:
-        SpecError: it is none.
+        SpecError: the value is no such number.
     """
     try:
         found = integer(value) if isinstance(default, int) else number(value)
@@ -381,14 +386,14 @@ def option(name: str, value: object, default: Option) -> Option:
 
 
 def _piece(factor: str) -> str:
-    """What follows the last dot; of a name without one, nothing."""
+    """Return what follows the last dot of a name; nothing where there is no dot."""
     _, dot, piece = factor.rpartition(".")
     return piece if dot else ""
 
 
 @dataclass
 class _Fields:
-    """What `ProjectionSpec.to_json` writes."""
+    """The fields that `ProjectionSpec.to_json` writes."""
 
     layout: tuple[tuple[str, tuple[int, ...]], ...]
     d: int

@@ -1,8 +1,10 @@
 """VB-LoRA: every factor is cut into sub-vectors, each a mixture of the top k of a learned codebook.
 
 θ_d holds the codebook (vectors, length) and the logits (D / length, vectors). The mixture weights are learned, so the
-map is not linear: it has no transpose, and no start at which an update of it is zero.
-Source: VB-LoRA (arXiv 2405.15179); defaults and starts as in PEFT 0.21.
+map is not linear: it has no transpose, and no start at which its update is zero.
+
+Source: VB-LoRA (arXiv 2405.15179);
+defaults and starts as in PEFT 0.21.
 """
 
 import functools
@@ -23,11 +25,12 @@ __all__ = ["CODEBOOK"]
 MOST = 2**31
 
 ENTRIES = 2**20
-"""So many numbers of the vectors that are mixed at a time: a file may ask for as many vectors as it has logits."""
+"""The number of vector entries that are mixed at a time: a file may ask for as many vectors as it has logits."""
 
 RATE = 2.5
-"""VB-LoRA trains its codebook at 1e-3 and its logits at 1e-2 where LoRA has 4e-4 (arXiv 2405.15179, table 9): 2.5 and
-25 times as much. θ_d has one rate, the codebook's; at 10 the loss rose again within 60 steps."""
+"""The factor on LoRA's learning rate. VB-LoRA trains its codebook at 1e-3 and its logits at 1e-2 where LoRA has 4e-4
+(arXiv 2405.15179, table 9): 2.5 and 25 times as much. θ_d has one rate, the codebook's; at 10 the loss rose again
+within 60 steps."""
 
 
 def _width(layout: Layout, options: Options) -> int:
@@ -68,7 +71,7 @@ def _project(of: Instance, theta: Array, _: Frozen, start: int, stop: int) -> Ar
 
 
 def _mixed(codebook: Array, chosen: Array, weights: Array) -> Array:
-    """The mixtures (n, length) of vectors of the codebook, ``chosen`` and weighed (n, k); some of k at a time."""
+    """Compute the mixtures (n, length) of codebook vectors, ``chosen`` and weighed (n, k); some of k at a time."""
     xp = array_namespace(codebook)
     n, topk = chosen.shape
     length = codebook.shape[1]
@@ -83,7 +86,7 @@ def _mixed(codebook: Array, chosen: Array, weights: Array) -> Array:
 
 
 def _start(of: Instance) -> np.ndarray:
-    """The codebook U(-0.02, 0.02), the logits N(0, 0.01)."""
+    """Draw θ_d⁰: the codebook from U(-0.02, 0.02), the logits from N(0, 0.01)."""
     size = int(of.chosen["vectors"] * of.chosen["length"])
     text = f"unilora/codebook/1 seed={of.seed} d={of.d}"
     codebook = draws.uniform(f"{text} codebook", (size,), 0.02)

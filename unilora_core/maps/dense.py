@@ -19,7 +19,7 @@ __all__ = ["FASTFOOD", "GAUSSIAN", "hadamard"]
 
 MOST = 2**31
 ENTRIES = 2**19
-"""So many numbers of a Gaussian P at a time."""
+"""The number of entries of a Gaussian P that are made at a time."""
 
 
 def _check(of: Instance) -> None:
@@ -33,7 +33,7 @@ def _check(of: Instance) -> None:
 
 
 def _rows(of: Instance, start: Array | int, n: int, xp: ModuleType, where: object) -> Array:
-    """n rows of P from ``start`` on, (n, d) float32: the counter of an entry is (row, column // 2)."""
+    """Draw n rows of P from ``start`` on, (n, d) float32: the counter of an entry is (row, column // 2)."""
     key = draws.keys(f"unilora/gaussian/1 seed={of.seed} D={of.D} d={of.d}")[:2]
     row = xp.reshape(xp.arange(n, dtype=xp.int32, device=where) + start, (-1, 1))
     column = xp.reshape(xp.arange(-(-of.d // 2), dtype=xp.int32, device=where), (1, -1))
@@ -68,9 +68,9 @@ def _side(of: Instance) -> int:
 
 
 def _fastfood_frozen(of: Instance, xp: ModuleType, where: object) -> Frozen:
-    """B and G (k, n) float32, Π and its inverse (k·n,) int32, for k blocks. The mean square of a block's G is 1.
+    """Draw B and G (k, n) float32, Π and its inverse (k·n,) int32, for k blocks. The mean square of a block's G is 1.
 
-    The original's last matrix S gives rows the lengths of Gaussian ones; a projection needs no such lengths.
+    The original Fastfood's last matrix S gives rows the lengths of Gaussian ones; a projection needs no such lengths.
     """
     n = _side(of)
     k = -(-of.D // n)
@@ -108,7 +108,7 @@ def _fastfood_transpose(of: Instance, y: Array, frozen: Frozen, start: int) -> A
 
 
 def _of_blocks(frozen: Frozen, first: int, last: int, n: int, dtype: object) -> Frozen:
-    """B, G, Π and its inverse of the blocks first … last-1, numbered from the first of them."""
+    """Return B, G, Π and its inverse of the blocks first … last-1, numbered from the first of them."""
     B, G, *tables = frozen
     xp = array_namespace(B)
     signs, scales = (xp.astype(array[first:last, :], dtype) for array in (B, G))
@@ -116,8 +116,8 @@ def _of_blocks(frozen: Frozen, first: int, last: int, n: int, dtype: object) -> 
 
 
 def hadamard(x: Array, xp: ModuleType) -> Array:
-    """x·H/√n for each row of x (k, n), n a power of 2: log2 n passes, each puts the sums of neighbours before their
-    differences, so that all passes have one shape and a compiler sees one.
+    """Compute x·H/√n for each row of x (k, n), n a power of 2. Each of log2 n passes puts the sums of neighbours before
+    their differences, so that all passes have one shape and a compiler sees one.
     """
     k, n = x.shape
     for _ in range(n.bit_length() - 1):

@@ -2,8 +2,8 @@
 
 Scaling θ_d first gives the same bits as scaling θ_D, D/d times cheaper. Pᵀ is a scatter-add, which the Array API
 standard lacks (2025.12), so `scatter_add` names its source in each namespace.
-Source: Uni-LoRA (arXiv 2506.00799), section 3, and its ablations: columns of each target's own (not global), of each
-kind of factor's own (not uniform), columns that are not divided by √n_j (not isometric).
+Source: Uni-LoRA (arXiv 2506.00799), section 3, and its ablations: each target has columns of its own (not global), each
+kind of factor has columns of its own (not uniform), columns are not divided by √n_j (not isometric).
 """
 
 import hashlib
@@ -24,29 +24,32 @@ from unilora_core.schema import shown
 __all__ = ["GATHERS", "IDENTITY", "Class", "carried", "problem_of", "scale", "scatter_add", "sixteenth", "theta_rate"]
 
 RATIO = 16
-"""D/d by default: a sixteenth of LoRA's parameters."""
+"""The default D/d: θ_d has a sixteenth of LoRA's parameters."""
 
 SHRUNK = 2**12
-"""θ_d⁰ of the first d is drawn where d is a part of it: a file of few numbers cannot ask for any number of them."""
+"""The largest ratio of the first d to d: θ_d⁰ of the first d is drawn, and a file of few numbers must not ask for any
+number of them."""
 
 Groups = Callable[[Instance, int, int, ModuleType, object], Array]
 Counts = Callable[[Instance], np.ndarray]
 Split = Callable[[Iterable[str]], list[list[str]]]
-"""Names of factors → classes of them."""
+"""A function from names of factors to classes of them."""
 
 
 def sixteenth(layout: Layout, _options: Options) -> int:
-    """d for ``d="auto"``."""
+    """Return the d of ``d="auto"``."""
     return max(1, round(layout.size / RATIO))
 
 
 def theta_rate(of: Instance) -> float:
-    """(D/d)^¾, between √(D/d), by which entries move, and D/d, by which the loss falls. Evidence: docs/method.md."""
+    """Return (D/d)^¾, between √(D/d), by which entries move, and D/d, by which the loss falls. The evidence is in
+    docs/method.md.
+    """
     return (of.D / of.d) ** 0.75
 
 
 def scale(counts: np.ndarray, xp: ModuleType, where: object = None, dtype: object = None) -> Array:
-    """1/√n_j: (d,), computed in float64 and rounded once to ``dtype`` (default float32); 1 for an empty group."""
+    """Return 1/√n_j: (d,), computed in float64, rounded once to ``dtype`` (default float32); 1 for an empty group."""
     xp = standard(xp)
     exact = 1 / np.sqrt(np.maximum(counts, 1))
     narrow = exact if dtype == xp.float64 else exact.astype(np.float32)
@@ -54,14 +57,14 @@ def scale(counts: np.ndarray, xp: ModuleType, where: object = None, dtype: objec
 
 
 def scatter_add(y: Array, groups: Array, d: int, xp: ModuleType) -> Array:
-    """Σ of y over each group: (d,).
+    """Sum y over each group: (d,).
 
     PyTorch: `index_add_` (in order on the CPU; atomic on CUDA unless `torch.use_deterministic_algorithms(True)`).
     JAX: `.at[].add`, XLA's scatter. NumPy and every other namespace: `numpy.bincount` on the host, in order of
     position, summed in float64.
 
     Raises:
-        ValuesError: another namespace, whose arrays NumPy cannot read.
+        ValuesError: NumPy cannot read the arrays of this namespace.
     """
     if is_torch_array(y):
         return xp.zeros(d, dtype=y.dtype, device=device(y)).index_add(0, groups, y)
@@ -77,7 +80,7 @@ def _on_host(x: Array) -> np.ndarray:
         host = np.asarray(x)
         if host.shape == tuple(x.shape) and host.dtype.kind in "fiu":
             return host
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own error
         why = f"{type(error).__name__}: {error}"
     raise ValuesError(
         f"project_transpose: arrays of {type(x).__module__.partition('.')[0]} do not become NumPy arrays ({why}), and "
@@ -87,13 +90,13 @@ def _on_host(x: Array) -> np.ndarray:
 
 
 def carried(x: Array, before: np.ndarray, after: np.ndarray, power: int = 1) -> Array:
-    """What x, a number for each group, is where the groups were split, or were joined again: g mod d is kept.
+    """Carry x, a number for each group, to groups that were split, or were joined again: g mod d is kept.
 
     Args:
         x: (d,) float32 or float64, any namespace.
-        before, after: n_j of each, (d,) and (d′,) int64, NumPy, none 0; one length is a multiple of the other.
+        before, after: the n_j, (d,) and (d′,) int64, NumPy, none 0; one length is a multiple of the other.
         power: 1 for what is linear in θ_d: a split copies it, times √(n′/n), so that θ_D stays; joining is the least
-            squares fit, which takes a split back. 2 for mean squares of such numbers: a split copies them, since a
+            squares fit, which undoes a split. 2 for mean squares of such numbers: a split copies them, since a
             gradient's entry under P has the same mean square whatever d; joining is the mean, by n.
 
     Returns:
@@ -111,7 +114,7 @@ def carried(x: Array, before: np.ndarray, after: np.ndarray, power: int = 1) -> 
 
 
 def _frozen(of: Instance, xp: ModuleType, where: object, *, groups: Groups, counts: Counts) -> Frozen:
-    """g (D,) int32, and n_j (d,) in NumPy, of which each dtype makes its own scale."""
+    """Return g (D,) int32, and n_j (d,) in NumPy, of which each dtype makes its own scale."""
     return groups(of, 0, of.D, xp, where), counts(of)
 
 
@@ -131,7 +134,7 @@ def _transpose(of: Instance, y: Array, frozen: Frozen, start: int) -> Array:
 def _sorted_members(
     of: Instance, start: int, stop: int, xp: ModuleType, where: object, *, groups: Groups, counts: Counts
 ) -> tuple[Array, Array]:
-    """By one stable sort of all D groups, which is kept."""
+    """Return the members of each group by one stable sort of all D groups, which is kept."""
     ends = np.concatenate([[0], np.cumsum(counts(of))])[start : stop + 1]
     positions = _ordered(of, groups)[ends[0] : ends[-1]].copy()  # what is kept is not given away
     xp = standard(xp)
@@ -141,7 +144,7 @@ def _sorted_members(
 
 @lru_cache(maxsize=2)
 def _ordered(of: Instance, groups: Groups) -> np.ndarray:
-    """All D positions by group."""
+    """Return all D positions in order of their groups."""
     return np.argsort(groups(of, 0, of.D, np, None), kind="stable").astype(grouping.wide(of.D, np))
 
 
@@ -149,7 +152,7 @@ def _ordered(of: Instance, groups: Groups) -> np.ndarray:
 
 
 def problem_of(of: Instance) -> grouping.Problem:
-    """What one grouping for all positions depends on."""
+    """Return what one grouping for all positions depends on."""
     first_d = of.chosen.get(FIRST_D)
     return grouping.Problem(of.D, of.d, of.seed, None if first_d is None else int(first_d))
 
@@ -183,7 +186,7 @@ def _check_shuffle(of: Instance) -> None:
 
 
 def _gather(version: int, groups: Groups, counts: Counts, check: Callable[[Instance], None], weighs: Counts) -> Map:
-    """``weighs``: what takes the place of n_j in 1/√n_j."""
+    """Make the map of a gather; ``weighs`` gives what takes the place of n_j in 1/√n_j."""
     return Map(
         version=version,
         width=sixteenth,
@@ -217,12 +220,12 @@ def _whole(name: str) -> Map:
 
 @dataclass(frozen=True)
 class Class:
-    """Factors that share columns: `balanced` numbers their positions one after the other.
+    """A class of factors that share columns: `balanced` numbers their positions one after the other.
 
     Attributes:
-        slices: of θ_D, in order.
+        slices: its slices of θ_D, in order.
         first: its first column.
-        problem: as many positions as the slices have, and its columns.
+        problem: the grouping of its positions into its columns.
     """
 
     slices: tuple[slice, ...]
@@ -246,7 +249,7 @@ def _by(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
 
 
 def _classes(of: Instance, split: Split, even: bool) -> tuple[Class, ...]:
-    """The classes, their columns in proportion to their positions (``even``), or to 1, 2, … so that it is not."""
+    """Return the classes, with columns in proportion to their positions (``even``), or to 1, 2, …, which is uneven."""
     return _cached_classes(of.layout, of.d, of.seed, split, even)
 
 
@@ -273,7 +276,7 @@ def _derived(seed: int, k: int) -> int:
 
 
 def _class_groups(of: Instance, start: int, stop: int, xp: ModuleType, where: object, classes: Callable) -> Array:
-    """A piece for each slice that start … stop-1 meets, in order of position."""
+    """Compute the groups piece by piece, one for each slice that start … stop-1 meets, in order of position."""
     parts = []
     for each in classes(of):
         done = 0

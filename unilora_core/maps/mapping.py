@@ -1,4 +1,4 @@
-"""Map: what every choice of P has to say, as data. The kinds are in the modules beside this one.
+"""Map: all that a choice of P has to say, as data. The kinds of maps are in the modules beside this one.
 
 Source of the form: Uni-LoRA (arXiv 2506.00799), section 3: LoRA and its variants are θ_D = P θ_d with different P.
 """
@@ -21,14 +21,14 @@ Option = int | float
 Options = Mapping[str, Option]
 
 FIRST_D = "first_d"
-"""The option of a map that nests: the d with which training began, where it is another one by now."""
+"""The option of a map that nests: the d with which training began, where d has changed since."""
 
 Frozen = tuple[Array, ...]
-"""What is kept beside θ_d: it follows from the instance, and is never trained or stored in a file."""
+"""The arrays that are kept beside θ_d: they follow from the instance, and are never trained or stored in a file."""
 
 
 class Instance(Protocol):
-    """What a map depends on: a `ProjectionSpec`, or anything with these attributes."""
+    """All that a map depends on: a `ProjectionSpec`, or anything with these attributes."""
 
     @property
     def layout(self) -> Layout:
@@ -44,7 +44,7 @@ class Instance(Protocol):
 
     @property
     def seed(self) -> int:
-        """0 ≤ seed < 2^64."""
+        """The seed, 0 ≤ seed < 2^64."""
 
     @property
     def chosen(self) -> Options:
@@ -62,12 +62,12 @@ class Map:
     """A map θ_d ∈ R^d → θ_D ∈ R^D. Functions take an `Instance` first.
 
     Attributes:
-        version: of the algorithm, which a file states.
+        version: the version of the algorithm, which a file states.
         width: (layout, options) → the d of ``d="auto"``.
         fixed: whether that d is the only one.
-        check: raises `SpecError` for an instance that cannot be.
+        check: a function that raises `SpecError` for an instance that cannot exist.
         frozen: (instance, xp, device) → what is kept beside θ_d.
-        project: (instance, θ_d, frozen, start, stop) → those numbers of θ_D, in Array API code that is differentiable
+        project: (instance, θ_d, frozen, start, stop) → these numbers of θ_D, in Array API code that is differentiable
             where the namespace is.
         transpose: (instance, y, frozen, start) → Pᵀ of a θ_D that is y from ``start`` on and 0 elsewhere; None where
             the map is not linear.
@@ -79,10 +79,10 @@ class Map:
         members: (instance, start, stop, xp, device) → offsets and positions of the rows of these columns; where there
             are groups.
         start: instance → θ_d⁰ (d,) float32, NumPy, where the map has its own; else U(-bound, bound).
-        rate: instance → what LoRA's learning rate is multiplied by for θ_d.
+        rate: instance → the factor on LoRA's learning rate for θ_d.
         options: name → default.
-        nests: the version of the algorithm with the option `FIRST_D`: whatever d it has then, its columns are those of
-            that first d, split or joined, so that `unilora_core.resizing` keeps the function; None where it cannot.
+        nests: the version of the algorithm with the option `FIRST_D`: its columns are then the columns of that first d,
+            split or joined, so that `unilora_core.resizing` keeps the function; None where it cannot.
         exact: whether θ_D has the same bits in each namespace; else it agrees to rounding.
         source: where it was published.
     """

@@ -1,4 +1,4 @@
-"""What a backend shows of itself, and the same with the core's functions filled in."""
+"""The description that a backend gives of itself, and the same with the core's functions filled in."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,8 @@ Function = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend shows of itself to the suite; beyond ``name`` and ``xp``, what is left out is as the core does it.
+    """The description that a backend gives to the suite; beyond ``name`` and ``xp``, what is left out is as the core
+    does it.
 
     Args:
         name: the first part of the name of each case.
@@ -30,17 +31,17 @@ class Backend:
         device: where the arrays are placed; None is the default of the namespace. Another device is another `Backend`.
         groups: (spec, start, stop) → g(start) … g(stop-1), (stop-start,) int32, on the device.
         init: spec → θ_d⁰, (d,) float32, on the device.
-        project: spec → the function θ_d (d,) → θ_D (D,). What is done once for a spec (groups, scale) is done in the
-            outer call; the inner one is what is called, differentiated and compiled.
+        project: spec → the function θ_d (d,) → θ_D (D,). The outer call does what is done once for a spec (groups,
+            scale); the inner function is called, differentiated and compiled.
         project_transpose: spec → the function y (D,) → Pᵀ y (d,).
         asarray: (NumPy array, dtype of ``xp``) → array of the backend, on the device.
         asnumpy: array of the backend → NumPy array; bfloat16 may come as float32.
         pullback: (function, x, y) → the vector-Jacobian product of the function at x with y, (d,); None where the
             namespace has no differentiation.
         compile: function → the compiled function; None where there is no compiler.
-        compiled: what ``compile`` can take: ``"groups"`` (the core's kernels, functions of the positions; not asked of
-            a backend with ``groups`` of its own), ``"project"`` (with its transpose and its gradient), and ``"maps"``
-            (``project`` of the maps whose rows have many entries).
+        compiled: the kinds of function that ``compile`` can take: ``"groups"`` (the core's kernels, functions of the
+            positions; not asked of a backend with ``groups`` of its own), ``"project"`` (with its transpose and its
+            gradient), and ``"maps"`` (``project`` of the maps whose rows have many entries).
         dtypes: the floating-point dtypes that ``project`` and ``project_transpose`` take and give back, by name.
         maps: the maps that it has, by name; the three groupings of `unilora_core.grouping` are always asked for.
     """
@@ -62,7 +63,7 @@ class Backend:
 
 
 class Subject:
-    """A backend as the checks use it: with the core's function wherever it brings none of its own."""
+    """A backend as the checks use it: the core's function stands wherever it brings none of its own."""
 
     def __init__(self, backend: Backend):
         self.name, self.xp, self.dtypes = backend.name, backend.xp, backend.dtypes
@@ -86,19 +87,21 @@ class Subject:
         self._asnumpy = backend.asnumpy
 
     def array(self, values: np.ndarray, dtype: str | None = None) -> Array:
-        """A NumPy array as one of the backend, in the dtype of that name (that of ``values`` unless given)."""
+        """Make an array of the backend from a NumPy array, in the dtype of that name (by default the dtype of
+        ``values``).
+        """
         return self._asarray(np.array(values), getattr(self.xp, dtype or values.dtype.name))
 
     def numpy(self, array: Array) -> np.ndarray:
-        """An array of the backend as a NumPy array."""
+        """Return an array of the backend as a NumPy array."""
         return np.asarray(self._asnumpy(array))
 
     def expect_dtype(self, what: str, array: Array, dtype: str) -> None:
-        """That the array has the dtype of this name."""
+        """Check that the array has the dtype of this name."""
         if array.dtype != getattr(self.xp, dtype):
             raise AssertionError(f"{what}: expected {dtype}, got {array.dtype}")
 
     def expect_device(self, what: str, array: Array) -> None:
-        """That the array lies where the backend's inputs do."""
+        """Check that the array lies where the backend's inputs do."""
         placed = self.array(np.zeros(1, np.float32))
         expect(f"{what}: device", getattr(array, "device", None), getattr(placed, "device", None))

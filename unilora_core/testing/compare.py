@@ -1,4 +1,4 @@
-"""Comparisons that say what differs: where, what was expected, what came."""
+"""Comparisons that say what differs: where, what was expected, what was found."""
 
 import contextlib
 import hashlib
@@ -12,27 +12,28 @@ from unilora_core.spec import ProjectionSpec
 __all__ = ["close", "drawn", "expect", "raises", "same", "sha256", "text_of"]
 
 drawn = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-"""The same examples each time, nothing written to the disk; the text of the first that fails says all that it needs."""
+"""The settings that draw the same examples each time and write nothing to the disk; the text of the first failure says
+all."""
 
 
 def text_of(spec: ProjectionSpec) -> str:
-    """A spec in a message."""
+    """Return a spec as text for a message."""
     return f"{spec.grouping}, start = {spec.start}, D = {spec.D}, d = {spec.d}, seed = {spec.seed}"
 
 
 def expect(what: str, got: object, expected: object) -> None:
-    """The same value."""
+    """Check that two values are equal."""
     if got != expected:
         raise AssertionError(f"{what}: expected {expected}, got {got}")
 
 
 def same(what: str, got: np.ndarray, expected: np.ndarray) -> None:
-    """The same shape and numbers; NaN equals NaN."""
+    """Check that two arrays have the same shape and numbers; NaN equals NaN."""
     _compare(what, got, expected, lambda a, b: (a == b) | ((a != a) & (b != b)))
 
 
 def close(what: str, got: np.ndarray, expected: np.ndarray, rtol: float, atol: float = 0.0) -> None:
-    """The same shape, and no number off by more than ``atol + rtol·|expected|``."""
+    """Check that two arrays have the same shape, and that no number is off by more than ``atol + rtol·|expected|``."""
     got, expected = got.astype(np.float64), expected.astype(np.float64)
     _compare(what, got, expected, lambda a, b: abs(a - b) <= atol + rtol * abs(b))
 
@@ -51,7 +52,7 @@ def _compare(what, got, expected, equal):
 
 @contextlib.contextmanager
 def raises(what: str, error: type[Exception], start: str, end: str = "") -> Iterator[None]:
-    """That this error is raised, and that its text starts and ends so."""
+    """Check that this error is raised, and that its text starts and ends as given."""
     try:
         yield
     except error as raised:
@@ -65,5 +66,5 @@ def raises(what: str, error: type[Exception], start: str, end: str = "") -> Iter
 
 
 def sha256(array: np.ndarray) -> str:
-    """Of the bytes, little-endian."""
+    """Return the SHA-256 (hex) of the array's bytes, little-endian."""
     return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()

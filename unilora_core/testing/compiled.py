@@ -1,4 +1,4 @@
-"""Compiled functions: the same integers, the same bits."""
+"""Checks of compiled functions: they give the same integers and the same bits."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +22,7 @@ TRACED = (2**64 - 1, 42, 13, 16, 17, 19)
 
 
 def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What the backend says that it compiles."""
+    """Yield the checks of what the backend says that it compiles."""
     if (compiler := subject.compile) and subject.compiles_groups:
         for case in vectors((*ALGORITHMS, "resized")):
             if case["spec"]["seed"] in TRACED and case["spec"]["grouping"] != "numpy-shuffle":
@@ -38,14 +38,14 @@ def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def kernel(spec: ProjectionSpec, segment: int, xp) -> Kernel:
-    """p → g of position p of a segment: (n,) int32 to (n,) int32, what a backend compiles."""
+    """Return the function that a backend compiles: position p of a segment → its group, (n,) int32 to (n,) int32."""
     make = ALGORITHMS[spec.grouping].kernel
     assert make, f"{spec.grouping} is a table"
     return make(problem_of(spec), segment, standard(xp), None)
 
 
 def frozen_positions(case: dict) -> Iterator[tuple[int, np.ndarray, list[int]]]:
-    """(segment, positions, groups): each frozen slice, cut where a segment ends."""
+    """Yield (segment, positions, groups) of each frozen slice, cut where a segment ends."""
     spec = spec_of(case)
     length = ALGORITHMS[spec.grouping].segment(problem_of(spec))
     for start, expected in case["groups"].items():
@@ -55,7 +55,7 @@ def frozen_positions(case: dict) -> Iterator[tuple[int, np.ndarray, list[int]]]:
 
 
 def compiled_groups(subject: Subject, compiler: Callable, case: dict) -> None:
-    """The core's kernel, a function of the positions, in the last frozen slice."""
+    """Check the core's compiled kernel, a function of the positions, in the last frozen slice."""
     spec = spec_of(case)
     *_, (segment, positions, expected) = frozen_positions(case)
     found = compiler(kernel(spec, segment, subject.xp))(subject.array(positions))
@@ -63,7 +63,7 @@ def compiled_groups(subject: Subject, compiler: Callable, case: dict) -> None:
 
 
 def compiled_transpose(subject: Subject, compiler: Callable, name: str) -> None:
-    """Pᵀ y."""
+    """Check the compiled Pᵀ y."""
     spec = ProjectionSpec(LAYOUT, 50, seed=3, grouping=name)
     found = compiler(subject.project_transpose(spec))(subject.array(normal(411)))
     expected = transposed(spec, normal(411))
@@ -71,7 +71,7 @@ def compiled_transpose(subject: Subject, compiler: Callable, name: str) -> None:
 
 
 def compiled_gradient(subject: Subject, compiler: Callable, pullback: Callable, start: str) -> None:
-    """The pullback through the compiled function."""
+    """Check the pullback through the compiled function."""
     spec, y = ProjectionSpec(LAYOUT, 50, start=start), normal(411)
     found = pullback(compiler(subject.project(spec)), subject.init(spec), subject.array(y))
     close(f"compiled gradient, {text_of(spec)}", subject.numpy(found), transposed(spec, y), rtol=1e-5, atol=1e-6)

@@ -1,6 +1,6 @@
-"""Every map from its definition: words drawn one by one in plain Python, matrices multiplied out, loops.
+"""Every map computed from its definition: words drawn one by one in plain Python, matrices multiplied out, loops.
 
-Written from ``docs/format.md``, without the core's arithmetic; slow, and for small layouts.
+The code is written from ``docs/format.md``, without the core's arithmetic; it is slow, and for small layouts.
 """
 
 import functools
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 ROWS = Layout([("v.A", (3, 40)), ("q.Bt", (3, 48)), ("q.A", (3, 40)), ("v.Bt", (3, 8))])
-"""D = 408; sub-vectors of 4 or 8 fill each row."""
+"""A layout with D = 408; sub-vectors of 4 or 8 fill each row."""
 
 CODEBOOK: dict[str, Any] = {
     "layout": ROWS,
@@ -51,11 +51,11 @@ FURTHER: dict[str, dict[str, Any]] = {
     "gaussian": {},
     "codebook": CODEBOOK,
 }
-"""The maps beyond one grouping for all positions → what a spec of theirs has to say, if not `LAYOUT` and d = 50."""
+"""The maps beyond one grouping for all positions → the fields of their spec that differ from `LAYOUT` and d = 50."""
 
 
 def by_definition(name: str, **fields: Any) -> ProjectionSpec:
-    """A small spec of this map."""
+    """Make a small spec of this map."""
     usual: dict[str, Any] = {"layout": LAYOUT, "d": 50, "seed": 3, "grouping": name}
     return ProjectionSpec(**usual | FURTHER[name] | fields)
 
@@ -64,30 +64,30 @@ def by_definition(name: str, **fields: Any) -> ProjectionSpec:
 
 
 def word(text: str, i: int) -> int:
-    """Word i under a text: of the counters (0, 0), (0, 1) …, both of each."""
+    """Return word i under a text: the counters (0, 0), (0, 1) … give two words each."""
     digest = hashlib.sha256(text.encode()).digest()
     k0, k1 = (int.from_bytes(digest[at : at + 4], "little") for at in (0, 4))
     return threefry(k0, k1, 0, i // 2)[i % 2]
 
 
 def uniform(text: str, n: int, bound: float) -> np.ndarray:
-    """(n,) float32 from 24 bits each."""
+    """Draw (n,) float32 from 24 bits each."""
     return np.array([(((word(text, i) >> 8) + 0.5) / 2**23 - 1) * bound for i in range(n)]).astype(np.float32)
 
 
 def signs(text: str, n: int) -> list[int]:
-    """1 for an even word, -1 for an odd one."""
+    """Draw n signs: 1 for an even word, -1 for an odd one."""
     return [1 - 2 * (word(text, i) % 2) for i in range(n)]
 
 
 def normals(text: str, n: int) -> list[float]:
-    """Box and Muller: a pair of each pair of words."""
+    """Draw n normal numbers by Box and Muller: two of each pair of words."""
     pairs = [_normal(word(text, i), word(text, i + 1)) for i in range(0, n, 2)]
     return [value for pair in pairs for value in pair][:n]
 
 
 def permutations(text: str, rows: int, n: int) -> list[list[int]]:
-    """Of each row the positions, in the order of their words as signed integers."""
+    """Draw a permutation for each row: the positions in the order of their words as signed integers."""
     signed = [(word(text, i) + 2**31) % 2**32 for i in range(rows * n)]
     return [sorted(range(n), key=signed[row * n : (row + 1) * n].__getitem__) for row in range(rows)]
 
@@ -102,7 +102,7 @@ def _normal(first: int, second: int) -> tuple[float, float]:
 
 
 def columns(spec: ProjectionSpec) -> list[int]:
-    """The column of each row."""
+    """Return the column of each row."""
     if spec.grouping == "identity":
         return list(range(spec.D))
     if spec.grouping == "unnormalised":
@@ -118,13 +118,13 @@ def columns(spec: ProjectionSpec) -> list[int]:
 
 
 def weights(spec: ProjectionSpec) -> np.ndarray:
-    """The entry of each column: (d,) float64."""
+    """Return the entry of each column: (d,) float64."""
     counts = np.bincount(columns(spec), minlength=spec.d)
     return np.ones(spec.d) if spec.grouping == "unnormalised" else 1 / np.sqrt(np.maximum(counts, 1))
 
 
 def _classes(spec: ProjectionSpec) -> list[tuple[list[str], int, int]]:
-    """(factors, first column, end) of each class, in order of its first factor."""
+    """Return (factors, first column, end) of each class, in order of its first factor."""
     part = {"local": 0, "by-factor": 2}[spec.grouping]
     found: dict[str, list[str]] = {}
     for name in spec.layout.shapes:
@@ -139,7 +139,7 @@ def _classes(spec: ProjectionSpec) -> list[tuple[list[str], int, int]]:
 
 
 def gaussian(spec: ProjectionSpec) -> np.ndarray:
-    """P: (D, d), N(0, 1/D); the words of row i and columns 2j, 2j + 1 are those of the counter (i, j)."""
+    """Make P: (D, d), N(0, 1/D); the words of row i and columns 2j, 2j + 1 are those of the counter (i, j)."""
     digest = hashlib.sha256(f"unilora/gaussian/1 seed={spec.seed} D={spec.D} d={spec.d}".encode()).digest()
     k0, k1 = (int.from_bytes(digest[at : at + 4], "little") for at in (0, 4))
     P = np.zeros((spec.D, spec.d + 1))
@@ -150,7 +150,7 @@ def gaussian(spec: ProjectionSpec) -> np.ndarray:
 
 
 def fastfood(spec: ProjectionSpec) -> np.ndarray:
-    """P: (D, d), blocks of H·G·Π·H·B one below the other, their first d columns, times √(n/D); H is orthogonal."""
+    """Make P: (D, d), blocks of H·G·Π·H·B one below the other, their first d columns, times √(n/D); H is orthogonal."""
     n = next(2**k for k in range(32) if 2**k >= spec.d)
     blocks = math.ceil(spec.D / n)
     text = f"unilora/fastfood/1 seed={spec.seed} D={spec.D} d={spec.d}"
@@ -169,7 +169,7 @@ def fastfood(spec: ProjectionSpec) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def matrix(spec: ProjectionSpec) -> np.ndarray:
-    """P of a linear map: (D, d) float64."""
+    """Make P of a linear map: (D, d) float64."""
     if spec.grouping in ("gaussian", "fastfood"):
         return {"gaussian": gaussian, "fastfood": fastfood}[spec.grouping](spec)
     P = np.zeros((spec.D, spec.d))
@@ -181,12 +181,12 @@ def matrix(spec: ProjectionSpec) -> np.ndarray:
 
 
 def codebook(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
-    """Each sub-vector is a mixture of the vectors whose logits are the largest, weighed by softmax: (D,) float64."""
+    """Compute θ_D: each sub-vector mixes the vectors with the largest logits, weighed by softmax: (D,) float64."""
     return np.concatenate([share @ vectors[best] for best, share, vectors in _mixtures(spec, theta_d)])
 
 
 def codebook_pullback(spec: ProjectionSpec, theta_d: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The gradient of ⟨θ_D, y⟩, by the derivative of softmax: (d,) float64."""
+    """Compute the gradient of ⟨θ_D, y⟩, by the derivative of softmax: (d,) float64."""
     count, length = int(spec.chosen["vectors"]), int(spec.chosen["length"])
     of_vectors, of_logits = np.zeros((count, length)), []
     for s, (best, share, vectors) in enumerate(_mixtures(spec, theta_d)):
@@ -200,7 +200,7 @@ def codebook_pullback(spec: ProjectionSpec, theta_d: np.ndarray, y: np.ndarray) 
 
 
 def _mixtures(spec: ProjectionSpec, theta_d: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """(chosen vectors, their shares, all vectors) of each sub-vector."""
+    """Yield (chosen vectors, their shares, all vectors) of each sub-vector."""
     count, length, topk = (int(spec.chosen[name]) for name in ("vectors", "length", "topk"))
     theta = theta_d.astype(np.float64)
     vectors = theta[: count * length].reshape(count, length)
@@ -211,7 +211,7 @@ def _mixtures(spec: ProjectionSpec, theta_d: np.ndarray) -> Iterator[tuple[list[
 
 
 def theta_D(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
-    """θ_D of any of these maps, from either start: (D,) float64."""
+    """Compute θ_D of any of these maps, from either start: (D,) float64."""
     if spec.grouping == "codebook":
         return codebook(spec, theta_d)
     P, theta = matrix(spec), theta_d.astype(np.float64)

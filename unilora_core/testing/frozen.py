@@ -1,4 +1,6 @@
-"""The frozen answers in ``vectors``: the same integers, the same bits. They are part of the file format."""
+"""Checks against the frozen answers in ``vectors``: they are the same integers and the same bits. The answers are part
+of the file format.
+"""
 
 import functools
 import json
@@ -20,11 +22,11 @@ __all__ = ["FILES", "FOLDER", "checks", "hexadecimal", "name_of", "spec_of", "ve
 FOLDER = Path(__file__).parent / "vectors"
 
 FILES = (*MAPS, "resized")
-"""Those of each map, and those of `balanced` where d has changed."""
+"""The files of frozen answers: one for each map, and one for `balanced` where d has changed."""
 
 
 def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Groups and θ_d⁰ of every frozen spec, θ_D where D ≤ 10^5, all groups where D ≤ 2·10^6."""
+    """Yield the checks: groups and θ_d⁰ of every frozen spec, θ_D where D ≤ 10^5, all groups where D ≤ 2·10^6."""
     known = [case for case in vectors(FILES) if case["spec"]["grouping"] in subject.maps]
     for case in known:
         if "groups" in case:
@@ -39,29 +41,29 @@ def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
 
 @functools.cache
 def vectors(files: tuple[str, ...] = tuple(ALGORITHMS)) -> tuple[dict, ...]:
-    """Each frozen spec of these files and what is known of it."""
+    """Read each frozen spec of these files and what is known of it."""
     return tuple(case for name in files for case in json.loads((FOLDER / f"{name}.json").read_text("utf-8")))
 
 
 def wholes(smallest: int, largest: int, cases: Iterable[dict] | None = None) -> list[dict]:
-    """The frozen specs of which all groups are known, with D between these."""
+    """Return the frozen specs of which all groups are known, with D in this range."""
     cases = vectors() if cases is None else cases
     return [case for case in cases if "groups_sha256" in case and smallest <= spec_of(case).D <= largest]
 
 
 def name_of(case: dict) -> str:
-    """Grouping, d and seed tell the frozen specs apart, and the first d where that is another."""
+    """Name a frozen spec by its grouping, d and seed, and by the first d where that is another."""
     name, first_d = "{grouping}-{d}-{seed}".format(**case["spec"]), case["spec"].get("options", {}).get(FIRST_D)
     return name if first_d is None else f"{name}-from-{first_d}"
 
 
 def spec_of(case: dict) -> ProjectionSpec:
-    """The spec of a frozen case."""
+    """Make the spec of a frozen case."""
     return ProjectionSpec.from_json(case["spec"])
 
 
 def hexadecimal(values: np.ndarray) -> str:
-    """The bytes as float32, little-endian."""
+    """Return the bytes of the values as float32, little-endian, in hexadecimal."""
     return np.asarray(values).astype("<f4").tobytes().hex()
 
 
@@ -69,7 +71,7 @@ def hexadecimal(values: np.ndarray) -> str:
 
 
 def frozen_groups(subject: Subject, case: dict) -> None:
-    """Slices: the first, the last, and both sides of each border of a segment or a word."""
+    """Check slices of the groups: the first, the last, and both sides of each border of a segment or a word."""
     spec = spec_of(case)
     for start, expected in case["groups"].items():
         found = subject.numpy(subject.groups(spec, int(start), int(start) + len(expected)))
@@ -77,14 +79,14 @@ def frozen_groups(subject: Subject, case: dict) -> None:
 
 
 def all_frozen_groups(subject: Subject, case: dict) -> None:
-    """All D groups."""
+    """Check all D groups."""
     spec = spec_of(case)
     found = subject.numpy(subject.groups(spec, 0, spec.D))
     _hashed(f"groups of {text_of(spec)}", found, "int32", case["groups_sha256"], spec.groups)
 
 
 def frozen_init(subject: Subject, case: dict) -> None:
-    """θ_d⁰, bit by bit."""
+    """Check θ_d⁰ bit by bit."""
     spec, known = spec_of(case), case["theta_d"]
     what, found = f"init of {text_of(spec)}", subject.numpy(subject.init(spec))
     _hashed(what, found, "float32", known["sha256"], spec.init)
@@ -92,7 +94,9 @@ def frozen_init(subject: Subject, case: dict) -> None:
 
 
 def frozen_theta_D(subject: Subject, case: dict, compiler: Callable | None = None) -> None:
-    """P of the reversed θ_d⁰, compiled where a compiler is given: bit by bit, or to rounding if it is not exact."""
+    """Check P of the reversed θ_d⁰, compiled where a compiler is given: bit by bit, or to rounding if the map is not
+    exact.
+    """
     spec, known = spec_of(case), case["theta_D_of_reversed_theta_d"]
     theta_d = spec.init()[::-1]
     project = compiler(subject.project(spec)) if compiler else subject.project(spec)
@@ -108,7 +112,7 @@ def frozen_theta_D(subject: Subject, case: dict, compiler: Callable | None = Non
 
 
 def _hashed(what: str, found: np.ndarray, dtype: str, known: str, expected: Callable[[], np.ndarray]) -> None:
-    """The dtype and the known hash; where that is another, what is expected tells the position."""
+    """Check the dtype and the hash; where the hash is another, ``expected`` tells the position."""
     expect(f"{what}: dtype", found.dtype.name, dtype)
     if sha256(found) != known:
         same(what, found, expected())

@@ -1,4 +1,4 @@
-"""Groups against the references in plain Python integers, and what every slice of them must be."""
+"""Checks of the groups against the references in plain Python integers, and of the properties of every slice."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ __all__ = ["checks"]
 
 
 def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Groups of any spec, of those around the borders of a word, and slices; members, where groups are the core's."""
+    """Yield the checks: groups of any spec, groups around the borders of a word, slices, and members if the core's."""
     for name in GROUPS:
         yield f"groups_anywhere-{name}", partial(groups_anywhere, subject, name)
         for D, d in AWKWARD:
@@ -42,7 +42,7 @@ def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def groups_anywhere(subject: Subject, name: str) -> None:
-    """Five positions of any spec, D up to 2^48."""
+    """Check five positions of any spec, D up to 2^48."""
 
     @settings(drawn, max_examples=100)
     @given(problem=problems(), where=st.floats(0, 1) | st.floats(0.5, 1))
@@ -55,7 +55,7 @@ def groups_anywhere(subject: Subject, name: str) -> None:
 
 
 def groups_around_32_bits(subject: Subject, name: str, D: int, d: int) -> None:
-    """Six positions on both sides of the ends of words and segments."""
+    """Check six positions on both sides of the ends of words and segments."""
     spec = flat(D, d, seed=2**64 - 1, grouping=name)
     for border in (0, 2**31 - 3, 2**31 // d * d - 3, 2**32 - 3, D - 6):
         if 0 <= border <= D - 6:
@@ -69,7 +69,7 @@ def _equal_the_reference(subject: Subject, spec: ProjectionSpec, start: int, sto
 
 
 def groups_are_int32_in_range(subject: Subject, name: str) -> None:
-    """Shape, dtype and range; on the device of the backend."""
+    """Check shape, dtype, range, and the device of the backend."""
     for d in (1, 2, 64, 1000):
         spec = flat(1000, d, grouping=name)
         groups = subject.groups(spec, 0, 1000)
@@ -82,7 +82,7 @@ def groups_are_int32_in_range(subject: Subject, name: str) -> None:
 
 
 def slices_make_the_whole(subject: Subject, name: str) -> None:
-    """Whatever the cuts, the last position among them."""
+    """Check that slices make the whole, whatever the cuts, the last position among them."""
     spec = flat(1000, 37, seed=5, grouping=name)
     cuts = (0, 1, 8, 300, 997, 1000)
     parts = [subject.numpy(subject.groups(spec, *cut)) for cut in itertools.pairwise(cuts)]
@@ -90,14 +90,14 @@ def slices_make_the_whole(subject: Subject, name: str) -> None:
 
 
 def an_empty_slice_is_empty(subject: Subject, name: str) -> None:
-    """(0,) int32."""
+    """Check that an empty slice is (0,) int32."""
     groups = subject.groups(flat(10, 3, grouping=name), 4, 4)
     expect("groups(4, 4): shape", tuple(groups.shape), (0,))
     subject.expect_dtype("groups(4, 4)", groups, "int32")
 
 
 def a_slice_outside_is_refused(subject: Subject) -> None:
-    """`SpecError`, with the text of the core."""
+    """Check that a slice outside raises `SpecError`, with the text of the core."""
     for start, stop in ((-1, 3), (0, 11), (5, 4), (11, 11)):
         text = f"groups: expected 0 ≤ start ≤ stop ≤ D = 10, got start = {start}, stop = {stop}."
         with raises(f"groups({start}, {stop}) with D = 10", SpecError, text):
@@ -108,7 +108,7 @@ def a_slice_outside_is_refused(subject: Subject) -> None:
 
 
 def frozen_members(subject: Subject, case: dict) -> None:
-    """Those of a few groups, in their order."""
+    """Check the frozen members of a few groups, in their order."""
     spec = spec_of(case)
     if spec.D >= 2**31 and not has_int64(subject.xp):
         with raises(f"members of {text_of(spec)}", SpecError, f"members: D = {spec.D} has positions past 2^31"):
@@ -122,7 +122,7 @@ def frozen_members(subject: Subject, case: dict) -> None:
 
 
 def members_anywhere(subject: Subject, name: str) -> None:
-    """Any slice of any spec with D up to 400, against the reference position by position."""
+    """Check any slice of any spec with D up to 400, against the reference position by position."""
 
     @settings(drawn, max_examples=20)
     @given(problem=problems(400), where=st.tuples(st.floats(0, 1), st.floats(0, 1)))
@@ -143,7 +143,7 @@ def members_anywhere(subject: Subject, name: str) -> None:
 
 
 def members_are_a_stable_sort(subject: Subject, name: str) -> None:
-    """All of them, up to their order in a group; int32."""
+    """Check all members, up to their order in a group; int32."""
     for D, d in ((411, 64), (1000, 1), (1000, 999), (1000, 1000), (2**15 + 7, 3)):
         spec = flat(D, d, seed=5, grouping=name)
         offsets, positions = subject.members(spec, 0, d)
@@ -158,7 +158,7 @@ def members_are_a_stable_sort(subject: Subject, name: str) -> None:
 
 
 def members_outside_are_refused(subject: Subject) -> None:
-    """`SpecError`, with the text of the core."""
+    """Check that a slice outside raises `SpecError`, with the text of the core."""
     for start, stop in ((-1, 3), (0, 4), (3, 2)):
         text = f"members: expected 0 ≤ start ≤ stop ≤ d = 3, got start = {start}, stop = {stop}."
         with raises(f"members({start}, {stop}) with d = 3", SpecError, text):

@@ -1,6 +1,7 @@
-"""The maps beyond one grouping for all positions, against their definitions: exact ones bit by bit, others to rounding.
+"""Checks of the maps beyond one grouping for all positions, against their definitions: exact ones bit by bit, others to
+rounding.
 
-Few specs, because JAX compiles anew for each shape.
+The specs are few, because JAX compiles anew for each shape.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,14 +28,14 @@ from unilora_core.testing.reference import gathered, normal
 __all__ = ["checks"]
 
 NARROW = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-"""Floats that are computed in float32 → half of their last bit, of 1."""
+"""The float dtypes that are computed in float32 → half of their last bit, of 1."""
 
 CLOSE = {"rtol": 1e-5, "atol": 4e-6}
-"""In float32, sums in any order; a product of matrices in fewer bits (TF32) is not close."""
+"""The tolerance in float32, with sums in any order; a product of matrices in fewer bits (TF32) is not close."""
 
 
 def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
-    """P, Pᵀ, the gradient and the groups of one small spec of each map, from either start."""
+    """Yield the checks: P, Pᵀ, the gradient and the groups of one small spec of each map, from either start."""
     for name in FURTHER:
         if name not in subject.maps:
             continue
@@ -54,7 +55,7 @@ def checks(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def map_project(subject: Subject, spec: ProjectionSpec, compiler: Callable | None = None) -> None:
-    """θ_D in float32: where the map is exact, with the bits that IEEE arithmetic gives."""
+    """Check θ_D in float32: where the map is exact, it has the bits that IEEE arithmetic gives."""
     theta_d = normal(spec.d)
     project = compiler(subject.project(spec)) if compiler else subject.project(spec)
     found = project(subject.array(theta_d))
@@ -67,7 +68,7 @@ def map_project(subject: Subject, spec: ProjectionSpec, compiler: Callable | Non
 
 
 def map_transpose(subject: Subject, spec: ProjectionSpec) -> None:
-    """Pᵀ y in float32."""
+    """Check Pᵀ y in float32."""
     found = subject.project_transpose(spec)(subject.array(normal(spec.D)))
     subject.expect_dtype(f"project_transpose, {text_of(spec)}", found, "float32")
     expected = matrix(spec).T @ normal(spec.D)
@@ -75,14 +76,14 @@ def map_transpose(subject: Subject, spec: ProjectionSpec) -> None:
 
 
 def no_transpose(subject: Subject, spec: ProjectionSpec) -> None:
-    """`SpecError`, with the text of the core."""
+    """Check that the transpose raises `SpecError`, with the text of the core."""
     text = f"project_transpose: the grouping {spec.grouping!r} is not linear; differentiate project."
     with raises(f"project_transpose, {text_of(spec)}", SpecError, text):
         subject.project_transpose(spec)(subject.array(normal(spec.D)))
 
 
 def map_gradient(subject: Subject, pullback: Callable, spec: ProjectionSpec) -> None:
-    """The pullback of y: Pᵀ y, or what the derivative of the mixtures gives."""
+    """Check the pullback of y: it is Pᵀ y, or what the derivative of the mixtures gives."""
     theta_d, y = normal(spec.d), normal(spec.D, 1)
     found = subject.numpy(pullback(subject.project(spec), subject.array(theta_d), subject.array(y)))
     linear = spec.map.transpose is not None
@@ -91,7 +92,7 @@ def map_gradient(subject: Subject, pullback: Callable, spec: ProjectionSpec) -> 
 
 
 def map_groups(subject: Subject, spec: ProjectionSpec) -> None:
-    """The column of each row, in slices that cut factors."""
+    """Check the column of each row, in slices that cut factors."""
     expected = np.array(columns(spec))
     for start, stop in ((0, spec.D), (0, 0), (7, 8), (100, 300), (spec.D - 9, spec.D)):
         found = subject.groups(spec, start, stop)
@@ -100,7 +101,7 @@ def map_groups(subject: Subject, spec: ProjectionSpec) -> None:
 
 
 def map_computed_in_float32(subject: Subject, name: str, dtype: str) -> None:
-    """Narrow floats are widened, computed with, and rounded once: within the last bit of what is expected."""
+    """Check that narrow floats are widened, computed with, and rounded once: θ_D is within the last bit."""
     spec = by_definition(name)
     narrow = subject.array(normal(spec.d), dtype)
     found = subject.project(spec)(narrow)

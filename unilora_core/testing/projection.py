@@ -1,4 +1,4 @@
-"""project and project_transpose against P, built row by row from its definition."""
+"""Checks of project and project_transpose against P, built row by row from its definition."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,11 +21,11 @@ __all__ = ["checks"]
 Check = tuple[str, Callable[[], None]]
 STARTS = ("paper", "identity")
 SIZES = (1, 64, 100, 411)
-"""Each d that is tried with LAYOUT: few, because JAX compiles anew for each shape."""
+"""Each d that is tried with LAYOUT: they are few, because JAX compiles anew for each shape."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """P and Pᵀ as a matrix, as bits, as an isometry, as adjoints; then start, dtypes, devices, gradients, errors."""
+    """Yield the checks of P and Pᵀ: matrix, bits, isometry, adjoint; then start, dtype, device, gradient, errors."""
     for grouping in ALGORITHMS:
         for d in SIZES:
             spec = ProjectionSpec(LAYOUT, d, seed=3, grouping=grouping)
@@ -69,7 +69,7 @@ def _by_dtype(subject: Subject) -> Iterator[Check]:
 
 
 def project_is_P(subject: Subject, spec: ProjectionSpec) -> None:
-    """θ_D = P θ_d in float32."""
+    """Check θ_D = P θ_d in float32."""
     theta_d = normal(spec.d)
     theta_D = subject.project(spec)(subject.array(theta_d))
     subject.expect_dtype(f"project, {text_of(spec)}", theta_D, "float32")
@@ -77,7 +77,7 @@ def project_is_P(subject: Subject, spec: ProjectionSpec) -> None:
 
 
 def transpose_is_P_transposed(subject: Subject, spec: ProjectionSpec) -> None:
-    """Pᵀ y in float32."""
+    """Check Pᵀ y in float32."""
     y = normal(spec.D)
     summed = subject.project_transpose(spec)(subject.array(y))
     subject.expect_dtype(f"project_transpose, {text_of(spec)}", summed, "float32")
@@ -85,7 +85,7 @@ def transpose_is_P_transposed(subject: Subject, spec: ProjectionSpec) -> None:
 
 
 def P_is_an_isometry(subject: Subject, grouping: str) -> None:
-    """PᵀP = I_d to 1e-6 in float32, column by column; an empty group of ``iid`` is a zero on the diagonal."""
+    """Check PᵀP = I_d to 1e-6 in float32, column by column; an empty group of ``iid`` is a zero on the diagonal."""
     spec = ProjectionSpec(LAYOUT, 37, grouping=grouping)
     project, project_transpose = subject.project(spec), subject.project_transpose(spec)
     columns = [subject.numpy(project_transpose(project(subject.array(e)))) for e in np.eye(37, dtype=np.float32)]
@@ -97,7 +97,7 @@ def P_is_an_isometry(subject: Subject, grouping: str) -> None:
 
 
 def specs() -> st.SearchStrategy[ProjectionSpec]:
-    """Any seed, grouping, start and bound, with the sizes of which a compiler has seen the shapes."""
+    """Draw specs of any seed, grouping, start and bound, in the sizes of which a compiler has seen the shapes."""
     return st.builds(
         ProjectionSpec,
         st.just(LAYOUT),
@@ -110,7 +110,7 @@ def specs() -> st.SearchStrategy[ProjectionSpec]:
 
 
 def bits_of_the_reference(subject: Subject) -> None:
-    """θ_D in float32 has the bits that IEEE arithmetic gives: scale, then gather."""
+    """Check that θ_D in float32 has the bits that IEEE arithmetic gives: scale, then gather."""
 
     @drawn
     @given(spec=specs(), seed=st.integers(0, 2**32 - 1))
@@ -123,7 +123,7 @@ def bits_of_the_reference(subject: Subject) -> None:
 
 
 def transpose_of_the_reference(subject: Subject) -> None:
-    """Pᵀ y, whatever the start."""
+    """Check Pᵀ y, whatever the start."""
 
     @drawn
     @given(spec=specs(), seed=st.integers(0, 2**32 - 1))
@@ -136,7 +136,7 @@ def transpose_of_the_reference(subject: Subject) -> None:
 
 
 def distances_are_kept(subject: Subject) -> None:
-    """PᵀP θ_d = θ_d, save for the empty groups of ``iid``; up to 411 numbers are summed, in float32 it may be."""
+    """Check PᵀP θ_d = θ_d, except for the empty groups of ``iid``; up to 411 numbers are summed, maybe in float32."""
 
     @drawn
     @given(spec=specs().map(lambda spec: replace(spec, start="paper")), seed=st.integers(0, 2**32 - 1))
@@ -150,7 +150,7 @@ def distances_are_kept(subject: Subject) -> None:
 
 
 def adjoint(subject: Subject, dtype: str) -> None:
-    """⟨P x, y⟩ = ⟨x, Pᵀ y⟩; the products are summed in float64."""
+    """Check ⟨P x, y⟩ = ⟨x, Pᵀ y⟩; the products are summed in float64."""
     tolerance = {"float32": 1e-6, "float64": 1e-14}[dtype]
 
     @drawn
@@ -167,9 +167,9 @@ def adjoint(subject: Subject, dtype: str) -> None:
 
 
 def indices_past_a_float(subject: Subject) -> None:
-    """More positions and groups than float32 can count: an index that was one on the way is off by one here.
+    """Check more positions and groups than float32 can count: an index that passed through float32 is off by one here.
 
-    ``numpy-shuffle``, because its table is made once for all backends.
+    The grouping is ``numpy-shuffle``, because its table is made once for all backends.
     """
     spec = flat(2**24 + 2**10, 2**24 + 2**9, seed=1, grouping="numpy-shuffle")
     groups, counts = spec.groups(), spec.counts()
@@ -185,7 +185,7 @@ def indices_past_a_float(subject: Subject) -> None:
 
 
 def identity_start_has_B_zero(subject: Subject) -> None:
-    """At θ_d⁰, the factors B are zero and the factors A are not."""
+    """Check that at θ_d⁰ the factors B are zero and the factors A are not."""
     spec = ProjectionSpec(LAYOUT, 50, start="identity")
     theta_D = subject.numpy(subject.project(spec)(subject.init(spec)))
     for name, at in LAYOUT.slices.items():
@@ -194,7 +194,7 @@ def identity_start_has_B_zero(subject: Subject) -> None:
 
 
 def identity_start_moves_as_the_paper_start(subject: Subject) -> None:
-    """From wherever they start, the factors move by P times the step of θ_d."""
+    """Check that the factors move by P times the step of θ_d, wherever they start."""
     paper, identity = (ProjectionSpec(LAYOUT, 50, start=start) for start in STARTS)
     theta_d = paper.init() + normal(50)
     moved, from_identity = (subject.numpy(subject.project(s)(subject.array(theta_d))) for s in (paper, identity))
@@ -205,7 +205,7 @@ def identity_start_moves_as_the_paper_start(subject: Subject) -> None:
 
 
 def non_finite_numbers_stay_in_their_group(subject: Subject) -> None:
-    """NaN and infinity reach the positions of their group, and no other: a gather, not a product with zeros."""
+    """Check that NaN and infinity reach the positions of their group, and no other: a gather, no product with zeros."""
     spec = ProjectionSpec(LAYOUT, 50)
     theta_d, y = normal(50), normal(411)
     theta_d[[0, 49]] = np.nan, np.inf
@@ -222,7 +222,7 @@ def non_finite_numbers_stay_in_their_group(subject: Subject) -> None:
 
 
 def inputs_are_left_as_they_were(subject: Subject) -> None:
-    """Neither function writes into its argument."""
+    """Check that neither function writes into its argument."""
     for start in STARTS:
         spec = ProjectionSpec(LAYOUT, 50, start=start)
         for name, size in (("project", spec.d), ("project_transpose", spec.D)):
@@ -235,7 +235,7 @@ def inputs_are_left_as_they_were(subject: Subject) -> None:
 
 
 def dtype_and_device_are_kept(subject: Subject, dtype: str, start: str) -> None:
-    """What comes in goes out; nothing is promoted to float64 on the way, nothing moves to another device."""
+    """Check that dtype and device stay: nothing is promoted to float64, nothing moves to another device."""
     spec = ProjectionSpec(LAYOUT, 50, start=start)
     for name, size in (("project", spec.d), ("project_transpose", spec.D)):
         found = getattr(subject, name)(spec)(subject.array(normal(size), dtype))
@@ -244,7 +244,7 @@ def dtype_and_device_are_kept(subject: Subject, dtype: str, start: str) -> None:
 
 
 def computed_in_float32(subject: Subject, dtype: str) -> None:
-    """Narrow floats are widened, computed with, and rounded once."""
+    """Check that narrow floats are widened, computed with, and rounded once."""
     spec = ProjectionSpec(LAYOUT, 1)
 
     def rounded(values):
@@ -260,7 +260,7 @@ def computed_in_float32(subject: Subject, dtype: str) -> None:
 
 
 def computed_in_float64(subject: Subject) -> None:
-    """Wide floats are not narrowed, the scale neither."""
+    """Check that wide floats are not narrowed, nor the scale."""
     spec = ProjectionSpec(LAYOUT, 50)
     theta_d, y = normal(50, dtype=np.float64), normal(411, dtype=np.float64)
     theta_D = subject.numpy(subject.project(spec)(subject.array(theta_d)))
@@ -273,7 +273,7 @@ def computed_in_float64(subject: Subject) -> None:
 
 
 def gradient(subject: Subject, pullback: Callable, grouping: str, start: str) -> None:
-    """The pullback of y is Pᵀ y, from either start, in the dtype of θ_d."""
+    """Check that the pullback of y is Pᵀ y, from either start, in the dtype of θ_d."""
     spec, y = ProjectionSpec(LAYOUT, 50, grouping=grouping, start=start), normal(411)
     found = pullback(subject.project(spec), subject.init(spec), subject.array(y))
     subject.expect_dtype(f"gradient, {text_of(spec)}", found, "float32")
@@ -292,12 +292,12 @@ BAD_Y = {"d_for_D": np.zeros(50, np.float32), "int32": np.zeros(411, np.int32)}
 
 
 def project_refuses(subject: Subject, bad: np.ndarray) -> None:
-    """`ValuesError`, with the text of the core."""
+    """Check that project raises `ValuesError`, with the text of the core."""
     _refuses(subject.project(ProjectionSpec(LAYOUT, 50)), "project: theta_d", 50, subject.array(bad))
 
 
 def project_transpose_refuses(subject: Subject, bad: np.ndarray) -> None:
-    """`ValuesError`, with the text of the core."""
+    """Check that project_transpose raises `ValuesError`, with the text of the core."""
     _refuses(subject.project_transpose(ProjectionSpec(LAYOUT, 50)), "project_transpose: y", 411, subject.array(bad))
 
 

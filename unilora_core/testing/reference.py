@@ -1,6 +1,6 @@
-"""The references: plain Python integers for the groups, the definition in NumPy for the projection.
+"""The references: plain Python integers for the groups, and the definition in NumPy for the projection.
 
-Written from ``docs/format.md``, without the core's arithmetic.
+They are written from ``docs/format.md``, without the core's arithmetic.
 """
 
 import functools
@@ -43,24 +43,24 @@ AWKWARD = [
     (2**48, 2**31),
     (2**48, 3),
 ]
-"""(D, d) around the borders of 32-bit words, primes and powers of two among them."""
+"""Pairs (D, d) around the borders of 32-bit words, primes and powers of two among them."""
 
 LAYOUT = Layout([("v.A", (3, 40)), ("q.B", (50, 3)), ("q.A", (3, 40)), ("v.B", (7, 3))])
-"""D = 411; neither by name nor by size is this a natural order."""
+"""A layout with D = 411, in an order that is natural neither by name nor by size."""
 
 
 def flat(D: int, d: int, **fields) -> ProjectionSpec:
-    """A spec whose layout is one factor ``m.A`` of D numbers."""
+    """Make a spec whose layout is one factor ``m.A`` of D numbers."""
     return ProjectionSpec(Layout([("m.A", (D,))]), d, **fields)
 
 
 SEEDS = st.integers(0, 2**64 - 1) | st.integers(2**63, 2**64 - 1)
-"""Half of them need all 64 bits."""
+"""The seeds; half of them need all 64 bits."""
 
 
 @st.composite
 def problems(draw, largest: int = 2**48) -> tuple[int, int, int]:
-    """(D, d, seed): D of any magnitude or as large as it may be, and so is d."""
+    """Draw (D, d, seed): D of any magnitude or as large as it may be, and d likewise."""
     any_magnitude = st.integers(0, largest.bit_length() - 1).flatmap(lambda bits: st.integers(1, 2**bits))
     D = draw(any_magnitude | st.integers(largest // 2, largest))
     top = min(D, 2**31)
@@ -72,14 +72,14 @@ def problems(draw, largest: int = 2**48) -> tuple[int, int, int]:
 
 
 def lowbias32(x: int) -> int:
-    """The hash of a 32-bit word."""
+    """Return the hash of a 32-bit word."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
     x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
     return x ^ (x >> 16)
 
 
 def threefry(k0: int, k1: int, x0: int, x1: int) -> tuple[int, int]:
-    """Threefry-2x32 with 20 rounds, of 32-bit words."""
+    """Compute Threefry-2x32 with 20 rounds, of 32-bit words."""
     keys = [k0, k1, 0x1BD11BDA ^ k0 ^ k1]
     rotations = [13, 15, 26, 6, 17, 29, 16, 24]
     x0, x1 = (x0 + k0) % 2**32, (x1 + k1) % 2**32
@@ -98,7 +98,7 @@ def _balanced(D: int, d: int, seed: int, i: int) -> int:
 
 
 def image(D: int, d: int, seed: int, i: int) -> tuple[int, int]:
-    """The segment of position i, and where the permutation of ``balanced`` takes it there."""
+    """Return the segment of position i, and where the permutation of ``balanced`` takes it there."""
     longest = min(D, 2**31 // d * d)
     segment, p = i // longest, i % longest
     size = min(longest, D - segment * longest)
@@ -121,11 +121,11 @@ def _iid(D: int, d: int, seed: int, i: int) -> int:
 
 
 GROUPS = {"balanced": _balanced, "iid": _iid}
-"""Grouping → (D, d, seed, i) → g(i)."""
+"""The reference for each grouping: (D, d, seed, i) → g(i)."""
 
 
 def init(D: int, d: int, seed: int, bound: float, j: int) -> np.float32:
-    """θ_d⁰[j]."""
+    """Draw θ_d⁰[j]."""
     k0, k1 = _words("init", D, d, seed)[:2]
     word, _ = threefry(k0, k1, 0, j)
     return np.float32((((word >> 8) + 0.5) / 2**23 - 1) * bound)
@@ -139,7 +139,7 @@ def _words(name: str, D: int, d: int, seed: int, segment: int = 0) -> list[int]:
 
 @functools.cache
 def _sides(size: int) -> tuple[int, int]:
-    """(a, b): every a from ⌈√size⌉ to twice that (65536 of them at most), tried one by one."""
+    """Return (a, b): every a from ⌈√size⌉ to twice that (65536 of them at most) is tried one by one."""
     root = next(r for r in itertools.count(math.isqrt(size)) if r * r >= size)
     candidates = range(root, max(root + 1, min(2 * root, root + 65536)))
     return min(((a, math.ceil(size / a)) for a in candidates), key=lambda pair: pair[0] * pair[1])
@@ -149,12 +149,12 @@ def _sides(size: int) -> tuple[int, int]:
 
 
 def normal(size: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
-    """(size,) standard normal numbers, the same each time."""
+    """Draw (size,) standard normal numbers, the same each time."""
     return np.random.default_rng(seed).standard_normal(size).astype(dtype)
 
 
 def dense(spec: ProjectionSpec) -> np.ndarray:
-    """P, row by row: (D, d) float64."""
+    """Make P row by row: (D, d) float64."""
     rows = spec.groups().tolist()
     P = np.zeros((spec.D, spec.d))
     for i, group in enumerate(rows):
@@ -163,13 +163,13 @@ def dense(spec: ProjectionSpec) -> np.ndarray:
 
 
 def vector(spec: ProjectionSpec, theta_d: np.ndarray) -> np.ndarray:
-    """θ_D, factor by factor, each operation rounded to the dtype of θ_d: (D,), the bits that float32 must have."""
+    """Compute θ_D, each operation rounded to the dtype of θ_d: (D,), the bits that float32 must have."""
     groups = np.arange(spec.D) if spec.grouping == "identity" else spec.groups()
     return gathered(spec, theta_d, groups, _scale(spec, groups))
 
 
 def gathered(spec: ProjectionSpec, theta_d: np.ndarray, groups: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The same from the column of each row, and the scale of each column in float64."""
+    """Compute the same from the column of each row, and the scale of each column in float64."""
     scale = scale.astype(theta_d.dtype)
     theta_D = (theta_d * scale)[groups]
     if spec.start == "identity":
@@ -181,7 +181,7 @@ def gathered(spec: ProjectionSpec, theta_d: np.ndarray, groups: np.ndarray, scal
 
 
 def transposed(spec: ProjectionSpec, y: np.ndarray) -> np.ndarray:
-    """Pᵀ y: (d,) float64."""
+    """Compute Pᵀ y: (d,) float64."""
     groups = spec.groups()
     return np.bincount(groups, y, minlength=spec.d) * _scale(spec, groups)
 

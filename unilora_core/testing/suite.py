@@ -1,4 +1,4 @@
-"""The cases of a backend, one after the other."""
+"""The list of all cases of a backend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ class Case:
 
         Raises:
             AssertionError: the backend does not conform; the text says with which spec, at which position, what was
-                expected and what came.
+                expected and what was found.
         """
         self.check()
 
 
 def cases(backend: Backend) -> tuple[Case, ...]:
-    """Every check that applies to a backend; one without ``compile`` or ``pullback`` has no cases of these."""
+    """Return every check that applies to a backend; one without ``compile`` or ``pullback`` has no cases of these."""
     subject = Subject(backend)
     return tuple(
         Case(backend.name, name, check)
