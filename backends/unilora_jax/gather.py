@@ -7,8 +7,10 @@ groups of the slice that it needs.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unilora_core import ProjectionSpec
 from unilora_core import grouping as _grouping
 from unilora_core.maps.gather import problem_of
-from unilora_jax.projection import project
+from unilora_jax.members import preferred, sums, table_of
+from unilora_jax.projection import here, project
 
 __all__ = ["Gathered", "Names", "Stack", "gathered"]
 
@@ -68,6 +71,8 @@ class Gathered:
         scale: (d,) float32, 1/√n_j.
         origin: (d,) float32, θ_d⁰, for ``start="identity"``.
         tables: the groups of each bundle, int32; None where they are computed in each step.
+        sums_members: whether the gradient is summed over the members of each group, not scattered.
+        members: their positions as `members.table_of` gives them; None where they are computed, or not used.
     """
 
     spec: ProjectionSpec = field(metadata={"static": True})
@@ -75,6 +80,8 @@ class Gathered:
     scale: Array
     origin: Array | None
     tables: tuple[Array | None, ...]
+    sums_members: bool = field(metadata={"static": True})
+    members: Array | None
 
     def __call__(self, theta_d: Array, shardings: Mapping[Names, NamedSharding] | None = None) -> dict[Names, Array]:
         """Names of each stack → its factors (layers, …), in the dtype of ``theta_d`` and differentiable in it.
@@ -85,7 +92,11 @@ class Gathered:
         parts = [part for each in zip(self.bundles, self.tables, strict=True) for part in _laid(*each, shardings or {})]
         groups = [self._groups(*part) for part in parts]
         found: dict[Names, Array] = {}
-        for (bundle, *_), numbers in zip(parts, project(theta_d, groups, self.scale, self.origin), strict=True):
+        if self.sums_members and not shardings:  # else all of y would come to each device
+            made = _summed(self.spec, self.bundles, theta_d, groups, self.scale, self.origin, self.members)
+        else:
+            made = project(theta_d, groups, self.scale, self.origin)
+        for (bundle, *_), numbers in zip(parts, made, strict=True):
             found |= {s.names: self._shaped(s, each) for s, each in zip(bundle, jnp.unstack(numbers), strict=True)}
         return found
 
@@ -101,13 +112,16 @@ class Gathered:
         return rows_first if shape == stack.shape else rows_first.reshape(-1, *shape)
 
 
-def gathered(spec: ProjectionSpec, stacks: Iterable[tuple[Names, bool]], *, cached: bool) -> Gathered:
+def gathered(
+    spec: ProjectionSpec, stacks: Iterable[tuple[Names, bool]], *, cached: bool, sums_members: bool | None = None
+) -> Gathered:
     """Prepare the factors of ``spec``, whose map is a gather.
 
     Args:
         stacks: the factors of each, and whether it is used transposed.
         cached: whether groups are kept as int32, 4 bytes per LoRA parameter. Groupings without a kernel, and the rare
             factor that crosses position 2^31, are cached in either case.
+        sums_members: whether the gradient is summed over members; None: where that is better. Not beyond D = 2^31.
     """
     alike: dict[tuple, list[Stack]] = {}
     for stack in (_stack(spec, names, transposed) for names, transposed in stacks):
@@ -115,7 +129,51 @@ def gathered(spec: ProjectionSpec, stacks: Iterable[tuple[Names, bool]], *, cach
     bundles, groups = tuple(map(tuple, alike.values())), _groups_of(spec)
     tables = tuple(_table(spec, each, groups) if cached or not _has_kernel(spec, each[0]) else None for each in bundles)
     origin = jnp.asarray(spec.init()) if spec.start == "identity" else None  # with "zero", θ_d⁰ is 0
-    return Gathered(spec, bundles, jnp.asarray(spec.scale()), origin, tables)
+    if sums_members is None:
+        sums_members = preferred(*here(), os.environ.get("XLA_FLAGS", ""))
+    sums_members = sums_members and spec.D < _grouping.WORD
+    kept = sums_members and (cached or spec.grouping != "balanced")
+    members = jnp.asarray(table_of(spec)) if kept else None
+    return Gathered(spec, bundles, jnp.asarray(spec.scale()), origin, tables, sums_members, members)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(
+    _spec: ProjectionSpec,
+    _bundles: tuple[Bundle, ...],
+    theta_d: Array,
+    groups: list[Array],
+    scale: Array,
+    origin: Array | None,
+    _members: Array | None,
+) -> list[Array]:
+    """`project`, the gradient of which is summed over members."""
+    return project(theta_d, groups, scale, origin)
+
+
+def _forward(_spec: ProjectionSpec, _bundles: tuple[Bundle, ...], *inputs: Any) -> tuple[list[Array], tuple]:
+    theta_d, groups, scale, origin, members = inputs
+    return project(theta_d, groups, scale, origin), (scale, members)
+
+
+def _backward(spec: ProjectionSpec, bundles: tuple[Bundle, ...], saved: tuple, y: list[Array]) -> tuple:
+    scale, members = saved
+    wide = jnp.promote_types(y[0].dtype, jnp.float32)
+    summed = sums(spec, _joined(spec, bundles, y).astype(wide), members) * scale.astype(wide)
+    return summed.astype(y[0].dtype), None, None, None, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _joined(spec: ProjectionSpec, bundles: tuple[Bundle, ...], y: list[Array]) -> Array:
+    """θ_D's own order of what lies as the factors do: (D,)."""
+    found: dict[str, Array] = {}
+    for bundle, numbers in zip(bundles, y, strict=True):
+        for stack, layers in zip(bundle, numbers, strict=True):
+            rows_first = layers.swapaxes(1, 2) if stack.transposed else layers
+            found |= zip(stack.names, rows_first.reshape(len(stack.names), -1), strict=True)
+    return jnp.concatenate([found[name] for name in spec.layout.shapes])
 
 
 def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:

@@ -1,20 +1,28 @@
 """θ_D = P θ_d with its gradient Pᵀ, in JAX.
 
-The scale is applied to θ_d, then one gather spreads it. The backward pass is one scatter-add: XLA sums in order on the
-CPU, in no fixed order on a GPU (``XLA_FLAGS=--xla_gpu_deterministic_ops=true`` fixes it).
+The scale is applied to θ_d, then one gather spreads it. The backward pass is one scatter-add, which XLA sums in order
+on the CPU, in no fixed order on a GPU; an adapter has another way there, see `members`.
 """
 
+import functools
+import re
+import warnings
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from unilora_core import ValuesError
 
-__all__ = ["check", "explicit_sharding", "project", "project_transpose", "varying_as"]
+__all__ = ["check", "explicit_sharding", "here", "project", "project_transpose", "slow_scatter", "varying_as"]
+
+SLOW = (0, 10, 2), (0, 11, 0)
+"""The first and the last jaxlib that compile a float32 scatter-add on CUDA to compare-and-swap (jax #38806)."""
 
 
 def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = None) -> Any:
@@ -55,12 +63,39 @@ def project_transpose(y: Any, groups: Any, scale: Array) -> Array:
     pairs = list(zip(jax.tree.leaves(y), jax.tree.leaves(groups), strict=True))
     for part, at in pairs:
         check(part, at.shape, "project_transpose: y")
+    _warn_of(slow_scatter(*here()))
     wide = _wide(pairs[0][0])
     summed = jnp.zeros(scale.shape, wide)
     for part, at in reversed(pairs):  # a model's last gradients come first, and need not wait for the others
         whole = None if explicit_sharding(at) is None else PartitionSpec(None)
         summed = summed.at[at].add(part.astype(wide), mode="promise_in_bounds", out_sharding=whole)
     return (summed * scale.astype(wide)).astype(pairs[0][0].dtype)
+
+
+def here() -> tuple[str, str]:
+    """Where this process computes by default, "cpu", "cuda", …, and the version of jaxlib."""
+    backend = jax.extend.backend.get_backend()
+    platform = "cuda" if "cuda" in backend.platform_version.lower() else backend.platform
+    return platform, version("jaxlib")
+
+
+def slow_scatter(platform: str, version: str) -> str | None:
+    """What is to be said of the scatter-add of this jaxlib there, where it takes hundreds of times what it should."""
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    if platform != "cuda" or not SLOW[0] <= numbers <= SLOW[1]:
+        return None
+    return (
+        f"jaxlib {version} compiles a float32 scatter-add on CUDA to a loop that takes hundreds of times what it "
+        "should, and the gradient of θ_d is made by one here. Take jaxlib 0.12 or later; or let an adapter make it "
+        "(plan, wrap, factors), which sums over members instead, but on a mesh with explicit axes or beyond D = 2^31."
+    )
+
+
+@functools.cache
+def _warn_of(what: str | None) -> None:
+    """Once in a process."""
+    if what is not None:
+        warnings.warn(what, stacklevel=3)
 
 
 @jax.custom_vjp

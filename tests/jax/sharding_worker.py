@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import unilora_jax
+from unilora_jax import gather
 
 VOCABULARY, WIDTH, HIDDEN, LAYERS = 64, 24, 48, 3
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 5))
@@ -77,6 +78,7 @@ def sizes(shape):
 OPTIONS = {
     "computed": {"rank": 4, "d": 256, "groups": "computed"},
     "cached": {"rank": 4, "d": 256, "groups": "cached"},
+    "members": {"rank": 4, "d": 256, "groups": "computed"},
     "gaussian": {"method": "gaussian", "d": 64},
     "scattered": {"method": "vera", "rank": 16, "grouping": "balanced"},
     "tied-lora": {"method": "tied-lora"},
@@ -94,6 +96,7 @@ def train(way, options):
     if name in PARTS:
         params = place(params, mesh, PARTS[name])
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
+    gather.preferred = lambda *_: options == "members"
     adapter = unilora_jax.plan(params, "(layers|head)/.*kernel", **OPTIONS[options])
     adapted = adapter.wrap(lambda params, tokens: model(params, tokens, mode == "explicit"))
     optimiser = optax.adam(1e-2)

@@ -12,6 +12,8 @@ import pytest
 WORKER = Path(__file__).parent / "sharding_worker.py"
 WAYS = [f"{parts}-{mode} cached" for parts in ("data", "fsdp", "tensor", "both") for mode in ("auto", "explicit")]
 WAYS += ["both-auto computed", "both-explicit computed", "shard_map computed"]
+OF_MEMBERS = ["both-auto members", "both-explicit members", "shard_map members"]
+"""The gradient as sums over members; with automatic axes all of it comes to each device for that."""
 METHODS = {"scattered": 24, "tied-lora": 1236, "lora-xs": 112, "gaussian": 64, "vb-lora": 2144}
 """Other methods, and their d: each kind of map and of frame that has a path of its own."""
 OF_METHODS = [f"both-explicit {method}" for method in METHODS]
@@ -30,7 +32,7 @@ def run(*ways):
 
 @pytest.fixture(scope="module")
 def runs():
-    return run("one computed", *WAYS)
+    return run("one computed", *WAYS, *OF_MEMBERS)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +51,12 @@ def test_one_device_learns(runs):
     assert runs["one computed"]["collectives"] == []
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *OF_MEMBERS])
 def test_the_losses_are_those_of_one_device(runs, way):
     np.testing.assert_allclose(runs[way]["losses"], runs["one computed"]["losses"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *OF_MEMBERS[1:]])
 def test_theta_D_is_nowhere_gathered(runs, way):
     gathered = [shape for kind, shapes in runs[way]["collectives"] if kind != "all-reduce" for shape in shapes]
     assert [shape for shape in gathered if of_factors(shape)] == []
@@ -68,10 +70,11 @@ def test_theta_d_is_summed_over_d_numbers(runs, way):
     assert [s for s in summed if np.prod(s) > SMALL_D and TOKENS not in s] == []
 
 
-def test_inside_shard_map_the_only_sums_are_the_gradient_and_the_loss(runs):
-    shapes = sorted(shape for kind, shapes in runs["shard_map computed"]["collectives"] for shape in shapes)
+@pytest.mark.parametrize("way", ["shard_map computed", "shard_map members"])
+def test_inside_shard_map_the_only_sums_are_the_gradient_and_the_loss(runs, way):
+    shapes = sorted(shape for kind, shapes in runs[way]["collectives"] for shape in shapes)
     assert shapes == [[], [SMALL_D]]
-    assert {kind for kind, _ in runs["shard_map computed"]["collectives"]} == {"all-reduce"}
+    assert {kind for kind, _ in runs[way]["collectives"]} == {"all-reduce"}
 
 
 def test_blocks_of_a_fused_weight_and_merging_on_an_explicit_mesh(runs):
