@@ -162,7 +162,7 @@ def check_options(method: str, options: Iterable[str], grouping: str | None = No
     """Refuse options that a method does not take, before its layers are known.
 
     Raises:
-        SpecError: a method, a grouping or an option is unknown; the error says the nearest names.
+        SpecError: a method, a grouping or an option is unknown; the error lists the nearest names.
     """
     _named(method, _defaults(method, grouping), options)
 

@@ -1,4 +1,4 @@
-"""Adapter: everything that can be done with one trained vector beside a model. See `vector` for its state."""
+"""Adapter: all that can be done with one trained vector beside a model. Its state is in `vector`."""
 
 import contextlib
 import os
@@ -20,40 +20,40 @@ from unilora_torch.vector import Vector
 __all__ = ["NAME", "Adapter", "adapters"]
 
 NAME = "unilora"
-"""The adapter's name among the model's submodules, unless another is given."""
+"""The name of the adapter among the model's submodules, unless another is given."""
 
 
 class Adapter(Vector):
-    """One trainable vector beside a frozen model. Made by `attach` and `load`.
+    """One trainable vector beside a frozen model; `attach` and `load` make it.
 
     Attributes:
         theta_d: (d,) float32, the one trainable `nn.Parameter`; it stays float32 when the model is cast.
-        spec: what fixes P.
-        targets: what is adapted, in layout order.
+        spec: the spec, which fixes P.
+        targets: the adapted layers and parameters, in layout order.
         modules_to_save: names of modules that train in full and are saved with θ_d, such as a classifier.
-        base: what tells the base model apart, for files, or None; see `unilora_torch.base.identity`.
+        base: what identifies the base model, for files, or None; see `unilora_torch.base.identity`.
         merged: whether the base weights hold B·A at the moment.
         enabled: whether it acts, in this thread or asyncio task; see `switch` and `disabled`.
-        strength: what its B·A is multiplied by where several adapters act together; see `switch`.
+        strength: the factor on its B·A where several adapters act together; see `switch`.
 
-    The model can be called by many threads at once. What would change the weights or the hooks under them (`merge`,
-    `unmerge`, `swap`, `grow`, `shrink`, `detach`, `switch`, `verify`) is refused while another thread is calling it.
+    The model can be called by many threads at once. Methods that change the weights or the hooks (`merge`, `unmerge`,
+    `swap`, `grow`, `shrink`, `detach`, `switch`, `verify`) are refused while another thread is calling the model.
     """
 
     def __repr__(self) -> str:
         return f"Adapter({self.summary()})"
 
     def factors(self) -> dict[str, Tensor]:
-        """Name → A (r, in) or B (out, r) of each target, or other pieces of a frame; float32, differentiable in θ_d."""
+        """Compute A (r, in) and B (out, r) of each target by name, or a frame's other pieces: float32, with gradients."""
         return self()
 
     def factors_of(self, target: Target) -> tuple[Tensor, ...]:
-        """A (r, in) and B (out, r), times `strength`, of one target, or what else its chain is; see `Live.chain_of`."""
+        """Compute A (r, in) and B (out, r), times `strength`, of one target, or another chain; see `Live.chain_of`."""
         return self.live.chain_of(target)
 
     @property
     def enabled(self) -> bool:
-        """Whether it is switched on, and not disabled in this thread or asyncio task."""
+        """Whether the adapter is switched on, and not disabled in this thread or asyncio task."""
         return self.live.enabled
 
     @property
@@ -63,7 +63,7 @@ class Adapter(Vector):
 
     @property
     def strength(self) -> float:
-        """What its B·A is multiplied by."""
+        """The factor on its B·A."""
         return self.live.strength
 
     @property
@@ -72,7 +72,7 @@ class Adapter(Vector):
         return self.live.acts()
 
     def put_on(self, name: str) -> None:
-        """Hook it to its model, under this name: the base is frozen, the modules to save train.
+        """Hook the adapter to its model, under this name: the base is frozen, the modules to save train.
 
         Raises:
             TargetError: another thread is calling the model.
@@ -82,11 +82,11 @@ class Adapter(Vector):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def learning_rate(self, lora_rate: float) -> float:
-        """The rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_core.rates`)."""
+        """Return the rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_core.rates`)."""
         return rates.theta_rate(self.spec, lora_rate)
 
     def parameter_groups(self, lora_rate: float, head_rate: float | None = None) -> list[dict]:
-        """Groups for a torch optimiser: θ_d at `learning_rate` without weight decay, then the modules to save.
+        """Make the groups for a torch optimiser: θ_d at `learning_rate` without weight decay, then the modules to save.
 
         Args:
             lora_rate: the learning rate that LoRA would have.
@@ -107,19 +107,18 @@ class Adapter(Vector):
 
     def verify(self, *args: Any, **kwargs: Any) -> None:
         """Run the model in evaluation and in training mode and check that every target is reached and gives θ_d a
-        gradient. Nothing of the runs stays on the model.
+        gradient. The runs leave no trace on the model.
 
         Args:
             *args, **kwargs: example inputs of the model.
 
         Raises:
-            TargetError: a target that is bypassed, or through which no gradient flows; or the adapter is merged or
-                disabled.
+            TargetError: a target is bypassed, no gradient flows through it, or the adapter is merged or disabled.
         """
         verifying.verify(self, args, kwargs)
 
     def summary(self) -> str:
-        """One line: what trains, and how little of the model it is."""
+        """Say in one line what trains, and how little of the model it is."""
         head = sum(parameter.numel() for parameter in self.saved_parameters().values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
         spec, trained = self.spec, self.spec.d + head
@@ -135,10 +134,10 @@ class Adapter(Vector):
     # ---- on, off, merged ----------------------------------------------------------------------------------------
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """The base model's outputs inside the ``with``, in this thread or asyncio task only.
+        """Give the base model's outputs inside the ``with``, in this thread or asyncio task only.
 
-        Those of a merged adapter are in the weights, which all threads see: they are taken out and put back, and until
-        then the calls of other threads are refused. Where some overlap, the last one that ends puts them back.
+        The update of a merged adapter is in the weights, which all threads see: it is taken out and put back, and until
+        then the calls of other threads are refused. Where several overlap, the last one that ends puts it back.
 
         Raises:
             TargetError: the adapter is merged, and another thread is calling the model.
@@ -148,13 +147,13 @@ class Adapter(Vector):
     def merge(self) -> None:
         """Add B·A to each target's weight, once; a copy of the original weights is kept for `unmerge`.
 
-        The sum is made in float32 and rounded once to the weight's dtype.
+        The sum is computed in float32 and rounded once to the weight's dtype.
 
         Raises:
-            TargetError: a weight that is quantised, computed from others, tied or elsewhere, which cannot take the
-                update; a layer that was replaced since, or that is not linear in its weight; or another adapter is
-                merged, whose `unmerge` would take this one's update out as well; or another thread is calling the
-                model, or has the adapter disabled.
+            TargetError: a weight cannot take the update, as it is quantised, computed from others, tied or elsewhere; a
+                layer was replaced since, or is not linear in its weight; another adapter is merged, whose `unmerge`
+                would take this one's update out as well; or another thread is calling the model, or has the adapter
+                disabled.
             ValuesError: θ_d holds NaN or infinity, or the sum does in the weight's dtype. In each case nothing has
                 changed, also after an interrupt.
         """
@@ -177,14 +176,14 @@ class Adapter(Vector):
         switching.rename(self, name)
 
     def swap(self, path: str | os.PathLike) -> None:
-        """Put the adapter of a file in this one's place; see `unilora_torch.attach.swap`."""
+        """Put the adapter of a file in the place of this one; see `unilora_torch.attach.swap`."""
         swapping.swap(self, path)
 
     def detach(self, merge: bool = False) -> None:
-        """Take the adapter off: the base model is as before `attach`, but for the values of `modules_to_save`.
+        """Take the adapter off: the base model is as before `attach`, except for the values of `modules_to_save`.
 
         Args:
-            merge: leave B·A in the base weights for good.
+            merge: whether to leave B·A in the base weights for good.
 
         Raises:
             TargetError, ValuesError: it cannot be merged (see `merge`), or another thread is calling the model; it is
@@ -203,9 +202,9 @@ class Adapter(Vector):
         """Write θ_d, the spec, the targets and the modules to save as one file, atomically.
 
         Args:
-            metadata: further strings for the header.
-            state: the model's gathered `state_dict`, where one process has it of a model sharded over several;
-                otherwise every process must call `save` on such a model.
+            metadata: more strings for the header.
+            state: for a model that is sharded over several processes: its gathered `state_dict`, where one process has
+                it; otherwise every process must call `save`.
 
         Raises:
             ValuesError: θ_d holds NaN or infinity.
@@ -226,5 +225,5 @@ class Adapter(Vector):
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model by name, in the order in which they were attached."""
+    """Return the adapters of a model by name, in the order in which they were attached."""
     return {name: child for name, child in model.named_children() if isinstance(child, Adapter)}

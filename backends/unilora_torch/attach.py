@@ -1,4 +1,4 @@
-"""attach, load: put one vector beside a model."""
+"""attach and load put one vector beside a model."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -51,30 +51,31 @@ def attach(
             ``unilora.theta_d``.
         targets: ``"all-linear"``, a regular expression for whole names, a list of names or endings (see
             `find_targets`), or a list of `Target`.
-        exclude: taken away from ``targets``, by regular expression or list.
+        exclude: the names to remove from ``targets``, as a regular expression or a list.
         method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
         rank: r of every target, by default the method's, 16 for Uni-LoRA; or a mapping from names of targets, or their
-            endings (``{"q_proj": 8, "v_proj": 16}``), of which the longest that fits counts.
+            endings (``{"q_proj": 8, "v_proj": 16}``); the longest name that fits counts.
         d: the number of trained values, or ``"auto"``: a sixteenth of LoRA's at rank 4, or what follows from the
             method.
-        seed: fixes P, θ_d⁰, and what is random and frozen.
+        seed: the seed of P, of θ_d⁰, and of the frozen random arrays.
         grouping: the map P; by default the method's: ``"balanced"`` for Uni-LoRA. See `unilora_core.ProjectionSpec`.
         start: ``"identity"`` (the adapted model starts as the base) or ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)), or
             ``"zero"``; by default the method's.
-        bound: of θ_d⁰; by default as large as LoRA's A for the identity, else 0.02.
-        modules_to_save: names of modules that train in full, such as ``("classifier",)``; or of single parameters.
+        bound: the bound of θ_d⁰; by default θ_d⁰ is as large as LoRA's A for the identity start, else the bound is
+            0.02.
+        modules_to_save: names of modules that train in full, such as ``("classifier",)``, or of single parameters.
         name: the adapter's name among the model's submodules.
-        groups: ``"cached"`` as int32, 4 bytes for each LoRA parameter, or ``"computed"`` in each pass, 0 bytes: on CUDA
-            in Triton's kernels, elsewhere by the core, which takes longer (docs/method.md).
-        **options: of the method, such as ``vectors=64`` of VB-LoRA; docs/framework.md has them.
+        groups: ``"cached"`` keeps the groups as int32, 4 bytes for each LoRA parameter; ``"computed"`` computes them in
+            each pass, 0 bytes: on CUDA in Triton's kernels, elsewhere by the core, which takes longer (docs/method.md).
+        **options: the options of the method, such as ``vectors=64`` of VB-LoRA; docs/framework.md lists them.
 
     Returns:
         The adapter, also found at ``model.unilora``.
 
     Raises:
-        TargetError: nothing to adapt, something that cannot be adapted rightly, or a name that is taken; the model is
+        TargetError: there is nothing to adapt, something cannot be adapted rightly, or the name is taken; the model is
             unchanged.
-        SpecError: an unknown method or option, or rank or d out of range; the model is unchanged.
+        SpecError: a method or an option is unknown, or rank or d is out of range; the model is unchanged.
     """
     check_name(model, name)
     modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(dict.fromkeys(modules_to_save))
@@ -107,17 +108,17 @@ def load(
     The file names its targets, so the order in which the model registers its layers does not matter.
 
     Args:
-        check_base: refuse a base with other values than the one that the file was made for (any dtype and any
-            quantisation of it will do); files of other backends do not say.
-        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
+        check_base: whether to refuse a base with other values than the one that the file was made for (any dtype and
+            any quantisation of it fits); files of other backends do not say.
+        any_rank: whether to take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
         groups: as in `attach`.
 
     Raises:
         AdapterFileError: the file is damaged or of an unknown version (see `unilora_core.read_adapter`), or says what
-            cannot be.
-        MismatchError: the file belongs to another model; the message names the module, expected and found.
-        TargetError: a layer that cannot be adapted rightly.
-        ValuesError: numbers that are no numbers. In each case the model is unchanged.
+            cannot exist.
+        MismatchError: the file belongs to another model; the error names the module, and what was expected and found.
+        TargetError: a layer cannot be adapted rightly.
+        ValuesError: a value is NaN or infinite. In each case the model is unchanged.
     """
     check_name(model, name)
     found = open_file(path, model, any_rank=any_rank)
@@ -139,10 +140,10 @@ def load(
 
 
 def layout_of(targets: Iterable[Target], rank: int) -> Layout:
-    """``name.A`` (r, in) and ``name.B`` (out, r) of each target, in order.
+    """Make the layout of ``name.A`` (r, in) and ``name.B`` (out, r) of each target, in order.
 
     Raises:
-        SpecError: rank < 1.
+        SpecError: the rank is below 1.
     """
     layers = ((target.name, target.in_features, target.out_features, target.experts) for target in targets)
     return lora_layout(layers, rank)

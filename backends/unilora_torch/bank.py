@@ -1,7 +1,7 @@
-"""Bank: many adapters on one frozen base, for inference; each row of a batch names its own.
+"""Bank: many adapters on one frozen base, for inference; each row of a batch names its own adapter.
 
 Row i of a layer's inputs leaves it as W x_i + Σ_k w_ik B_k A_k x_i, where (A_k, B_k) = P θ_k. A stored adapter is its
-θ_d; adapters of one spec share P. When a layer runs, A and B of the batch's adapters are gathered, of this layer only.
+θ_d; adapters of one spec share P. When a layer runs, A and B of the batch's adapters are gathered for this layer only.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ Hook = LayerHook | HeadHook | CallerHook
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """What all adapters of one spec and the same targets share."""
+    """The state that all adapters of one spec and the same targets share."""
 
     number: int
     spec: ProjectionSpec
@@ -52,7 +52,7 @@ class Family:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One adapter: θ_d (d,) float32, and the state of each module that it saves."""
+    """One adapter in the bank: θ_d (d,) float32, and the state of each module that it saves."""
 
     family: Family
     theta_d: Tensor
@@ -105,7 +105,7 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """What the bank holds: 4·d bytes for each adapter, its heads, and 4·D bytes and the scales for each spec."""
+        """The bytes that the bank holds: 4·d for each adapter, its heads, and 4·D and the scales for each spec."""
         shared = [tensor for family in self.families.values() for tensor in family.projection.tensors]
         own = [entry.theta_d for entry in self.entries.values()]
         heads = [t for entry in self.entries.values() for state in entry.heads.values() for t in state.values()]
@@ -120,19 +120,19 @@ class Bank:
         check_base: bool = True,
         any_rank: bool = False,
     ) -> None:
-        """Store an adapter.
+        """Store an adapter in the bank.
 
         Args:
-            name: what the rows call it.
+            name: the name by which the rows call it.
             file: the path of an adapter file, or its contents.
-            replace: put it in the place of the adapter that has this name.
-            check_base: refuse a file that was made for a base with other values; see `unilora_torch.load`.
-            any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
+            replace: whether to put it in the place of the adapter that has this name.
+            check_base: whether to refuse a file that was made for a base with other values; see `unilora_torch.load`.
+            any_rank: whether to take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
 
         Raises:
             AdapterFileError: the file is damaged or of an unknown version.
             MismatchError: the file belongs to another model.
-            TargetError: a layer that cannot be adapted by row, or was replaced; or the model has an adapter attached.
+            TargetError: a layer cannot be adapted by row, or was replaced, or the model has an adapter attached.
             ValuesError: the name is taken, or θ_d holds NaN. In each case nothing has changed.
         """
         _check_bare(self.model)
@@ -183,21 +183,20 @@ class Bank:
 
     @contextlib.contextmanager
     def rows(self, names: Iterable[Row], copies: int = 1) -> Iterator[None]:
-        """Inside the ``with``, row i of each batch that the model gets is adapted by ``names[i]``; in this thread or
-        asyncio task only.
+        """Adapt row i of each batch by ``names[i]`` inside the ``with``, in this thread or asyncio task only.
 
         Args:
-            names: for each row the name of an adapter; None for the base; or name → weight for the weighted sum of the
-                updates of several adapters.
+            names: for each row the name of an adapter, None for the base, or a mapping name → weight for the weighted
+                sum of the updates of several adapters.
             copies: how often `generate` repeats each row, side by side: ``num_beams``, or ``num_return_sequences`` of a
-                sampled output. Inputs may then have the named rows or the repeated ones.
+                sampled output. Inputs may then have either the named rows or the repeated ones.
 
         Raises:
-            ValuesError: an unknown name, no row, a weight that is no finite number, or a mixture of adapters of which
-                one saves modules (a weighted sum of updates says nothing of them). Also by the model's forward pass:
-                inputs of which the first axis is not the named rows.
-            TargetError: the model has an adapter attached, or a layer or head was replaced; by the forward pass: one is
-                never called.
+            ValuesError: a name is unknown, there is no row, a weight is no finite number, or an adapter in a mixture
+                saves modules (a weighted sum of updates says nothing of them). The model's forward pass raises it for
+                inputs whose first axis is not the named rows.
+            TargetError: the model has an adapter attached, or a layer or head was replaced. The forward pass raises it
+                where one is never called.
         """
         _check_bare(self.model)
         self.structure.check("Bank.rows")
@@ -216,7 +215,7 @@ class Bank:
     # ---- internals ----------------------------------------------------------------------------------------------
 
     def _identity(self, found: Opened) -> BaseIdentity | None:
-        """`base.identity`, taken once for all adapters that save the same heads."""
+        """Return `base.identity`, taken once for all adapters that save the same heads."""
         key = found.header.modules_to_save, found.fresh
         if key not in self._identities:
             self._identities[key] = base.identity(self.model, *key)
@@ -224,13 +223,13 @@ class Bank:
 
     @property
     def handles(self) -> list[Handle]:
-        """Those of its hooks."""
+        """The handles of its hooks."""
         return [handle for _, handle in self._hooks.values()]
 
     def _tidy(self) -> None:
-        """Hooks for what is stored or still named by rows, and no family without an adapter.
+        """Keep hooks only for what is stored or still named by rows, and no family without an adapter.
 
-        Hooks that stay are not touched, so nobody who is calling the model meanwhile misses one.
+        Hooks that stay are not touched, so no thread that is calling the model meanwhile misses one.
         """
         with self._lock:
             entries, before = list(self.entries.values()), self._hooked
@@ -270,7 +269,9 @@ def _covers(hooked: tuple[set[Family], set[str]], batch: Batch) -> bool:
 
 
 def _hooked(model: nn.Module, hook: Any) -> tuple[Any, Handle]:
-    """A hook on its module, before those of others, which then see what a merge gives; one that only watches, last."""
+    """Register a hook on its module; a hook that only watches comes last, another one first, so that foreign hooks see
+    what a merge gives.
+    """
     first = not isinstance(hook, CallerHook)
     layer = model.get_submodule(hook.module)
     return hook, layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
@@ -287,7 +288,7 @@ def _named(entries: Mapping[str, Entry], name: Any, what: str) -> Entry:
 
 
 def _read(entries: Mapping[str, Entry], names: Iterable[Row], copies: int) -> Batch:
-    """What the rows of a batch need, by their names; see `Bank.rows`."""
+    """Return what the rows of a batch need, from their names; see `Bank.rows`."""
     if isinstance(names, str) or not (rows := list(names)):
         raise ValuesError(f"Bank.rows: expected a list with a name for each row of the batch, got {names!r}.")
     if not isinstance(copies, int) or copies < 1:
@@ -312,7 +313,7 @@ def _read(entries: Mapping[str, Entry], names: Iterable[Row], copies: int) -> Ba
 
 
 def _mixture(i: int, row: Row) -> Mapping[str, float]:
-    """Name → weight of one row."""
+    """Return the adapters of one row, name → weight."""
     if row is None:
         return {}
     if not isinstance(row, (str, Mapping)):
@@ -349,7 +350,7 @@ def _pairs(family: Family, pairs: list[tuple[int, str, float]], found: Mapping[s
 def _wanted(
     model: nn.Module, families: Iterable[Family], heads: Iterable[str]
 ) -> dict[tuple[type[Hook], str], tuple[Any, ...]]:
-    """Kind of hook and module → what the hook knows: the blocks of a layer, or what a caller calls."""
+    """Return what each hook must know, by its kind and module: the blocks of a layer, or what a caller calls."""
     blocks: dict[str, list[Block]] = {}
     for family in families:
         for target in family.targets:
@@ -363,7 +364,9 @@ def _wanted(
 
 
 def _block(family: Family, target: Target) -> Block:
-    """A target in its layer; its groups are a view of the family's, unless a file holds another order."""
+    """Make the block of a target in its layer; its groups are a view of the family's, unless a file holds another
+    order.
+    """
     layout, names = family.spec.layout, Chains.of(family.spec, [target], {}).names[target.name]
     groups = family.projection.groups_at(layout.slices[name] for name in names)
     return Block(family.number, target, tuple(layout.shapes[name] for name in names), groups)
@@ -382,7 +385,7 @@ def _family(where: str, model: nn.Module, found: Opened, number: int) -> Family:
 
 
 def _like(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The saved state of each module, in the dtypes of the model's own."""
+    """Return the saved state of each module, in the dtypes of the model's own."""
     own = {name: model.get_submodule(name).state_dict() for name in states}
     return {
         name: {key: state[key].to(like, copy=True) for key, like in own[name].items()} for name, state in states.items()
@@ -390,7 +393,7 @@ def _like(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> dict[
 
 
 def _check_by_row(where: str, model: nn.Module, target: Target) -> None:
-    """Refuse what does not see the rows of the batch one by one."""
+    """Refuse a target that does not see the rows of the batch one by one."""
     if target.parameter is not None:
         raise TargetError(
             f"{where}: {target.name} is added to a weight, which all rows of a batch share; attach such an adapter "

@@ -1,9 +1,9 @@
-"""The identity of a base model: enough of its values to tell another one apart, in any dtype and quantised or not.
+"""The identity of a base model: enough of its values to tell it from others, in any dtype and quantised or not.
 
-Targets are checked by name and width, but a fine-tuned, permuted or reinitialised base has those, too. So a file keeps
-the shapes of the base's embeddings and some two hundred of its values: of vectors (norms, biases) and embeddings, which
-quantisation leaves alone. Rounding to bfloat16 or float16 moves a value by less than `TOLERANCE`. Of a weight that no
-checkpoint gave values, and that stays as it is, it keeps a few values too: another run makes others.
+Targets are checked by name and width, but a fine-tuned, permuted or reinitialised base has the same names and widths.
+So a file keeps the shapes of the base's embeddings and some two hundred of its values: of vectors (norms, biases) and
+embeddings, which quantisation leaves alone. Rounding to bfloat16 or float16 moves a value by less than `TOLERANCE`. A
+file also keeps a few values of each weight that comes from no checkpoint and is not trained: another run makes others.
 """
 
 import base64
@@ -22,20 +22,20 @@ from unilora_torch.heads import inside
 __all__ = ["check_base", "identity", "with_fresh"]
 
 TOLERANCE = 2**-7
-"""Two roundings to bfloat16, relative to the value."""
+"""The error of two roundings to bfloat16, relative to the value."""
 VECTORS, EMBEDDINGS = 64, 4
-"""How many of each are sampled, spread evenly over their names in order."""
+"""The number of vectors and of embeddings that are sampled, spread evenly over their names in order."""
 
 
 def identity(model: nn.Module, exclude: Iterable[str] = (), fresh: Iterable[str] = ()) -> BaseIdentity | None:
-    """What tells a base model apart, for files; None where values are on other processes (FSDP, ZeRO-3).
+    """Return what identifies a base model, for files; None where values are on other processes (FSDP, ZeRO-3).
 
-    Takes a few small copies from the device, and no pass over the weights.
+    It takes a few small copies from the device, and no pass over the weights.
 
     Args:
         exclude: modules and parameters whose values are not the base's, such as a trained head.
-        fresh: the names of weights that no checkpoint gave values, of which each is to be told apart; those that the
-            model has, and that are not excluded, are.
+        fresh: the names of weights that come from no checkpoint. Each is identified by values of its own, if the model
+            has it and it is not excluded.
     """
     exclude = tuple(exclude)
     named = {name: value for name, value in model.named_parameters() if not inside(name, exclude)}
@@ -58,7 +58,7 @@ def identity(model: nn.Module, exclude: Iterable[str] = (), fresh: Iterable[str]
 
 
 def with_fresh(base: BaseIdentity | None, model: nn.Module, names: Iterable[str]) -> BaseIdentity | None:
-    """The identity of a model that also tells these weights apart, which no checkpoint gave values."""
+    """Return the identity of a model that also identifies these weights, which come from no checkpoint."""
     return base and dataclasses.replace(base, fresh=_fresh(model, names))
 
 
@@ -68,7 +68,7 @@ def _fresh(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _spread(values: Tensor) -> list[float]:
-    """Some of the values, with the last, which is in the last of the rows."""
+    """Return some of the values, with the last, which is in the last of the rows."""
     chosen = values[np.linspace(0, len(values) - 1, 16).astype(int).tolist()]
     return [float("nan")] * len(chosen) if values.is_meta else chosen.float().tolist()
 
@@ -77,11 +77,11 @@ def check_base(where: str, theirs: BaseIdentity | None, ours: BaseIdentity | Non
     """Compare the base that a file was made for with the one at hand.
 
     Args:
-        theirs: of the file; None (another program wrote it): nothing is compared.
-        ours: `identity` of the model.
+        theirs: the identity in the file; None (another program wrote it) means that nothing is compared.
+        ours: the `identity` of the model.
 
     Raises:
-        MismatchError: with both names, and what differs.
+        MismatchError: they differ; the error has both names, and what differs.
     """
     if theirs is not None and ours is not None and (difference := _difference(theirs, ours)):
         raise MismatchError(
@@ -115,11 +115,11 @@ def _unlike(theirs: str, ours: str | None) -> bool:
 
 
 def _others(a: np.ndarray, b: np.ndarray) -> int:
-    """How many values of one are not those of the other, as far as both are known; all, where there are not as many."""
+    """Count the values of one that differ from the other's, where both are known; all, where their numbers differ."""
     if a.shape != b.shape:
         return a.size + b.size
     known = np.isfinite(a) & np.isfinite(b)
-    with np.errstate(invalid="ignore"):  # infinity - infinity, which is not known
+    with np.errstate(invalid="ignore"):  # infinity - infinity is not known
         distance = np.abs(a - b)
     far = distance > TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
     return int(np.count_nonzero(far & known))
@@ -130,7 +130,7 @@ def _name(base: BaseIdentity) -> str:
 
 
 def _sample(tensors: Mapping[str, Tensor], count: int) -> list[float]:
-    """Values of evenly spaced tensors, at evenly spaced places in each; NaN where a tensor has no values here."""
+    """Return values at evenly spaced places of evenly spaced tensors; NaN where a tensor has no values here."""
     names = sorted(tensors)
     chosen = [names[i] for i in np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)]
     return [value for name in chosen for value in _few(tensors[name].detach())]
@@ -148,7 +148,7 @@ def _places(size: int, count: int) -> list[int]:
 
 
 def _pack(values: Iterable[float]) -> str:
-    """As bfloat16, in base64."""
+    """Return the values as bfloat16, in base64."""
     bits = torch.tensor(list(values), dtype=torch.bfloat16).view(torch.int16).numpy().astype("<i2")
     return base64.b64encode(bits.tobytes()).decode()
 

@@ -1,8 +1,8 @@
-"""Layers that a model does not call: which module uses their weight instead, found out by running the model.
+"""Layers that a model does not call: a run of the model shows which module uses their weight instead.
 
 WavLM hands ``q_proj.weight`` to a function, BEiT, EVA-02 and Swin v2 compute ``F.linear(x, self.qkv.weight, …)``,
-and `nn.MultiheadAttention` reads ``out_proj.weight``: nothing that stands beside such a layer is ever reached. Its
-weight is a parameter of the module that reads it, then, and is W + ΔW while that module runs (`unilora_torch.Target`,
+and `nn.MultiheadAttention` reads ``out_proj.weight``: what stands beside such a layer is never reached. Its weight is
+then a parameter of the module that reads it, and is W + ΔW while that module runs (`unilora_torch.Target`,
 ``parameter``).
 """
 
@@ -23,24 +23,25 @@ from unilora_torch.verifying import floats
 __all__ = ["through_readers"]
 
 LAYER = (None, "weight")
-"""`Target.parameter` of a layer: it is adapted beside its weight, or inside it (a convolution with groups)."""
+"""The values of `Target.parameter` of a layer: it is adapted beside its weight, or inside it (a convolution with
+groups)."""
 
 
 def through_readers(model: nn.Module, targets: Iterable[Target], run: Callable[[], Any]) -> tuple[Target, ...]:
-    """The targets, those of bypassed layers as parameters of the modules that read their weights.
+    """Return the targets, where a bypassed layer becomes a parameter of the module that reads its weight.
 
     A layer may be called in one mode and bypassed in the other, so the model is run in both, unless it does not train
-    on these inputs. One that is neither called nor read stays as it is; no gradient will reach it.
+    on these inputs. A layer that is neither called nor read stays as it is; no gradient will reach it.
 
     Args:
-        run: runs the model once and gives its output.
+        run: a function that runs the model once and returns its output.
     """
     found = tuple(targets)
     layers = {target.module for target in found if target.parameter in LAYER}
     readers = _bypassed(model, layers, run, training=False)
-    with contextlib.suppress(Exception):  # whatever a model raises that needs labels, say
+    with contextlib.suppress(Exception):  # a model may raise anything, for lack of labels, say
         for layer, reader in _bypassed(model, layers, run, training=True).items():
-            readers[layer] = min(reader, readers.get(layer, reader), key=len)  # the one that holds the other
+            readers[layer] = min(reader, readers.get(layer, reader), key=len)  # the outer one
     return tuple(
         _inside(target, readers[target.module]) if target.parameter in LAYER and target.module in readers else target
         for target in found
@@ -48,7 +49,7 @@ def through_readers(model: nn.Module, targets: Iterable[Target], run: Callable[[
 
 
 def _bypassed(model: nn.Module, layers: set[str], run: Callable[[], Any], training: bool) -> dict[str, str]:
-    """Layer that one mode does not call → its reader there."""
+    """Return for each layer that one mode does not call its reader in that mode."""
     with in_mode(model, training):
         missed = layers - _called(model, run)
         return _readers(model, missed, run) if missed else {}
@@ -60,7 +61,7 @@ def _inside(target: Target, reader: str) -> Target:
 
 
 def _called(model: nn.Module, run: Callable[[], Any]) -> set[str]:
-    """The names of the modules that one forward pass calls."""
+    """Return the names of the modules that one forward pass calls."""
     called: set[str] = set()
     handles: list[RemovableHandle] = []
     try:
@@ -75,7 +76,8 @@ def _called(model: nn.Module, run: Callable[[], Any]) -> set[str]:
 
 
 def _readers(model: nn.Module, layers: Iterable[str], run: Callable[[], Any]) -> dict[str, str]:
-    """Layer → the innermost module above it that reads its weight in one forward pass; absent where none does.
+    """Return for each layer the innermost module above it that reads its weight in one forward pass; absent where none
+    does.
 
     Each module above a layer puts a copy of its own in the place of the weight while it runs; the copy on which the
     output depends tells the reader.
@@ -113,7 +115,8 @@ def _readers(model: nn.Module, layers: Iterable[str], run: Callable[[], Any]) ->
 
 
 class _StandIn:
-    """The forward hooks of a module above a layer: a copy of the layer's weight, while the module runs.
+    """The forward hooks of a module above a layer, which put a copy of the layer's weight in its place while the module
+    runs.
 
     The layer is looked up in the module that runs, which may be a copy that another adapter made of it.
     """
@@ -124,7 +127,7 @@ class _StandIn:
         self.outer: list[Tensor | None] = []
 
     def open(self, module: nn.Module, _args: Any) -> None:
-        """Before the module's forward pass."""
+        """Put the copy in its place, before the module's forward pass."""
         layer = module.get_submodule(self.path)
         self.outer.append(vars(layer).get("weight"))
         weight: Any = layer.weight
@@ -132,7 +135,7 @@ class _StandIn:
         self.made.append(copied)
 
     def close(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        """After it."""
+        """Put the weight back, after the module's forward pass."""
         held, outer = vars(module.get_submodule(self.path)), self.outer.pop()
         if outer is None:
             del held["weight"]
@@ -141,7 +144,7 @@ class _StandIn:
 
 
 def _above(name: str) -> Iterator[str]:
-    """The names of the modules around one, from the nearest to the model itself."""
+    """Yield the names of the modules around one, from the nearest to the model itself."""
     while name:
         name = name.rpartition(".")[0]
         yield name

@@ -1,8 +1,8 @@
-"""Around the call of a module: what a call leaves behind is gone when it ends, whatever ends it.
+"""Code around the call of a module: what a call leaves behind is removed when it ends, whatever ends it.
 
-A forward hook cannot see to that: PyTorch runs none after a KeyboardInterrupt, a SystemExit or a GeneratorExit. So the
-module gets a ``_call_impl`` of its own, an attribute where `nn.Module.__call__` finds the class's otherwise; its class,
-its ``forward`` and its place in the `state_dict` stay. torch.compile takes the class's: a graph has no state to leave.
+A forward hook cannot do that: PyTorch runs none after a KeyboardInterrupt, a SystemExit or a GeneratorExit. So the
+module gets a ``_call_impl`` of its own, an attribute that `nn.Module.__call__` finds before the class's; its class,
+its ``forward`` and its place in the `state_dict` stay. torch.compile takes the class's: a graph leaves no state behind.
 """
 
 import functools
@@ -19,14 +19,14 @@ __all__ = ["Around", "Call", "CallHandle", "Handle", "runs_elsewhere", "surround
 
 
 class Around(Protocol):
-    """What stands around the call of a module."""
+    """A protocol: an object that stands around the call of a module."""
 
     def around(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
-        """The result of ``run(module)``, or of a module in its place."""
+        """Return the result of ``run(module)``, or of a module in its place."""
 
 
 class Handle(Protocol):
-    """What takes a hook off again."""
+    """A protocol: an object that takes a hook off again."""
 
     def remove(self) -> None:
         """Leave the module as it was; more than once does no harm."""
@@ -40,7 +40,7 @@ class Call:
         self.arounds: tuple[Around, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own, inside of what stands around it."""
+        """Call the class's own ``_call_impl`` inside of what stands around it."""
 
         def run(module: nn.Module) -> Any:
             return type(module)._call_impl(module, *args, **kwargs)
@@ -53,7 +53,7 @@ class Call:
 
 @dataclass(frozen=True)
 class CallHandle:
-    """Takes off what `surround` put around a call, as the handle of a hook does."""
+    """A handle that takes off what `surround` put around a call, as the handle of a hook does."""
 
     call: Call
     around: Around
@@ -75,7 +75,9 @@ def surround(module: nn.Module, around: Around) -> CallHandle:
 
 
 def runs_elsewhere(model: nn.Module) -> bool:
-    """Whether another thread is inside a call of the model or of a module in it. The stacks tell: no call counts."""
+    """Say whether another thread is inside a call of the model or of a module in it. The stacks of the threads tell it,
+    so no call has to count.
+    """
     modules, mine = {id(module) for module in model.modules()}, threading.get_ident()
     for thread, top in sys._current_frames().items():
         frame = None if thread == mine else top
@@ -87,4 +89,4 @@ def runs_elsewhere(model: nn.Module) -> bool:
 
 
 CALLS = ("_wrapped_call_impl", "_call_impl")
-"""The methods of `nn.Module` that a call of it runs."""
+"""The methods of `nn.Module` that run when a module is called."""

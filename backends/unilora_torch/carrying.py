@@ -1,4 +1,4 @@
-"""What an optimiser and a schedule keep of θ_d, for another d: the state of its numbers, and its rate."""
+"""The state of θ_d in an optimiser and a schedule, carried to another d: the state of its numbers, and its rate."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,14 +13,15 @@ from unilora_core.resizing import carried
 __all__ = ["Change", "changes"]
 
 POWERS = dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg", "ax"), 1)
-"""State of an optimiser that is linear in θ_d or its gradient → 1; mean squares → 2: see `unilora_core.resizing`."""
+"""The power of an optimiser's state: 1 where it is linear in θ_d or its gradient, 2 for mean squares
+(`unilora_core.resizing`)."""
 POWERS |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"), 2)
 
 GROUP = ("lr", "initial_lr", "max_lr", "min_lr")
-"""Rates that a group of parameters has; some are put there by schedules."""
+"""The rates of a group of parameters; schedules put some of them there."""
 
 SCHEDULE = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
-"""Rates that a schedule has, one for each group."""
+"""The rates of a schedule, one for each group."""
 
 
 class Change(NamedTuple):
@@ -31,7 +32,7 @@ class Change(NamedTuple):
     value: Any
 
     def make(self) -> None:
-        """Put it there; more than once does no harm."""
+        """Put the value in its place; more than once does no harm."""
         self.place[self.key] = self.value
 
 
@@ -43,7 +44,7 @@ def changes(
     optimizer: Optimizer | None,
     scheduler: Any,
 ) -> list[Change]:
-    """What is to be put in an optimiser and its schedule; nothing has changed yet.
+    """Return what is to be put in an optimiser and its schedule; nothing has changed yet.
 
     Raises:
         ValuesError: the optimiser does not have θ_d, keeps something for its numbers that is not known here, has it in
@@ -99,7 +100,7 @@ def _rates(what: str, ratio: float, optimizer: Optimizer, i: int, scheduler: Any
 
 
 def _schedules(scheduler: Any) -> Iterator[Any]:
-    """A schedule, those that it is made of, and that which accelerate wraps."""
+    """Yield a schedule, the schedules that it is made of, and the one that accelerate wraps."""
     if scheduler is not None:
         yield scheduler
         for inner in (getattr(scheduler, "scheduler", None), *getattr(scheduler, "_schedulers", ())):

@@ -1,4 +1,4 @@
-"""What is built of a target's numbers: its pieces, by name, and the chain that its frame makes of them.
+"""Chains: what is built of a target's numbers, that is its pieces, by name, and what its frame makes of them.
 
 A chain is (F_1, …, F_k) in the order in which x meets them: the update of a layer is F_k·…·F_1, and beside it runs
 ``for F in chain: x = linear(x, F)``. The frames are the core's (`unilora_core.frames`).
@@ -20,18 +20,18 @@ __all__ = ["Chains", "Frozen", "joined", "product", "sizes_of"]
 Pieces = Mapping[str, Tensor]
 
 Frozen = Mapping[str, Pieces]
-"""Name of a target → name → array that stands in its chain and is not trained."""
+"""The arrays in the chains that are not trained: name of a target → name → array."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chains:
-    """From the pieces of all targets to the chain of each.
+    """A function from the pieces of all targets to the chain of each.
 
     Attributes:
-        frame: its name among the core's.
-        options: of the frame.
+        frame: the name of the frame in the core.
+        options: the options of the frame.
         names: name of a target → the names of its pieces in the layout, in the order of the frame's.
-        frozen: what else the chains need; targets of one size may share it.
+        frozen: the arrays that the chains need besides; targets of one size may share them.
     """
 
     frame: str
@@ -41,21 +41,21 @@ class Chains:
 
     @classmethod
     def of(cls, spec: ProjectionSpec, targets: Iterable[Target], frozen: Frozen) -> "Chains":
-        """Those of a spec's frame."""
+        """Make the chains of a spec's frame."""
         names = {t.name: tuple(piece_names(spec.form, t.name, sizes_of(t)).values()) for t in targets}
         return cls(spec.frame, spec.chosen, names, frozen)
 
     def __call__(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
-        """The chain of one target, of the pieces by their names in the layout."""
+        """Compute the chain of one target from the pieces by their names in the layout."""
         form, names = FRAMES[self.frame], self.names[target.name]
-        if self.frame == "pair":  # as its chain says, without a detour in every layer of every step
+        if self.frame == "pair":  # a short cut, as this runs in every layer of every step
             return factors[names[0]], factors[names[1]]
         pieces = {piece: factors[name] for piece, name in zip(form.names, names, strict=True)}
         make = _made if self.frame in TRACED else _untraced
         return make(form, pieces, self.frozen.get(target.name, {}), self.options)
 
     def to(self, device: torch.device) -> "Chains":
-        """The same with what is frozen on another device; what is shared stays shared."""
+        """Return the same chains with what is frozen on another device; what is shared stays shared."""
         if not self.frozen:
             return self
         moved: dict[int, Tensor] = {}
@@ -66,7 +66,7 @@ class Chains:
         return dataclasses.replace(self, frozen=frozen)
 
     def clones(self) -> Frozen:
-        """A copy of what is frozen."""
+        """Return a copy of what is frozen."""
         return {name: {key: array.clone() for key, array in arrays.items()} for name, arrays in self.frozen.items()}
 
     def copy_(self, frozen: Frozen) -> None:
@@ -88,12 +88,12 @@ _untraced = torch.compiler.disable(_made)
 
 
 def sizes_of(target: Target) -> Sizes:
-    """The sizes of a target, as the core's frames take them."""
+    """Return the sizes of a target, as the core's frames take them."""
     return Sizes(target.in_features, target.out_features, target.experts)
 
 
 def product(chain: Sequence[Tensor]) -> Tensor:
-    """F_k·…·F_1, (…, out, in)."""
+    """Compute F_k·…·F_1, (…, out, in)."""
     update = chain[0]
     for factor in chain[1:]:
         update = factor @ update
@@ -101,14 +101,14 @@ def product(chain: Sequence[Tensor]) -> Tensor:
 
 
 def joined(chains: Sequence[Sequence[Tensor]], rows: Sequence[int], height: int) -> tuple[Tensor, ...]:
-    """One chain for the blocks of one layer, (height, in) as a product, which is zero outside of the blocks.
+    """Join the chains of the blocks of one layer to one; its product is (height, in), and zero outside of the blocks.
 
     The first factors stand one below the other, the others on a diagonal, the last ones in their rows.
 
     Args:
-        chains: of the blocks, all of one length, in the order of their rows.
+        chains: the chains of the blocks, all of one length, in the order of their rows.
         rows: where each block starts.
-        height: the layer's outputs, at least where the last block ends.
+        height: the number of the layer's outputs, at least where the last block ends.
     """
     last = [chain[-1] for chain in chains]
     width = last[0].shape[1] if len(chains[0]) == 1 else 0  # of what fills the rows between: a lone factor takes x

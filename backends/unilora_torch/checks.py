@@ -1,4 +1,4 @@
-"""What cannot be adapted rightly, refused before anything changes."""
+"""Checks that refuse what cannot be adapted rightly, before anything changes."""
 
 import difflib
 import itertools
@@ -36,10 +36,10 @@ def check_targets(model: nn.Module, targets: Iterable[Target], *, loaded: bool =
     quantised weight that the update would have to be added to.
 
     Args:
-        loaded: whether the model has its values; of one without, ties and meta weights say nothing.
+        loaded: whether the model has its values; without them, ties and meta weights say nothing.
 
     Raises:
-        TargetError: with the module and the remedy.
+        TargetError: such a target is found; the error has the module and the remedy.
     """
     owners = owners_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -61,7 +61,7 @@ def check_initialised(model: nn.Module) -> None:
     """Refuse a model with lazy layers that have not seen an input yet.
 
     Raises:
-        TargetError: with the first such tensor, and the remedy.
+        TargetError: such a layer is found; the error has its first tensor, and the remedy.
     """
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
@@ -72,7 +72,7 @@ def check_initialised(model: nn.Module) -> None:
 
 
 def owners_of(model: nn.Module) -> dict[int, list[str]]:
-    """`_memory` of each parameter of a model → its names."""
+    """Return the names of the parameters of a model by their `_memory`."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(_memory(parameter), []).append(name)
@@ -80,7 +80,7 @@ def owners_of(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _memory(weight: Tensor) -> int:
-    """What two tensors of one beginning in memory share."""
+    """Return a number that two tensors share if they begin at one place in memory."""
     return (weight.data_ptr() if is_plain(weight) else 0) or id(weight)
 
 
@@ -88,7 +88,7 @@ def check_untied(module: nn.Module, target: Target, owners: Mapping[int, list[st
     """Refuse a weight that is tied. ``owners``: see `owners_of`.
 
     Raises:
-        TargetError: with its other names.
+        TargetError: the weight is tied; the error has its other names.
     """
     weight = weight_of(module, target)
     if weight is not None and len(names := owners.get(_memory(weight), ())) > 1:
@@ -115,7 +115,7 @@ def check_parameter(module: nn.Module, target: Target) -> None:
     """Refuse a target whose parameter is not there, has another shape, or is quantised.
 
     Raises:
-        TargetError: with the remedy.
+        TargetError: the target is such a one; the error has the remedy.
     """
     try:
         weight, says = weight_of(module, target), computed(module, target)
@@ -144,11 +144,11 @@ def check_parameter(module: nn.Module, target: Target) -> None:
 
 
 def own_weight(module: nn.Module, target: Target) -> Tensor:
-    """The weight of a target: a parameter that B·A can be added to for good.
+    """Return the weight of a target: a parameter that B·A can be added to for good.
 
     Raises:
-        TargetError: it is computed from others; the layer keeps it quantised, in integers, in float8 or sharded; or it
-            has no values here, or another shape than it had when it was adapted.
+        TargetError: the weight is computed from others; the layer keeps it quantised, in integers, in float8 or
+            sharded; or it has no values here, or another shape than it had when it was adapted.
     """
     weight, where = weight_of(module, target), weight_name(target)
     if says := computed(module, target):
@@ -168,7 +168,7 @@ def own_weight(module: nn.Module, target: Target) -> Tensor:
 
 
 def computed(module: nn.Module, target: Target) -> str:
-    """What a target's weight is that is no parameter but has plain values, in words; "" for any other.
+    """Say in words what a target's weight is, where it has plain values but is no parameter; "" for any other.
 
     Weight and spectral normalisation, pruning and every other parametrisation, in the old style and the new, compute it
     in each pass.
@@ -188,7 +188,7 @@ def check_adds(module: nn.Module, target: Target) -> None:
     beside it.
 
     Raises:
-        TargetError: with the remedy.
+        TargetError: the layer is such a one; the error has the remedy.
     """
     if not adds(module, target.transposed):
         raise TargetError(
@@ -202,14 +202,14 @@ REMEDY = (
     "take off first what computes it (torch.nn.utils.parametrize.remove_parametrizations, prune.remove, "
     "remove_weight_norm, remove_spectral_norm)"
 )
-"""Of a weight that is computed."""
+"""The remedy for a weight that is computed."""
 
 
 def check_merged(name: str, before: Tensor, after: Tensor) -> None:
     """Refuse a sum that its dtype cannot hold.
 
     Raises:
-        ValuesError: with the weight's name, and the remedy.
+        ValuesError: the sum is too large; the error has the weight's name, and the remedy.
     """
     bad = int((before.isfinite() & ~after.isfinite()).sum())
     if bad:
@@ -220,14 +220,14 @@ def check_merged(name: str, before: Tensor, after: Tensor) -> None:
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight holds its values as they are: no subclass (torchao, bitsandbytes, a shard), no integers."""
+    """Say whether a weight holds its values as they are: no subclass (torchao, bitsandbytes, a shard), no integers."""
     return (
         type(weight) in (Tensor, nn.Parameter, nn.Buffer) and weight.is_floating_point() and weight.element_size() > 1
     )
 
 
 def without_idle_experts(alive: Mapping[str, bool]) -> list[str]:
-    """The targets that are dead: not alive, and no expert in a list of modules of which another expert is alive.
+    """Return the targets that are dead, without the experts in a list of modules of which another expert is alive.
 
     A router sends a batch to some experts only; the others are not called, and are no less adapted for it.
     """
@@ -237,7 +237,7 @@ def without_idle_experts(alive: Mapping[str, bool]) -> list[str]:
 
 
 def weight_of(module: nn.Module, target: Target) -> Tensor | None:
-    """The weight that a target adapts; None where the layer has no tensor of that name."""
+    """Return the weight that a target adapts; None where the layer has no tensor of that name."""
     owner, name = _place(module, target)
     with still(owner, name):
         weight = getattr(owner, name, None)
@@ -245,13 +245,13 @@ def weight_of(module: nn.Module, target: Target) -> Tensor | None:
 
 
 def _place(module: nn.Module, target: Target) -> tuple[nn.Module, str]:
-    """The module that holds the weight of a target, and the weight's name there."""
+    """Return the module that holds the weight of a target, and the weight's name there."""
     owner, _, name = ("weight" if target.parameter is None else target.parameter).rpartition(".")
     return module.get_submodule(owner), name
 
 
 def kind_of(weight: Tensor | None) -> str:
-    """What a weight is that holds no plain values, for a message."""
+    """Say what a weight is that holds no plain values, for a message."""
     if weight is None:
         return "a quantised layer"
     return f"{weight.dtype}" if type(weight) in (Tensor, nn.Parameter) else f"type {type(weight).__name__}"

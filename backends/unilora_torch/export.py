@@ -1,4 +1,4 @@
-"""Export as a plain LoRA folder in PEFT's format (`unilora_core.lora`): A and B are known exactly, no SVD is needed."""
+"""Export to a plain LoRA folder in PEFT's format (`unilora_core.lora`): A and B are known exactly, no SVD is needed."""
 
 import json
 import os
@@ -40,18 +40,20 @@ def export_lora(
     Args:
         base_model: the name or path of the base model for ``base_model_name_or_path``; by default the model's own
             ``name_or_path``, where it has one.
-        rank: of every layer; by default the largest that one needs, and for vLLM the next that it can be started with.
-        engine: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``: write only what it would serve
+        rank: the rank of every layer; by default the largest that one needs, and for vLLM the next that it can be
+            started with.
+        engine: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``, to write only what it would serve
             (`unilora_core.engines`).
 
     Raises:
-        AdapterFileError: ``engine`` would not serve the export; the message has every reason.
-        SpecError: a layer needs more than ``rank``, or an unknown engine.
-        TargetError: a parameter or a convolution that PEFT does not adapt alike, or a method that makes whole weights.
+        AdapterFileError: ``engine`` would not serve the export; the error has every reason.
+        SpecError: a layer needs a rank above ``rank``, or the engine is unknown.
+        TargetError: PEFT does not adapt a parameter or a convolution in the same way, or the method makes whole
+            weights.
         ValuesError: θ_d holds NaN or infinity. In each case nothing is written.
     """
     config, state = lora_tensors(vector, base_model, rank, engine)
-    # the config last: it is what makes the folder a LoRA
+    # the config comes last: it makes the folder a LoRA
     with new_files(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json") as (weights, says):
         save_file(state, weights, metadata={"format": "pt"})
         says.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -60,10 +62,10 @@ def export_lora(
 def lora_tensors(
     vector: Vector, base_model: str | None = None, rank: int | None = None, engine: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `export_lora` writes, in memory: the config and the tensors by name, float32 on the CPU.
+    """Return what `export_lora` writes: the config, and the tensors by name, float32 on the CPU.
 
     Raises:
-        AdapterFileError, SpecError, TargetError, ValuesError: as `export_lora`.
+        AdapterFileError, SpecError, TargetError, ValuesError: as in `export_lora`.
     """
     parameters = parameters_of(vector.targets)
     _check_exportable(vector, parameters, engine)
@@ -104,7 +106,7 @@ def _check_exportable(vector: Vector, parameters: Iterable[str], engine: str | N
 def _arrays(
     vector: Vector, parameters: Mapping[str, list[Target]], rank: int | None, engine: str | None
 ) -> tuple[dict[str, np.ndarray], list[str], int]:
-    """All A and B under their names in the file, the layers among what they adapt, and the rank that all have."""
+    """Return all A and B under their names in the file, the adapted layers, and the rank that all have."""
     model = vector.model
     pairs = _pairs(vector)
     blocks: dict[str, list[Block]] = {}
@@ -126,7 +128,7 @@ def _arrays(
 
 
 def _pairs(vector: Vector) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A = F_1 and B = F_k·…·F_2 of each target."""
+    """Compute A = F_1 and B = F_k·…·F_2 of each target."""
     with torch.no_grad():
         factors = vector()
         chains = {target.name: vector.chain(factors, target) for target in vector.targets}
@@ -151,7 +153,9 @@ def _looks_up(model: nn.Module, target: Target) -> bool:
 
 
 def _check_conv(name: str, layer: nn.Module) -> None:
-    """PEFT 0.21 makes its A of the class, the kernel size, the stride and the padding (`peft.tuners.lora.layer`)."""
+    """Refuse a convolution that PEFT does not adapt in the same way. PEFT 0.21 makes its A from the class, the kernel
+    size, the stride and the padding (`peft.tuners.lora.layer`).
+    """
     plain = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if not plain or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
         raise TargetError(

@@ -1,8 +1,8 @@
 """The LoRA of parameters, such as the experts of a mixture, in PEFT's format (``target_parameters``).
 
 PEFT wraps a module once for each of its parameters that is adapted, the last one outermost; the names in the file say
-how deep. A holds the experts' rows one after the other, (experts·r, in); B their columns, (out, r·experts) with the
-expert running fastest. Source: `peft.tuners.lora.layer.ParamWrapper` of PEFT 0.21.
+how deep. A (experts·r, in) holds the experts' rows one after the other. B (out, r·experts) holds their columns, with
+the expert running fastest. Source: `peft.tuners.lora.layer.ParamWrapper` of PEFT 0.21.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ __all__ = ["parameter_state", "parameters_of", "rank_of"]
 
 
 def parameters_of(targets: Iterable[Target]) -> dict[str, list[Target]]:
-    """Qualified name of each adapted parameter → the targets that adapt blocks of it."""
+    """Return the targets that adapt blocks of each parameter, by its qualified name."""
     found: dict[str, list[Target]] = {}
     for target in targets:
         if target.parameter is not None:
@@ -26,22 +26,22 @@ def parameters_of(targets: Iterable[Target]) -> dict[str, list[Target]]:
 
 
 Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Name of a target → its A and B."""
+"""The factors of each target: its name → A and B."""
 
 
 def rank_of(parts: Iterable[Target], pairs: Pairs) -> int:
-    """The rank that the blocks of one parameter add up to."""
+    """Return the rank that the blocks of one parameter add up to."""
     return sum(pairs[part.name][0].shape[-2] for part in parts)
 
 
 def parameter_state(
     model: nn.Module, parameters: Mapping[str, list[Target]], pairs: Pairs, rank: int
 ) -> dict[str, np.ndarray]:
-    """The tensors of ``adapter_model.safetensors`` for parameters, all of one rank.
+    """Return the tensors of ``adapter_model.safetensors`` for parameters, all of one rank.
 
     Raises:
         TargetError: PEFT would add the update in another place, or in another orientation.
-        SpecError: a parameter needs more than ``rank``.
+        SpecError: a parameter needs a rank above ``rank``.
     """
     state: dict[str, np.ndarray] = {}
     for name, parts in parameters.items():
@@ -66,7 +66,7 @@ def parameter_state(
 
 
 def _joined(parts: list[Target], pairs: Pairs, rank: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """A (experts, rank, in) and B (experts, height, rank): the blocks side by side, filled up by zeros."""
+    """Join the blocks side by side, filled up with zeros: A (experts, rank, in) and B (experts, height, rank)."""
     experts = parts[0].experts or 1
     A = np.zeros((experts, rank, parts[0].in_features), np.float32)
     B, row = np.zeros((experts, height, rank), np.float32), 0
@@ -79,6 +79,6 @@ def _joined(parts: list[Target], pairs: Pairs, rank: int, height: int) -> tuple[
 
 
 def _after(module: nn.Module, parameter: str | None) -> list[str]:
-    """The module's parameters behind this one."""
+    """Return the names of the module's parameters after this one."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     return names[names.index(parameter or "") + 1 :]

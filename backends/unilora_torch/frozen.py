@@ -1,4 +1,4 @@
-"""What stands in a target's chain and is not trained: drawn from the seed, or made of the layer's own weight."""
+"""The frozen arrays in a target's chain: drawn from the seed, or made of the layer's own weight."""
 
 from collections.abc import Iterable, Mapping
 
@@ -16,10 +16,11 @@ __all__ = ["check_names", "frozen_in_file", "frozen_of", "tensors_of"]
 
 
 def frozen_of(model: nn.Module, spec: ProjectionSpec, targets: Iterable[Target]) -> Frozen:
-    """Name of each target → name → array, float32 or int32, on the CPU or where the weight is; none for a pair.
+    """Make the frozen arrays of each target, by its name: float32 or int32, on the CPU or where the weight is; none for
+    a pair.
 
     Raises:
-        TargetError: a weight whose values are not at hand, or are no numbers.
+        TargetError: the values of a weight are not at hand, or are no numbers.
     """
     form, by_size, found = spec.form, {}, {}
     for target in targets:
@@ -39,7 +40,7 @@ def check_names(spec: ProjectionSpec, modules_to_save: Iterable[str]) -> None:
     """Refuse a module to save whose tensors would have the names of what a file keeps.
 
     Raises:
-        TargetError: with the remedy.
+        TargetError: there is such a module; the error has the remedy.
     """
     for name in modules_to_save if spec.form.of_weight is not None else ():
         if f"{name}.".startswith(FROZEN):
@@ -71,7 +72,7 @@ def _matrix(model: nn.Module, target: Target) -> Tensor:
 
 
 def tensors_of(spec: ProjectionSpec, frozen: Frozen) -> dict[str, Tensor]:
-    """What a file has to keep of it, by name: an SVD is not reproducible bit by bit."""
+    """Return the frozen arrays that a file has to keep, by name: an SVD is not reproducible bit by bit."""
     if spec.form.of_weight is None:
         return {}
     return {f"{FROZEN}{target}.{name}": array for target, arrays in frozen.items() for name, array in arrays.items()}
@@ -80,7 +81,7 @@ def tensors_of(spec: ProjectionSpec, frozen: Frozen) -> dict[str, Tensor]:
 def frozen_in_file(
     where: object, spec: ProjectionSpec, targets: Iterable[Target], tensors: Mapping[str, np.ndarray]
 ) -> Frozen | None:
-    """What a file keeps of it; None where it has nothing to keep.
+    """Return the frozen arrays that a file keeps; None where it has nothing to keep.
 
     Raises:
         MismatchError: an array is missing, or has another shape or dtype.

@@ -1,4 +1,4 @@
-"""Where the numbers come from if P is a gather: θ_D = P θ_d with its gradient Pᵀ.
+"""The numbers of θ_D where P is a gather: θ_D = P θ_d, with its gradient Pᵀ.
 
 The scale is applied to θ_d, then one gather spreads it; the backward pass is one `index_add_` (in order on the CPU;
 atomic on CUDA, deterministic there under `torch.use_deterministic_algorithms(True)`).
@@ -19,10 +19,10 @@ __all__ = ["Gather", "project", "project_transpose"]
 
 @dataclass(eq=False)
 class Gather(Projection):
-    """P as tables.
+    """P as tables, for maps that are gathers.
 
     Attributes:
-        groups: (D,) int32; those of the factors that are made of θ_d - θ_d⁰ lie between d and 2d-1.
+        groups: (D,) int32; the groups of factors that are made of θ_d - θ_d⁰ lie between d and 2d-1.
         scale: (d,) float32, 1/√n_j.
         origin: (d,) float32, θ_d⁰, from which the shifted factors are measured, or None where there are none.
     """
@@ -33,7 +33,7 @@ class Gather(Projection):
 
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Gather":
-        """That of a spec, on the CPU."""
+        """Make the tables of a spec, on the CPU."""
         groups = _table(spec)
         for name, at in spec.layout.slices.items():
             if spec.start == "identity" and spec.shifted(name):
@@ -42,11 +42,11 @@ class Gather(Projection):
         return cls(spec, torch.from_numpy(groups), torch.from_numpy(spec.scale()), origin)
 
     def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
-        """See `Projection`."""
+        """Compute the numbers of these slices of θ_D; see `Projection`."""
         return project(theta_d, self.groups_at(spans), self.scale, self.origin)
 
     def groups_at(self, spans: Iterable[slice]) -> Tensor:
-        """The groups of these slices of θ_D, a view where they lie side by side."""
+        """Return the groups of these slices of θ_D, as a view where they lie side by side."""
         joined: list[slice] = []
         for span in spans:
             if joined and joined[-1].stop == span.start:
@@ -57,15 +57,15 @@ class Gather(Projection):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def table(self, theta_d: Tensor) -> Tensor:
-        """What the groups point into, for θ_d (…, d): see `scaled`."""
+        """Compute the table that the groups point into, for θ_d (…, d): see `scaled`."""
         return scaled(theta_d, self.scale, self.origin)
 
 
 def _table(spec: ProjectionSpec) -> np.ndarray:
-    """All D groups.
+    """Compute all D groups.
 
     Raises:
-        SpecError: they do not fit the memory.
+        SpecError: the groups do not fit the memory.
     """
     try:
         return spec.groups()
@@ -77,7 +77,7 @@ def _table(spec: ProjectionSpec) -> np.ndarray:
 
 
 def project(theta_d: Tensor, groups: Tensor, scale: Tensor, origin: Tensor | None = None) -> Tensor:
-    """(θ_d·s)[g], differentiable in ``theta_d``.
+    """Compute (θ_d·s)[g], differentiable in ``theta_d``.
 
     Args:
         theta_d: (d,) float32.
@@ -93,13 +93,13 @@ def project(theta_d: Tensor, groups: Tensor, scale: Tensor, origin: Tensor | Non
         ValuesError: ``theta_d`` has another shape than ``scale``, or is not floating point.
     """
     _check(theta_d, scale.shape, "project: theta_d")
-    if torch.jit.is_tracing():  # TorchScript saves no function of Python's
+    if torch.jit.is_tracing():  # TorchScript cannot save a Python function
         return scaled(theta_d, scale, origin).index_select(0, groups)
     return _Project.apply(theta_d, groups, scale, origin)
 
 
 def project_transpose(y: Tensor, groups: Tensor, scale: Tensor) -> Tensor:
-    """Pᵀ y: the sum of y over each group, times 1/√n_j.
+    """Compute Pᵀ y: the sum of y over each group, times 1/√n_j.
 
     Args:
         y: (n,) float32.
@@ -117,7 +117,9 @@ def project_transpose(y: Tensor, groups: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """Keeps nothing among autograd's saved tensors, which are counted: see `live.Live.chain_of`."""
+    """The gather with its gradient. It keeps nothing among autograd's saved tensors, which are counted: see
+    `live.Live.chain_of`.
+    """
 
     generate_vmap_rule = True
 
@@ -140,13 +142,13 @@ class _Project(torch.autograd.Function):
 
 
 def scaled(theta_d: Tensor, scale: Tensor, origin: Tensor | None) -> Tensor:
-    """θ_d·s; with an origin (θ_d - θ_d⁰)·s after it, along the last axis."""
+    """Compute θ_d·s; with an origin, (θ_d - θ_d⁰)·s follows it along the last axis."""
     table = theta_d * scale
     return table if origin is None else torch.cat([table, (theta_d - origin) * scale], dim=-1)
 
 
 def _check(x: Tensor, shape: torch.Size, what: str) -> None:
-    """The text is that of the core."""
+    """Refuse another shape or dtype, with the core's text."""
     if x.shape != shape or not x.is_floating_point():
         raise ValuesError(
             f"{what}: expected shape {tuple(shape)} and a floating-point dtype, got {tuple(x.shape)} {x.dtype}."

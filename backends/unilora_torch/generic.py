@@ -1,4 +1,4 @@
-"""θ_D of any map, in PyTorch: the core's own Array API code, with its transpose as the gradient where it is linear."""
+"""θ_D of any map, in PyTorch: the core's Array API code computes it, and its transpose is the gradient if linear."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,11 @@ class Mapped(Projection):
     """P of a map that is no gather: θ_D = P (θ_d - ``origin``) + ``added``.
 
     With ``start="identity"`` the shifted factors are P (θ_d - θ_d⁰), and exactly zero at the start on any device; the
-    others are P θ_d. One product gives both, if P θ_d⁰ is added to the others again. Of a map that only places θ_d,
-    where a sum would round, it is taken away from the shifted ones instead.
+    others are P θ_d. One product gives both, if P θ_d⁰ is added to the others again. For a map that only places θ_d,
+    where a sum would round, it is subtracted from the shifted ones instead.
 
     Attributes:
-        frozen: what the map keeps beside θ_d.
+        frozen: the arrays that the map keeps beside θ_d.
         origin: (d,) float32; None for 0.
         added: (D,) float32; None for 0.
     """
@@ -32,7 +32,7 @@ class Mapped(Projection):
 
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Mapped":
-        """That of a spec, on the CPU."""
+        """Make P of a spec, on the CPU."""
         frozen = spec.map.frozen(spec, torch, torch.device("cpu"))
         if spec.start != "identity":
             return cls(spec, frozen)
@@ -44,7 +44,7 @@ class Mapped(Projection):
         return cls(spec, frozen, None if exact else origin, added)
 
     def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
-        """See `Projection`."""
+        """Compute the numbers of these slices of θ_D; see `Projection`."""
         moved = theta_d if self.origin is None else theta_d - self.origin
         project = _numbers if self.spec.map.exact else _projected
         theta_D = project(moved, self.spec, self.frozen, tuple(spans))
@@ -61,8 +61,8 @@ def _projected(theta_d: Tensor, spec: ProjectionSpec, frozen: tuple[Tensor, ...]
 
 
 class _Project(torch.autograd.Function):
-    """Keeps nothing among autograd's saved tensors, which are counted, and no intermediate: what the gradient of a map
-    that is not linear needs is computed again.
+    """P with its gradient. It keeps nothing among autograd's saved tensors, which are counted, and no intermediate:
+    what the gradient of a map that is not linear needs is computed again.
     """
 
     generate_vmap_rule = True
@@ -87,7 +87,7 @@ class _Project(torch.autograd.Function):
 
 
 def _pullback(ctx: Any, y: Tensor) -> Tensor:
-    """The gradient of a map that is not linear, at the θ_d of the forward pass."""
+    """Compute the gradient of a map that is not linear, at the θ_d of the forward pass."""
     if ctx.theta_d._version != ctx.version:
         raise ValuesError(
             f"theta_d was changed between the forward and the backward pass, and the gradient of {ctx.spec.grouping!r} "

@@ -18,21 +18,23 @@ from unilora_torch.vector import Vector, projection_of
 __all__ = ["Growth", "grow", "resize", "shrink"]
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-"""Classes that keep copies of θ_d, or hooks, of the size that it had."""
+"""The classes that keep copies of θ_d, or hooks, of the size that it had."""
 
 
 def grow(vector: Vector, factor: int = 2, optimizer: Optimizer | None = None, scheduler: Any = None) -> None:
     """Split each number of θ_d in ``factor``: the model computes what it did, and has more numbers to train.
 
-    Between steps: a gradient that is there is dropped. θ_d stays the parameter that it is, its size is another.
+    Call it between steps: a gradient that is there is dropped. θ_d stays the same parameter, with another size.
 
     Args:
-        optimizer: goes on; what it keeps of θ_d is split, too, and its rate follows `Adapter.learning_rate`.
-        scheduler: of its rates, if there is one.
+        optimizer: the optimiser, which goes on: its state of θ_d is split, too, and its rate follows
+            `Adapter.learning_rate`.
+        scheduler: the schedule of its rates, if there is one.
 
     Raises:
-        SpecError: a map whose P does not nest (all but ``balanced``), or more numbers than D; with the remedy.
-        ValuesError: the optimiser does not have θ_d in a group of its own, or keeps what is not known here.
+        SpecError: the map's P does not nest (only ``balanced`` does), or d would be more than D; the error has the
+            remedy.
+        ValuesError: the optimiser does not have θ_d in a group of its own, or keeps state that is not known here.
         TargetError: the adapter is merged, another thread is calling the model, or DDP, FSDP or DeepSpeed has θ_d. In
             each case nothing has changed.
     """
@@ -42,13 +44,13 @@ def grow(vector: Vector, factor: int = 2, optimizer: Optimizer | None = None, sc
 def shrink(vector: Vector, factor: int = 2, optimizer: Optimizer | None = None, scheduler: Any = None) -> None:
     """Join ``factor`` numbers of θ_d to one each, by the least squares fit: the model computes nearly what it did.
 
-    The opposite of `grow`, which it takes back, with its arguments and errors.
+    It undoes `grow`, and has its arguments and errors.
     """
     _resize(vector, shrunk(vector.spec, factor), optimizer, scheduler, "shrink")
 
 
 def resize(vector: Vector, d: int) -> None:
-    """Give θ_d d numbers, as a growth or a shrinking does; nothing is done where it has them.
+    """Give θ_d another number of values, as a growth or a shrinking does; nothing is done where it has d.
 
     Raises:
         SpecError: see `unilora_core.resizing.resized`.
@@ -71,7 +73,7 @@ def _resize(vector: Vector, spec: ProjectionSpec, optimizer: Optimizer | None, s
 
 
 def _check(vector: Vector, what: str) -> None:
-    """Refuse a state in which other things than the adapter have numbers that belong to its d."""
+    """Refuse a state in which other objects than the adapter have numbers that belong to its d."""
     if vector.live.merged:
         raise TargetError(f"{what}: the adapter is merged; unmerge it first.")
     vector.structure.check(what)
@@ -84,10 +86,10 @@ def _check(vector: Vector, what: str) -> None:
 
 
 def _wrapper(vector: Vector) -> str:
-    """The class of what the model is wrapped in; nothing at the model tells."""
+    """Return the class of what the model is wrapped in; "" where it is not wrapped. Nothing on the model says so."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
-    gc.collect()  # one that was dropped may be in a circle
+    gc.collect()  # a dropped wrapper may be in a reference cycle
     kinds = ((type(each).__name__, each) for each in gc.get_objects())
     found = (kind for kind, each in kinds if kind in WRAPPERS and any(m is vector for m in each.modules()))
     return next(found, "")
@@ -108,10 +110,11 @@ def _put(
 
 
 def _replace(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter other numbers, another size of them, too; whoever holds it holds these. Its gradient is dropped.
+    """Give a parameter other numbers, maybe another count of them; all who hold the parameter hold these. Its gradient
+    is dropped.
 
-    A graph of before that is still alive keeps the node that adds up gradients, with its size, and the next graph would
-    get it. PyTorch lets go of it where the dtype changes, so that it does so for a moment.
+    An earlier graph that is still alive keeps the node that adds up gradients, with the old size, and the next graph
+    would get it. PyTorch drops that node where the dtype changes, so the dtype changes for a moment.
     """
     parameter.grad = None
     put = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # not a subclass's, which may cast
@@ -120,14 +123,15 @@ def _replace(parameter: Tensor, value: Tensor) -> None:
 
 
 class Growth:
-    """Begins with a small d, and doubles it where the held-out loss has come to rest, while that pays.
+    """A schedule of d: it begins with a small d, and doubles it where the held-out loss has come to rest, while that
+    pays.
 
     A d has come to rest when the loss of an evaluation is not lower than the best so far by ``gain``. Then d doubles,
     if the doubling before it has made the loss lower by as much; if it has not, d stays.
 
     Attributes:
-        until: d is never more.
-        gain: the part of the loss by which it must fall.
+        until: the largest d.
+        gain: the fraction of the loss by which it must fall.
         best: the best loss so far.
         paid: whether the loss has fallen since d doubled last.
         over: whether d stays as it is from now on.
@@ -141,10 +145,10 @@ class Growth:
         optimizer: Optimizer | None = None,
         scheduler: Any = None,
     ):
-        """``optimizer`` and ``scheduler``: as in `grow`.
+        """Make a schedule; ``optimizer`` and ``scheduler`` are as in `grow`.
 
         Raises:
-            SpecError: a map that does not nest, or ``until`` is less than twice d or more than D.
+            SpecError: the map does not nest, or ``until`` is less than twice d or more than D.
         """
         grown(adapter.spec)
         d, D = adapter.spec.d, adapter.spec.D
@@ -157,10 +161,10 @@ class Growth:
         self.best, self.paid, self.over = math.inf, True, False
 
     def step(self, held_out_loss: float) -> bool:
-        """Take the loss of an evaluation into account; whether d has doubled now.
+        """Take the loss of an evaluation into account, and say whether d has doubled now.
 
         Raises:
-            ValuesError: the loss is NaN or infinite; and what `grow` raises.
+            ValuesError: the loss is NaN or infinite. `grow` may raise its errors, too.
         """
         if not math.isfinite(held_out_loss):
             raise ValuesError(f"Growth.step: expected a finite loss, got {held_out_loss}; training diverged.")
@@ -174,7 +178,7 @@ class Growth:
         return not self.over
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes: d, and what the decisions depend on."""
+        """Return what `load_state_dict` takes: d, and what the decisions depend on."""
         return {"d": self.adapter.spec.d, "best": self.best, "paid": self.paid, "over": self.over}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What trains in full beside the adapter, such as a new classifier: which modules and parameters can, and their saved
+"""Modules and parameters that train in full beside the adapter, such as a new classifier: which can, and their saved
 values.
 """
 
@@ -30,10 +30,10 @@ __all__ = [
 
 
 def part_of(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
-    """The module or the parameter of a name.
+    """Return the module or the parameter of a name.
 
     Raises:
-        AttributeError: there is neither.
+        AttributeError: neither exists.
     """
     owner, _, last = name.rpartition(".")
     parameter = model.get_submodule(owner)._parameters.get(last)
@@ -41,38 +41,38 @@ def part_of(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
 
 
 def state_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The state of a module, or a parameter, under its names in the model's `state_dict`."""
+    """Return the state of a module, or a parameter, under its names in the model's `state_dict`."""
     part = part_of(model, name)
     return part.state_dict(prefix=f"{name}.") if isinstance(part, nn.Module) else {name: part.detach()}
 
 
 def whole_names(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What `head_states` found, under the names in the model's `state_dict`."""
+    """Return what `head_states` found, under the names in the model's `state_dict`."""
     return {f"{name}.{key}".removesuffix("."): value for name, state in states.items() for key, value in state.items()}
 
 
 def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of a module, or a parameter, under their names in the model."""
+    """Return the parameters of a module, or a parameter, under their names in the model."""
     part = part_of(model, name)
     return dict(part.named_parameters(name)) if isinstance(part, nn.Module) else {name: part}
 
 
 def inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module or a parameter lies in one of these, or is one."""
+    """Say whether a module or a parameter lies in one of these, or is one."""
     return f"{name}.".startswith(tuple(f"{module}." for module in modules))
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message: those that differ in a number only as one, and no more than eight."""
+    """Return names as text for a message: those that differ in a number only as one, and no more than eight."""
     alike = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
     return ", ".join(alike[:8]) + (f" and {len(alike) - 8} more" if len(alike) > 8 else "")
 
 
 def check_modules(model: nn.Module, names: Iterable[str], what: str) -> None:
-    """Refuse a parameter that trains by itself, where only modules can be had.
+    """Refuse a parameter that trains by itself, where only modules are possible.
 
     Raises:
-        TargetError: with ``what`` was to be done.
+        TargetError: there is such a parameter; the error names ``what``.
     """
     for name in names:
         if isinstance(part_of(model, name), nn.Parameter):
@@ -86,7 +86,7 @@ def check_heads(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse a module or a parameter that cannot train beside a frozen base.
 
     Raises:
-        TargetError: a weight that is tied to one outside, that has no values, or that is quantised.
+        TargetError: a weight is tied to one outside, has no values, or is quantised.
     """
     names = tuple(names)
     owners: dict[int, list[str]] = {}
@@ -120,7 +120,7 @@ def check_apart(heads: Mapping[str, Iterable[str]]) -> None:
         heads: name of the adapter → its modules to save.
 
     Raises:
-        TargetError: with the remedy.
+        TargetError: two save one module; the error has the remedy.
     """
     owners: dict[str, str] = {}
     for name, modules in heads.items():
@@ -136,15 +136,16 @@ def check_apart(heads: Mapping[str, Iterable[str]]) -> None:
 def head_states(
     where: str | os.PathLike, model: nn.Module, names: Iterable[str], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, Tensor]]:
-    """The saved state of each module, checked against the model's; that of a parameter has one entry, called "".
+    """Return the saved state of each module, checked against the model's; the state of a parameter has one entry,
+    called "".
 
     Args:
-        names: of the modules and parameters.
-        tensors: by name inside the whole model, NumPy.
+        names: the names of the modules and parameters.
+        tensors: the file's tensors by name inside the whole model, NumPy.
 
     Raises:
-        MismatchError: no such module, other shapes, or integers where the model has numbers.
-        ValuesError: a value that the model's dtype cannot hold.
+        MismatchError: the model has no such module, or other shapes, or real numbers where the file has integers.
+        ValuesError: the model's dtype cannot hold a value.
     """
     expected = {name: _state(where, model, name) for name in names}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in expected}
@@ -191,10 +192,10 @@ def _check_state(
 
 
 def submodule(model: nn.Module, name: str, where: str, error: type[Exception] = MismatchError) -> nn.Module:
-    """A module by name.
+    """Return a module by name.
 
     Raises:
-        ``error``: there is none; the nearest names are listed.
+        ``error``: there is none; the error lists the nearest names.
     """
     try:
         return model.get_submodule(name)

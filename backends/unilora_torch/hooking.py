@@ -1,4 +1,4 @@
-"""On and off: the hooks of an adapter, its name in the model, and what trains."""
+"""Putting an adapter on and taking it off: its hooks, its name in the model, and what trains."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ __all__ = ["detach", "put_on"]
 
 
 def put_on(vector: Vector, name: str) -> None:
-    """Hook it to its model under this name; see `Adapter.put_on`."""
+    """Hook an adapter to its model under this name; see `Adapter.put_on`."""
     model = vector.model
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     with vector.alone("attach"):
@@ -23,7 +23,7 @@ def put_on(vector: Vector, name: str) -> None:
             for parameter in vector.saved_parameters().values():
                 parameter.requires_grad_(True)
             model.add_module(name, vector)
-            vector.structure.look("attach")  # among whose children it is now
+            vector.structure.look("attach")  # the adapter is now among the model's children
         except BaseException:  # nothing is left half done
             _unregister(vector)
             model._modules.pop(name, None)
@@ -33,7 +33,7 @@ def put_on(vector: Vector, name: str) -> None:
 
 
 def _register(vector: Vector) -> None:
-    """The hooks, each with its handle in ``handles`` as soon as it is there."""
+    """Register the hooks, each with its handle in ``handles`` as soon as it is there."""
     model, live, handles = vector.model, vector.live, vector.handles
     handles.append(surround(model, live))
     for caller in vector.structure.levels:
@@ -55,7 +55,7 @@ def _unregister(vector: Vector) -> None:
 
 
 def detach(vector: Vector, in_weights: bool) -> None:
-    """Take it off its model, and leave its update in the weights or not; see `Adapter.detach`."""
+    """Take an adapter off its model, and leave its update in the weights or not; see `Adapter.detach`."""
     with vector.alone("detach"):
         (merge if in_weights else unmerge)(vector)
         try:

@@ -1,8 +1,9 @@
-"""What the hooks of an adapter look at: whether it acts here and now, its factors, and what no pass has reached yet.
+"""The live state that the hooks of an adapter read: whether it acts here and now, its factors, and what no pass has
+reached.
 
-Nothing of a pass lies on the model, or where another thread sees it. θ_D of a pass is its thread's and goes with the
-call of the model (`Live.around`); whether an adapter is off is its context's (`Scope`); what changes the weights that
-all threads see runs `alone`.
+No state of a pass lies on the model, or where another thread sees it. θ_D of a pass belongs to its thread and ends with
+the call of the model (`Live.around`). Whether an adapter is off belongs to a context (`Scope`). What changes the
+weights that all threads see runs `alone`.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ class PerThread(threading.local):
 
 
 class Entered:
-    """One ``with`` of a `Scope`: its value until it is over."""
+    """One ``with`` of a `Scope`: it holds its value until it is over."""
 
     def __init__(self, scope: "Scope", value: Any):
         self.scope, self.value, self.over = scope, value, False
@@ -57,10 +58,10 @@ class Scope:
         return type(self), ()
 
     def get(self) -> Any:
-        """The value of the latest ``with`` that is not over in this context; None where there is none.
+        """Return the value of the latest ``with`` that is not over in this context; None where there is none.
 
         Raises:
-            TargetError: it cannot be known, in autograd's own thread.
+            TargetError: the value cannot be known, in autograd's own thread.
         """
         if not self.used:
             return None
@@ -73,7 +74,7 @@ class Scope:
 
     @contextlib.contextmanager
     def holds(self, value: Any) -> Iterator[None]:
-        """Let the value hold inside the ``with``. Those that overlap may end in any order, and in any context."""
+        """Let the value hold inside the ``with``. Scopes that overlap may end in any order, and in any context."""
         entered = Entered(self, value)
         try:
             try:
@@ -91,7 +92,7 @@ class Scope:
         _ENTERED.set((*_ENTERED.get(), entered))
 
     def end(self, entered: Entered) -> None:
-        """Once more does no harm."""
+        """End a value that was begun; more than once does no harm."""
         entered.over, entered.value = True, None
         self.open.discard(entered)
         _ENTERED.set(tuple(each for each in _ENTERED.get() if not each.over))
@@ -109,16 +110,16 @@ def _check_context() -> None:
 
 
 class _Here(PerThread):
-    """What is a thread's own.
+    """The state that belongs to one thread.
 
     Attributes:
-        factors: those of the pass under way.
-        watched: takes what each pass makes of the numbers, by target; None: nobody watches.
-        changing: whether the change under way is this thread's.
+        factors: the factors of the pass under way.
+        watched: a mapping that takes what each pass makes of the numbers, by target; None: nobody watches.
+        changing: whether this thread makes the change under way.
         looked_up: whether a parameter of a module was looked up in the pass under way, as far as that is watched.
     """
 
-    def __init__(self) -> None:  # each thread's, when it first looks
+    def __init__(self) -> None:  # runs in each thread at its first access
         self.factors: Mapping[str, Tensor] | None = None
         self.watched: dict[str, list[Tensor]] | None = None
         self.changing = False
@@ -126,12 +127,12 @@ class _Here(PerThread):
 
 
 def nobody(_module: str) -> bool:
-    """Nothing is watched."""
+    """Say that no module is watched."""
     return False
 
 
 def mode_of(training: bool, gradients: bool, device: str) -> str:
-    """What may decide which modules a model calls, in words."""
+    """Say in words what may decide which modules a model calls."""
     return (
         f"in {'training' if training else 'evaluation'} ({'with' if gradients else 'without'} gradients, on {device})"
     )
@@ -139,14 +140,14 @@ def mode_of(training: bool, gradients: bool, device: str) -> str:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Asks an adapter for the product of an update with x, of a weight that is never made."""
+    """A request to an adapter for the product of an update with x, where the update's weight is never made."""
 
     x: Tensor
     target: Target
 
 
 class Numbers(Protocol):
-    """Where numbers come from: `unilora_torch.vector.Vector`."""
+    """A protocol: the source of the numbers, which is `unilora_torch.vector.Vector`."""
 
     theta_d: nn.Parameter
     structure: Structure
@@ -156,23 +157,23 @@ class Numbers(Protocol):
         """Whether all factors are computed at once, when a pass begins."""
 
     def __call__(self, of: Any = None) -> Any:
-        """All factors; with a target those of one; with `Streamed` a product."""
+        """Compute all factors; with a target its factors; with `Streamed` a product."""
 
     def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
-        """The chain of one target, made of its factors."""
+        """Make the chain of one target from its factors."""
 
 
 class Live:
-    """What the hooks of one adapter look at.
+    """The live state that the hooks of one adapter read.
 
     Attributes:
-        adapter: where the numbers come from.
+        adapter: the source of the numbers.
         reached: which modules of targets have run, in each mode.
-        on: whether it is switched on.
-        off: holds where it is disabled.
+        on: whether the adapter is switched on.
+        off: the scope that holds where the adapter is disabled.
         merged: whether the weights hold B·A.
-        strength: what B·A is multiplied by.
-        change: what is being done to the weights or hooks, by one thread alone; None: nothing.
+        strength: the factor on B·A.
+        change: the name of the change that one thread is making to the weights or hooks; None: no change.
     """
 
     remedy: ClassVar[str] = "Exclude it, or choose other targets."
@@ -189,11 +190,11 @@ class Live:
 
     @property
     def enabled(self) -> bool:
-        """Whether it is switched on, and not disabled in this context."""
+        """Whether the adapter is switched on, and not disabled in this context."""
         return self.on and self.off.get() is None
 
     def acts(self) -> bool:
-        """Whether B·A is to be added to the outputs.
+        """Say whether B·A is to be added to the outputs.
 
         Raises:
             TargetError: another thread is changing the model.
@@ -212,26 +213,26 @@ class Live:
         self.reached.again(modules)
 
     def missed(self, modules: tuple[str, ...]) -> list[str]:
-        """Those of the modules that have run in no mode; see `Reach.missed`."""
+        """Return the modules that have run in no mode; see `Reach.missed`."""
         return self.reached.missed(modules)
 
     def bypassed(self, modules: tuple[str, ...], compiling: bool) -> tuple[str, list[str]]:
-        """The mode, and those of the modules that it bypasses; of a graph that is traced, all that have not run."""
+        """Return the mode, and the modules that it bypasses; for a graph that is traced, all that have not run."""
         used = self.here.looked_up
         return self.reached.mode, self.reached.bypassed(modules, (lambda _: True) if compiling else used)
 
     @torch.compiler.assume_constant_result
     def begin(self, training: bool, gradients: bool, device: str) -> None:
-        """A pass begins in some mode."""
+        """Begin a pass in some mode."""
         self.reached.begin(mode_of(training, gradients, device))
 
     def chain_of(self, target: Target) -> tuple[Tensor, ...]:
-        """The factors of one target in the order in which x meets them, A (r, in) and B (out, r); the last one times
-        `strength`.
+        """Compute the factors of one target in the order in which x meets them, A (r, in) and B (out, r); the last one
+        times `strength`.
 
         Inside the model's forward pass they are views of one θ_D, projected once for all targets. Elsewhere (a
         submodule called alone, or recomputed by gradient checkpointing) they are projected alone. Autograd saves the
-        same tensors on both ways, so that non-reentrant checkpointing accepts the one for the other.
+        same tensors in both cases, so that non-reentrant checkpointing accepts the one for the other.
         """
         here = self.here
         factors = self.adapter(target) if here.factors is None else here.factors
@@ -243,7 +244,7 @@ class Live:
         return chain
 
     def update(self, x: Tensor, target: Target) -> Tensor:
-        """The update's own product with x, times `strength`, where its weight is never made."""
+        """Compute the update's own product with x, times `strength`, where its weight is never made."""
         update = self.adapter(Streamed(x, target))
         update = update if self.strength == 1 else update * self.strength
         self.watch(target, [update])
@@ -256,18 +257,18 @@ class Live:
             mine += [tensor for tensor in tensors if tensor.requires_grad]
 
     def open(self, module: nn.Module, _args: Any) -> None:
-        """The pre-hook of the model."""
+        """Begin a pass: the pre-hook of the model."""
         if torch.compiler.is_compiling():
             self.begin(module.training, torch.is_grad_enabled(), self.adapter.theta_d.device.type)
         self.here.factors = self.adapter() if self.acts() and self.adapter.whole else None
 
     def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """The forward hook of the model; a compiled one has nothing else that closes a pass."""
+        """End a pass: the forward hook of the model; a compiled model has nothing else that ends it."""
         self.here.factors = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[dict[str, list[Tensor]]]:
-        """Inside the ``with``, what this thread's passes make of each target's numbers comes to lie in the mapping."""
+        """Yield a mapping that takes, inside the ``with``, what this thread's passes make of each target's numbers."""
         seen: dict[str, list[Tensor]] = {}
         try:
             self.here.watched = seen
@@ -276,7 +277,7 @@ class Live:
             self.here.watched = None
 
     def around(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
-        """A call of the model: θ_D goes with it, whatever ends it."""
+        """Run a call of the model: θ_D is dropped when it ends, whatever ends it."""
         before = self.here.factors
         try:
             try:
@@ -288,7 +289,7 @@ class Live:
             self.here.factors = before
 
     def _looking(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
-        """A call of the model, in which is watched whose weights are used, as far as its mode is new."""
+        """Run a call of the model and watch whose weights are used, as far as its mode is new."""
         if not self.acts():
             return run(module)
         mode = mode_of(module.training, torch.is_grad_enabled(), self.adapter.theta_d.device.type)
@@ -305,14 +306,14 @@ class Live:
 
 @contextlib.contextmanager
 def alone(model: nn.Module, lives: Iterable[Live], what: str) -> Iterator[None]:
-    """Inside the ``with``, no other thread calls the model or changes it.
+    """Keep other threads from calling or changing the model inside the ``with``.
 
     Args:
-        lives: of all adapters of the model.
-        what: the name of the change, for the error of those who are refused.
+        lives: the live state of all adapters of the model.
+        what: the name of the change, for the error of refused calls.
 
     Raises:
-        TargetError: another thread is calling or changing it; nothing has changed then.
+        TargetError: another thread is calling or changing the model; nothing has changed then.
     """
     lives = tuple(lives)
     if all(live.here.changing for live in lives):
@@ -333,7 +334,7 @@ def _claim(model: nn.Module, lives: tuple[Live, ...], what: str, token: object) 
     for live in lives:
         if live.claims.setdefault("by", token) is not token:
             raise TargetError(_busy(what, live.change or "a change"))
-    for live in lives:  # from here on calls that begin are refused, then those that began before are looked for
+    for live in lives:  # new calls are refused from here on; then calls that began before are looked for
         live.change, live.here.changing = what, True
     if runs_elsewhere(model):
         raise TargetError(

@@ -1,4 +1,4 @@
-"""The update in the weights themselves: merged, taken out again bit for bit, and the base inside a ``with``."""
+"""The update in the weights themselves: it is merged, taken out again bit for bit, or disabled inside a ``with``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def merge(vector: Vector) -> None:
 
 
 def _weights(vector: Vector) -> dict[str, Tensor]:
-    """The weights that the update is added to, by name, once nothing speaks against that."""
+    """Return the weights that the update is added to, by name, after all checks."""
     weights, owners = {}, owners_of(vector.model)
     for target in vector.targets:
         module = vector.structure.modules[target.module]
@@ -56,10 +56,10 @@ def _weights(vector: Vector) -> dict[str, Tensor]:
 
 
 def _check_first(module: nn.Module, target: Target) -> None:
-    """Refuse a layer of which somebody else's hook takes the output before B·A is added: merged, it would take the sum.
+    """Refuse a layer where a foreign hook takes the output before B·A is added: merged, it would take the sum.
 
     Raises:
-        TargetError: with the hook.
+        TargetError: there is such a hook; the error names it.
     """
     first = next(iter(module._forward_hooks.values()), None)
     if not isinstance(first, BesideHook):
@@ -89,7 +89,7 @@ def check_unmerge(vector: Vector, what: str) -> None:
     """Refuse to put the original weights where they do not belong any more: a layer was replaced while merged.
 
     Raises:
-        TargetError: with ``what`` was to be done.
+        TargetError: a layer was replaced; the error names ``what``.
     """
     if vector.live.merged:
         vector.structure.check(what)
@@ -98,7 +98,7 @@ def check_unmerge(vector: Vector, what: str) -> None:
 
 
 def _restore(vector: Vector) -> None:
-    """The original weights; an interrupt lets it begin again, so that it is never half done."""
+    """Put the original weights back; after an interrupt it begins again, so that it is never half done."""
     try:
         _copy_originals(vector)
     except BaseException:
@@ -117,7 +117,7 @@ def _copy_originals(vector: Vector) -> None:
 
 @contextlib.contextmanager
 def disabled(vector: Vector) -> Iterator[None]:
-    """The base model's outputs inside the ``with``; see `Adapter.disabled`."""
+    """Give the base model's outputs inside the ``with``; see `Adapter.disabled`."""
     off, entered = vector.live.off, Entered(vector.live.off, True)
     try:
         try:
@@ -125,7 +125,7 @@ def disabled(vector: Vector) -> Iterator[None]:
             if vector.live.merged:
                 _take_out(vector)
             else:
-                vector.live.acts()  # where another thread has just taken it out, this one is refused
+                vector.live.acts()  # refuses this thread, where another has just taken it out
             yield
         finally:
             off.end(entered)
@@ -136,7 +136,7 @@ def disabled(vector: Vector) -> Iterator[None]:
 
 
 def _take_out(vector: Vector) -> None:
-    """What is merged, until `_put_back`."""
+    """Take what is merged out of the weights, until `_put_back`."""
     claim = vector.alone("disabled() of a merged adapter")
     claim.__enter__()
     vector.taken_out = claim
@@ -144,14 +144,14 @@ def _take_out(vector: Vector) -> None:
 
 
 def _put_back(vector: Vector) -> None:
-    """What was taken out, if it was, and once nobody has the adapter disabled any more."""
+    """Put back what was taken out, if it was, and once no ``with`` has the adapter disabled any more."""
     claim = vector.taken_out
     if claim is None or vector.live.off.open:
         return
     try:
         try:
             merge(vector)
-        except UniLoraError:  # θ_d has become NaN, say: the weights stay the base's
+        except UniLoraError:  # θ_d has become NaN, say; the weights stay as in the base
             raise
         except BaseException:
             merge(vector)

@@ -1,4 +1,4 @@
-"""A file, checked against a model: the one place where what a file says meets the model, whoever asks."""
+"""A file that was checked against a model: the one place where what a file says meets the model."""
 
 import os
 from collections.abc import Container, Iterable
@@ -25,10 +25,10 @@ class Opened:
 
     Attributes:
         spec, theta_d: its own; θ_d is (d,) float32.
-        header: what else it says.
-        targets: what it adapts, as this model stores its weights.
+        header: the rest of what it says.
+        targets: the layers and parameters that it adapts, as this model stores its weights.
         heads: module → its saved state, in the file's dtypes.
-        frozen: what it keeps of the chains; None where that follows from the seed.
+        frozen: the frozen arrays that it keeps; None where they follow from the seed.
     """
 
     spec: ProjectionSpec
@@ -40,7 +40,7 @@ class Opened:
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """The names of the weights that no checkpoint gave values and that the file does not hold, but tells apart."""
+        """The names of the weights that come from no checkpoint, and that the file identifies but does not hold."""
         return tuple(self.header.base.fresh) if self.header.base else ()
 
 
@@ -53,22 +53,22 @@ def open_file(
     loaded: bool = True,
     known: Container[tuple[ProjectionSpec, tuple[Target, ...]]] = (),
 ) -> Opened:
-    """The contents of a file that fits a model; nothing of a size that the file states is made before it is checked.
+    """Read a file and check that it fits a model; nothing of a size that the file states is made before it is checked.
 
-    Whether the values of the base are those it was made for is `base.check_base`'s to say.
+    It does not check the values of the base: `base.check_base` does.
 
     Args:
-        where: its path, or what to call it in messages.
+        where: the file's path, or its name for messages.
         file: its contents, unless they are to be read from ``where``.
-        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
+        any_rank: whether to take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
         loaded: whether the model has its values; one without (``torch.device("meta")``) is checked by shape.
-        known: specs and targets of which it is known that they fit.
+        known: specs and targets that are known to fit.
 
     Raises:
-        AdapterFileError: the file is damaged, of an unknown version, or says what cannot be.
-        MismatchError: it belongs to another model; the message names the module, expected and found.
-        TargetError: a layer that cannot be adapted rightly.
-        ValuesError: numbers that are no numbers, or that the model's dtypes cannot hold.
+        AdapterFileError: the file is damaged, of an unknown version, or says what cannot exist.
+        MismatchError: it belongs to another model; the error names the module, and what was expected and found.
+        TargetError: a layer cannot be adapted rightly.
+        ValuesError: a value is NaN or infinite, or the model's dtypes cannot hold it.
     """
     file = read_adapter(where) if file is None else file
     header = read_header(where, file)
@@ -91,7 +91,7 @@ def open_file(
 
 
 def _check_blocks(where: str | os.PathLike, rows: Iterable[TargetRow], usual: int) -> None:
-    """Refuse blocks of one weight that together are larger than a few of the whole would be."""
+    """Refuse blocks of one weight that together are larger than a few blocks of the whole weight would be."""
     weights: dict[tuple[str, str | None], list[TargetRow]] = {}
     for row in rows:
         weights.setdefault((row.module, row.parameter), []).append(row)

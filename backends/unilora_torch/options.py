@@ -8,11 +8,11 @@ from unilora_core.methods import MethodOptions, check_options
 __all__ = ["AttachOptions", "Groups", "LoadOptions", "check_attach"]
 
 Groups = Literal["cached", "computed"]
-"""Whether the groups are kept as int32, or computed in each pass."""
+"""The choice whether the groups are kept as int32, or computed in each pass."""
 
 
 class AttachOptions(MethodOptions, total=False):
-    """See `unilora_torch.attach`, which has their defaults."""
+    """The keyword arguments of `unilora_torch.attach`, which has their defaults."""
 
     rank: int | Mapping[str, int] | None
     d: int | Literal["auto"]
@@ -25,7 +25,7 @@ class AttachOptions(MethodOptions, total=False):
 
 
 class LoadOptions(TypedDict, total=False):
-    """See `unilora_torch.load`, which has their defaults."""
+    """The keyword arguments of `unilora_torch.load`, which has their defaults."""
 
     name: str
     check_base: bool
@@ -34,10 +34,10 @@ class LoadOptions(TypedDict, total=False):
 
 
 def check_attach(method: str, options: AttachOptions) -> None:
-    """Refuse a name that is none of `unilora_torch.attach`, nor of the method, before the model is looked at.
+    """Refuse a keyword argument that neither `unilora_torch.attach` nor the method has, before the model is looked at.
 
     Raises:
-        SpecError: the nearest names are said.
+        SpecError: there is such an argument; the error lists the nearest names.
     """
     own = set(AttachOptions.__annotations__) - set(MethodOptions.__annotations__)
     check_options(method, [name for name in options if name not in own], options.get("grouping"))

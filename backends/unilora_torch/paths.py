@@ -1,4 +1,6 @@
-"""How an update reaches what a model computes: beside a linear layer, a convolution or an embedding, or in a weight."""
+"""Paths by which an update reaches what a model computes: beside a linear layer, a convolution or an embedding, or in a
+weight.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -51,14 +53,14 @@ def _kind(live: Live, module: nn.Module) -> type["BesideHook"]:
 
 
 class _Path:
-    """What every path knows: the live state of its adapter, and the targets of one module."""
+    """The base class of paths: the live state of its adapter, and the targets of one module."""
 
     def __init__(self, live: Live, targets: tuple[Target, ...]):
         self.live, self.targets = live, targets
 
 
 class BesideHook(_Path):
-    """The forward hook of a layer: adds to its outputs what the chain makes of its inputs."""
+    """The forward hook of a layer: it adds to the outputs what the chain makes of the inputs."""
 
     def __init__(self, live: Live, targets: tuple[Target, ...]):
         super().__init__(live, tuple(sorted(targets, key=lambda target: target.first_row)))
@@ -68,17 +70,17 @@ class BesideHook(_Path):
         self.module, self.width, self.needed = last.module, first.out_features, last.first_row + last.out_features
 
     def __call__(self, module: nn.Module, args: tuple, *kwargs_and_output: Any) -> Tensor | None:
-        """The new output, or None where the adapter is off: then also for those who moved the hook to a layer of theirs
-        without its keyword arguments.
+        """Return the new output, or None where the adapter is off. None is also returned to those who moved the hook to
+        a layer of theirs without its keyword arguments.
         """
         return self.added(module, args, *kwargs_and_output) if self.live.acts() else None
 
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """The output with B·A·x."""
+        """Return the output with B·A·x."""
         raise NotImplementedError
 
     def chain(self, module: nn.Module, height: int) -> tuple[Tensor, ...]:
-        """The chain of all targets, (height, in) as a product; see `chains.joined`."""
+        """Compute the chain of all targets, (height, in) as a product; see `chains.joined`."""
         self.reach(module, height)
         chains = [self.live.chain_of(target) for target in self.targets]
         return chains[0] if self.width == height else joined(chains, self.rows, height)
@@ -87,7 +89,7 @@ class BesideHook(_Path):
         """Note that the layer has run.
 
         Raises:
-            TargetError: it gave fewer outputs than are adapted.
+            TargetError: the layer gave fewer outputs than are adapted.
         """
         self.live.reach(self.module)
         if self.needed > height:
@@ -97,10 +99,10 @@ class BesideHook(_Path):
             )
 
     def fits(self, module: nn.Module, width: int) -> None:
-        """Refuse a layer that has another number of inputs than when it was adapted, or of rows, of an embedding.
+        """Refuse a layer whose number of inputs has changed since it was adapted; for an embedding, its number of rows.
 
         Raises:
-            TargetError: with both.
+            TargetError: it has changed; the error has both numbers.
         """
         if width != self.inputs:
             raise TargetError(
@@ -110,13 +112,13 @@ class BesideHook(_Path):
 
 
 class LowRankPath(BesideHook):
-    """The forward hook of a linear layer: adds the chain's product with x, factor by factor.
+    """The forward hook of a linear layer: it adds the chain's product with x, factor by factor.
 
     Only the input and the output of the layer are used, so its weight may be quantised, or kept under any name.
     """
 
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """See `BesideHook`."""
+        """Return the output with the chain's product; see `BesideHook`."""
         x = args[0] if args else next(iter(kwargs.values()))
         self.fits(module, x.size(-1))
         hidden = x
@@ -126,10 +128,10 @@ class LowRankPath(BesideHook):
 
 
 class StreamedPath(BesideHook):
-    """The forward hook of a linear layer whose ΔW is never made: adds x·ΔWᵀ, which is computed in blocks."""
+    """The forward hook of a linear layer whose ΔW is never made: it adds x·ΔWᵀ, which is computed in blocks."""
 
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """See `BesideHook`."""
+        """Return the output with x·ΔWᵀ; see `BesideHook`."""
         x = args[0] if args else next(iter(kwargs.values()))
         self.fits(module, x.size(-1))
         self.reach(module, output.size(-1))
@@ -141,13 +143,14 @@ class StreamedPath(BesideHook):
 
 
 class EmbeddingPath(BesideHook):
-    """The forward hook of an embedding: adds what the chain makes of the columns F_1[:, ids].
+    """The forward hook of an embedding: it adds what the chain makes of the columns F_1[:, ids].
 
-    They are what the embedding itself gives with F_1ᵀ as its weight, and so have the scale that some embeddings apply.
+    The embedding itself gives these columns, with F_1ᵀ as its weight, and so they have the scale that some embeddings
+    apply.
     """
 
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """See `BesideHook`."""
+        """Return the output with the update of its ids; see `BesideHook`."""
         first, *rest = self.chain(module, output.size(-1))
         self.fits(module, module.num_embeddings)
         hidden = forward_with(module, {"weight": first.T.to(output.dtype)}, *args, **kwargs)
@@ -157,14 +160,15 @@ class EmbeddingPath(BesideHook):
 
 
 class ConvPath(BesideHook):
-    """The forward hook of a convolution: adds the convolution with F_1, then 1×1 convolutions with the other factors.
+    """The forward hook of a convolution: it adds the convolution with F_1, then 1×1 convolutions with the other
+    factors.
 
-    The rows of F_1 are kernels of the shape of the layer's own, which the layer's class applies: stride, padding and
-    dilation are its business.
+    The rows of F_1 are kernels in the shape of the layer's own. The layer's class applies them, with its stride,
+    padding and dilation.
     """
 
     def added(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """See `BesideHook`."""
+        """Return the output with the convolutions; see `BesideHook`."""
         kernel = module.kernel_size
         first, *rest = self.chain(module, output.size(-1 - len(kernel)))
         x = args[0] if args else next(iter(kwargs.values()))
@@ -187,7 +191,7 @@ class WeightPath(_Path):
         self.paths = tuple(dict.fromkeys(path for path, _ in map(_place, targets) if path))
 
     def around(self, run: Callable[[nn.Module], Any], module: nn.Module) -> Any:
-        """A call of the module."""
+        """Run a call of the module."""
         if is_bound([module, *map(module.get_submodule, self.paths)]):
             with IN_PLACE:
                 try:
@@ -200,7 +204,7 @@ class WeightPath(_Path):
             return run(copies.top)
 
     def open(self, module: nn.Module, _args: Any) -> None:
-        """Before the forward pass of the module, or of its copy."""
+        """Set the sum, before the forward pass of the module or of its copy."""
         if not self.live.acts():
             return
         self.live.reach(self.targets[0].module)
@@ -215,7 +219,7 @@ class WeightPath(_Path):
             owner.__dict__[name] = _sum(getattr(owner, name), self.live.chain_of(target), target)
 
     def close(self, module: nn.Module, _args: Any = None, _output: Any = None) -> None:
-        """After it: a graph works on the module itself."""
+        """Remove the sum after the forward pass: a graph works on the module itself."""
         for target in self.targets:
             path, name = _place(target)
             owner = module.get_submodule(path)
@@ -224,7 +228,7 @@ class WeightPath(_Path):
 
 
 def _sum(weight: Tensor, chain: Sequence[Tensor], target: Target) -> Tensor:
-    """W + F_k·…·F_1 in float32, rounded once to W's dtype, as a merge does."""
+    """Compute W + F_k·…·F_1 in float32, rounded once to W's dtype, as a merge does."""
     with torch.autocast(weight.device.type, enabled=False):
         update = product(chain)
         height = weight.shape[-1 if target.transposed else 1 if target.experts else 0]
@@ -235,6 +239,8 @@ def _sum(weight: Tensor, chain: Sequence[Tensor], target: Target) -> Tensor:
 
 
 def _place(target: Target) -> tuple[str, str]:
-    """The path, inside the target's module, of the one that holds its parameter, and the parameter's name there."""
+    """Return the path, inside the target's module, of the module that holds its parameter, and the parameter's name
+    there.
+    """
     path, _, name = (target.parameter or "").rpartition(".")
     return path, name

@@ -1,4 +1,4 @@
-"""A layer with another weight: what its class computes then, and whether that is linear in the weight."""
+"""Layers with another weight: what a layer's class computes with it, and whether that is linear in the weight."""
 
 import contextlib
 import operator
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 M = torch.tensor([[0.5, -1, 2], [4, 1, -2]])
-"""Mixes two outputs to three."""
+"""A matrix that mixes two outputs to three."""
 
 NOTHING = object()
 
@@ -35,9 +35,9 @@ NOTHING = object()
 class Copies:
     """Shallow copies of a module and of some inside it, to be called in their place.
 
-    They share everything, but what is set on a copy is seen by those who are given the copy, and by nobody else: no
-    other thread, and nobody afterwards. That is how a module gets another weight for one call: in the ``__dict__`` of
-    the copy, where Python looks before `nn.Module.__getattr__` finds the parameter.
+    They share everything, but what is set on a copy is seen only by code that is given the copy: by no other thread,
+    and by nobody afterwards. So a module gets another weight for one call: in the ``__dict__`` of the copy, where
+    Python looks before `nn.Module.__getattr__` finds the parameter.
     """
 
     def __init__(self, module: nn.Module, paths: Iterable[str] = ()):
@@ -47,7 +47,7 @@ class Copies:
             self.at(path)
 
     def at(self, path: str) -> nn.Module:
-        """The copy of the submodule at a path, made if need be; the copies above it have it in its place."""
+        """Return the copy of the submodule at a path, made if need be; the copies above it have it in its place."""
         if path in self.made:
             return self.made[path][1]
         above, _, name = path.rpartition(".")
@@ -89,32 +89,32 @@ def _put_back(module: nn.Module, now: Mapping[str, Any], before: Mapping[str, An
 
 
 CALLS = ("_call_impl", "_compiled_call_impl")
-"""Attributes that call the module itself, not its copy."""
+"""The attributes that call the module itself, not its copy."""
 
 
 IN_PLACE = threading.RLock()
-"""Held where a module itself has to take another weight for a call, and other threads have to wait."""
+"""The lock that is held where a module itself has to take another weight for a call, and other threads have to wait."""
 
 
 def is_bound(modules: Iterable[nn.Module]) -> bool:
-    """Whether one has a ``forward`` of its own, as accelerate and Liger set: that never sees a copy."""
+    """Say whether a module has a ``forward`` of its own, as accelerate and Liger set: that never sees a copy."""
     return any("forward" in vars(module) for module in modules)
 
 
 def _stays(module: nn.Module, name: str) -> bool:
-    """Whether an attribute of a copy is what it was made for, and not the forward pass's own."""
+    """Say whether an attribute of a copy is what the copy was made for, and not set by the forward pass."""
     flat = isinstance(module, nn.RNNBase) and name.startswith("_flat_weight")  # made of its weights
     return flat or name == "_modules" or name in module._parameters or name in module._buffers
 
 
 def is_registered(module: nn.Module, name: str) -> bool:
-    """Whether a weight is a parameter or a buffer of its own; another tensor is computed anew, and overwritten."""
+    """Say whether a weight is a parameter or a buffer of its own; another tensor is computed anew, and overwritten."""
     return name in module._parameters or name in module._buffers
 
 
 @contextlib.contextmanager
 def still(module: nn.Module, name: str) -> Iterator[None]:
-    """Inside the ``with``, a parametrised weight can be read and nothing changes: in training mode spectral
+    """Keep a parametrised weight unchanged while it is read inside the ``with``: in training mode spectral
     normalisation takes a step with each look at it.
     """
     inside = module.parametrizations[name].modules() if is_parametrized(module, name) else ()
@@ -129,18 +129,20 @@ def still(module: nn.Module, name: str) -> Iterator[None]:
 
 
 def forward_with(module: nn.Module, replaced: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
-    """What the module's class computes with other parameters, without its hooks."""
+    """Compute what the module's class gives with other parameters, without its hooks."""
     if is_parametrized(module):
         return _without_parametrizations(module, replaced, *args, **kwargs)
-    if torch.compiler.is_compiling():  # which has no threads, and traces neither the copy's way back nor an interrupt
+    if torch.compiler.is_compiling():  # a graph has no threads, and traces no copies
         return _in_place(module, type(module).forward, replaced, *args, **kwargs)
     with Copies(module) as copies:
         return _in_place(copies.top, type(module).forward, replaced, *args, **kwargs)
 
 
-@torch.compiler.disable  # which would trace a module that changes its class
+@torch.compiler.disable  # it would trace a module that changes its class
 def _without_parametrizations(module: nn.Module, replaced: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward_with` for a class whose parameters are properties, which would win over what stands in ``__dict__``."""
+    """Do the same as `forward_with` for a class whose parameters are properties, which would win over what stands in
+    ``__dict__``.
+    """
     own: Mapping[str, Any] = {name: getattr(module, name) for name in module.parametrizations if name not in replaced}
     with Copies(module) as copies:
         copies.top.__class__ = kind = type_before_parametrizations(module)
@@ -161,9 +163,9 @@ def _in_place(
 
 
 def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """As `torch.func.functional_call`, which is not for threads: the tensors of a module's state are others.
+    """Call a module with other tensors in its state, as `torch.func.functional_call`, which is not for threads.
 
-    The module's own hooks are left to the call that this one is a part of, but for those that compute its weights.
+    The module's own hooks are left to the outer call, except those that compute its weights.
     """
     if torch.compiler.is_compiling():
         return torch.func.functional_call(module, dict(state), args, kwargs)
@@ -182,16 +184,17 @@ def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple, kwarg
 
 
 COMPUTES = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""The hooks of normalised and pruned weights in the old style."""
+"""The hooks that compute normalised and pruned weights in the old style."""
 
 
 def adds(module: nn.Module, transposed: bool = False) -> bool:
-    """Whether forward(x; W + U) is forward(x; W) and what B·A beside the layer would give for U: then it can be merged.
+    """Say whether forward(x; W + U) is forward(x; W) plus what B·A beside the layer would give for U: then it can be
+    merged.
 
     PyTorch's own layers are linear in their weight; a class or an instance with another forward pass is tried.
     """
     bound = is_bound([module])
-    if (type(module).forward in PLAIN and not bound) or hasattr(module, "_hf_hook"):  # accelerate's moves tensors
+    if (type(module).forward in PLAIN and not bound) or hasattr(module, "_hf_hook"):  # accelerate's hook moves tensors
         return True
     W = module.weight.detach()
     U, beside = _wave(*W.shape).to(W) * W.abs().mean(), {"bias": None, "training": False}
@@ -202,20 +205,20 @@ def adds(module: nn.Module, transposed: bool = False) -> bool:
                 update = forward_with(module, {"weight": U, **beside}, x)
             else:
                 x = _wave(4, W.shape[0 if transposed else 1]).to(W)
-                x = torch.cat([x, -x])  # one of which a ReLU, say, cuts off
+                x = torch.cat([x, -x])  # a ReLU, say, cuts off one of them
                 update = x @ (U if transposed else U.T)
             base, both = (_of_itself(module, {"weight": w, "training": False}, x) for w in (W, W + U))
             return bool((both - base - update).norm() <= 0.05 * update.norm())
-    except Exception:  # whatever another forward pass raises on such an input
+    except Exception:  # another forward pass may raise anything on such an input
         return False
 
 
 PLAIN = tuple(kind.forward for kind in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-"""What computes nothing but the product with the weight, and adds the bias."""
+"""The forward passes that compute nothing but the product with the weight, and add the bias."""
 
 
 def _of_itself(module: nn.Module, replaced: Mapping[str, Any], x: Tensor) -> Tensor:
-    """What the module computes with other attributes, also where its ``forward`` is its own; without its hooks."""
+    """Compute what the module gives with other attributes, also where its ``forward`` is its own; without its hooks."""
     if not is_bound([module]):
         return forward_with(module, replaced, x)
     with IN_PLACE:
@@ -223,7 +226,7 @@ def _of_itself(module: nn.Module, replaced: Mapping[str, Any], x: Tensor) -> Ten
 
 
 def _seen(module: nn.Module) -> Tensor:
-    """An input of an embedding or a convolution."""
+    """Make an input of an embedding or a convolution."""
     if isinstance(module, nn.Embedding):
         return torch.arange(min(3, module.num_embeddings))[None]
     size = [2 * dilation * length for dilation, length in zip(module.dilation, module.kernel_size, strict=True)]
@@ -231,21 +234,23 @@ def _seen(module: nn.Module) -> Tensor:
 
 
 def looks_up(embedding: nn.Embedding) -> bool:
-    """Whether forward(X)·M = forward(X·M) for the weight X: then B·A can be applied after the lookup, and merged."""
+    """Say whether forward(X)·M = forward(X·M) for the weight X, so that B·A can be applied after the lookup and
+    merged.
+    """
     X = _wave(embedding.num_embeddings, 2).to(embedding.weight)
     ids, m = _seen(embedding).to(X.device), M.to(X)
     try:
         narrow, wide = forward_with(embedding, {"weight": X}, ids), forward_with(embedding, {"weight": X @ m}, ids)
-    except Exception:  # whatever another forward pass raises on a weight of another width
+    except Exception:  # another forward pass may raise anything on another width
         return False
     return wide.shape == (*ids.shape, 3) and torch.allclose(narrow @ m, wide, rtol=1e-2, atol=1e-2)
 
 
 def convolves(module: nn.Module) -> bool:
-    """Whether a convolution without groups gives Mᵀ·forward(K) for the kernels Mᵀ·K, as those of PyTorch do: then B·A
-    can be applied as two convolutions, and merged.
+    """Say whether a convolution without groups gives Mᵀ·forward(K) for the kernels Mᵀ·K, as those of PyTorch do: then
+    B·A can be applied as two convolutions, and merged.
 
-    One that standardises its kernels, say, or that depends on the number of its outputs, does not.
+    A convolution that standardises its kernels, say, or that depends on the number of its outputs, does not.
     """
     if module.groups > 1 or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return module.groups == 1
@@ -256,12 +261,12 @@ def convolves(module: nn.Module) -> bool:
     try:
         narrow = forward_with(module, {"weight": K, "bias": None}, x)
         wide = forward_with(module, {"weight": torch.einsum("nm,n...->m...", m, K), "bias": None}, x)
-    except Exception:  # whatever another forward pass raises on a weight of another height
+    except Exception:  # another forward pass may raise anything on another height
         return False
     mixed = torch.einsum("nm,bn...->bm...", m, narrow) if narrow.shape[1] == 2 else narrow
     return wide.shape == mixed.shape and torch.allclose(mixed, wide, rtol=1e-2, atol=1e-2)
 
 
 def _wave(*shape: int) -> Tensor:
-    """Numbers that differ, and that no generator draws."""
+    """Make numbers that differ, and that no generator draws."""
     return torch.arange(float(torch.Size(shape).numel())).square().cos().view(shape)

@@ -1,4 +1,4 @@
-"""Rows: how each row of a batch gets the update of its own adapters. The hooks of `unilora_torch.bank`."""
+"""The hooks of `unilora_torch.bank`: they give each row of a batch the update of its own adapters."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,12 +20,12 @@ __all__ = ["Batch", "Block", "HeadHook", "Hook", "LayerHook", "Pairs", "Rows"]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One target in its layer.
+    """One target in its layer, as the hooks need it.
 
     Attributes:
         family: the number of the family of adapters that have it.
-        shapes: of its factors, in the order of its chain.
-        groups: int32, where they lie in a table of the family, one after the other.
+        shapes: the shapes of its factors, in the order of its chain.
+        groups: int32, the groups of the factors one after the other: places in a table of the family.
     """
 
     family: int
@@ -36,11 +36,11 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """What one family does in a batch: m pairs of a row and an adapter, u adapters among them.
+    """The work of one family in a batch: m pairs of a row and an adapter, u adapters among them.
 
     Attributes:
         table: (u, d) or (u, 2d) float32, see `gather.Gather.table`.
-        which: (m,) the adapter of each pair; None: the m-th, or the only one.
+        which: (m,) the adapter of each pair; None: pair m has the m-th adapter, or the only one.
         rows: (m,) the row of each pair; None: all rows in order.
         weights: (m, 1, 1) float32; None: all are 1.
     """
@@ -51,7 +51,7 @@ class Pairs:
     weights: Tensor | None
 
     def chain(self, block: Block, like: Tensor) -> list[Tensor]:
-        """A (m, r, in) and B (m, out, r), projected in float32, in the dtype and on the device of ``like``.
+        """Compute A (m, r, in) and B (m, out, r), projected in float32, in the dtype and on the device of ``like``.
 
         Where one adapter serves all rows, m is 1 here.
         """
@@ -69,10 +69,10 @@ class Batch:
     Attributes:
         size: the number of rows that were named.
         copies: how often `generate` repeats each.
-        pairs: number of a family → what it does.
+        pairs: number of a family → its pairs.
         heads: module → the state and the rows of each adapter that saves this module.
         modules: every layer and head that must run.
-        families: of the bank, as long as these rows need them.
+        families: the families of the bank that these rows need.
     """
 
     size: int
@@ -83,10 +83,10 @@ class Batch:
     families: frozenset[Any]
 
     def check(self, x: Tensor, features: int, module: str) -> None:
-        """Refuse inputs of which the rows are not those that were named. ``features``: trailing axes of one vector.
+        """Refuse inputs whose rows are not the named rows. ``features``: trailing axes of one vector.
 
         Raises:
-            ValuesError: with the shape.
+            ValuesError: they are not; the error has the shape.
         """
         leading = x.dim() - features
         if (leading > 0 and x.shape[0] == self.size) or (leading > 1 and x.shape[0] == self.size * self.copies):
@@ -100,7 +100,7 @@ class Batch:
 
 
 class _Here(PerThread):
-    """Whether this thread is inside a head of an adapter."""
+    """The state of one thread: whether it is inside a head of an adapter."""
 
     def __init__(self) -> None:
         self.inside = False
@@ -108,10 +108,10 @@ class _Here(PerThread):
 
 @dataclass(eq=False)
 class Rows:
-    """What the hooks of a bank look at.
+    """The state that the hooks of a bank read.
 
     Attributes:
-        scope: holds the `Batch` in the context of each ``with bank.rows(…)``.
+        scope: the scope that holds the `Batch` of each ``with bank.rows(…)``.
         reached: the layers and heads that have run since the bank was made.
     """
 
@@ -122,11 +122,11 @@ class Rows:
 
     @property
     def batch(self) -> Batch | None:
-        """The rows of the batch at hand; None: the model is the base."""
+        """The rows of the batch at hand; None means that the model is the base."""
         return None if self.here.inside else self.scope.get()
 
     def acts(self) -> bool:
-        """Whether rows are named here and now."""
+        """Say whether rows are named here and now."""
         return self.batch is not None
 
     @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
@@ -139,17 +139,17 @@ class Rows:
         self.reached.difference_update(modules)
 
     def missed(self, modules: tuple[str, ...]) -> list[str]:
-        """Those of the modules that the rows of this batch need, and that have not run."""
+        """Return the modules that the rows of this batch need, and that have not run."""
         batch = self.batch
         needed = frozenset() if batch is None else batch.modules - self.reached
         return [module for module in modules if module in needed]
 
     def bypassed(self, *_: Any) -> tuple[str, list[str]]:
-        """None: a bank looks at what has run, whatever the mode."""
+        """Return no module: a bank looks at what has run, whatever the mode."""
         return "", []
 
     def outside(self, run: Callable[[], Any]) -> Any:
-        """The result of a call that no hook of the bank acts on."""
+        """Return the result of a call that no hook of the bank acts on."""
         try:
             try:
                 self.here.inside = True
@@ -161,17 +161,17 @@ class Rows:
 
 
 class Hook:
-    """What every hook knows: the rows, the name of its module, and what its kind says."""
+    """The base class of hooks: the rows, the name of its module, and what its kind must know."""
 
     def __init__(self, rows: Rows, module: str, knows: tuple):
         self.rows, self.module, self.knows = rows, module, knows
 
 
 class LayerHook(Hook):
-    """The forward hook of one layer: adds to each row the update of its adapters. It knows the layer's `Block`s."""
+    """The forward hook of one layer: it adds to each row the update of its adapters, and knows the layer's `Block`s."""
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The new output, or None where no row has an adapter here."""
+        """Return the new output, or None where no row has an adapter here."""
         batch = self.rows.batch
         if batch is None:
             return None
@@ -198,15 +198,15 @@ class LayerHook(Hook):
 
 
 def _by_adapter(x: Tensor, factor: Tensor) -> Tensor:
-    """x (m, T, in) times the factor (m, out, in) of each row, or the one factor (1, out, in) of all."""
+    """Compute x (m, T, in) times the factor (m, out, in) of each row, or the one factor (1, out, in) of all."""
     return (x.reshape(len(factor), -1, x.shape[-1]) @ factor.mT).view(*x.shape[:2], -1)
 
 
 class HeadHook(Hook):
-    """The forward hook of a module that some adapters save in full: their rows run through their own."""
+    """The forward hook of a module that some adapters save in full: it runs their rows through their own module."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """The new output, or None where no row has a head of its own."""
+        """Return the new output, or None where no row has a head of its own."""
         batch = self.rows.batch
         if batch is None:
             return None
@@ -227,5 +227,5 @@ class HeadHook(Hook):
 
 
 def _repeated(rows: Tensor, copies: int) -> Tensor:
-    """The places of these rows where each row of the batch is repeated, side by side."""
+    """Return the places of these rows where each row of the batch is repeated, side by side."""
     return (rows[:, None] * copies + torch.arange(copies)).flatten()

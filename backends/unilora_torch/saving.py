@@ -1,4 +1,4 @@
-"""An adapter as one file."""
+"""Saving of an adapter as one file."""
 
 import os
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def save(
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write θ_d, the spec, the targets and the modules to save as one file, atomically; see `Adapter.save`."""
-    gathered = dict(state or {}) | (vector.kept_heads or {})  # what is switched off is not in the model's state
+    gathered = dict(state or {}) | (vector.kept_heads or {})  # heads that are switched off are not in the model's state
     tensors = {name: _storable(gathered.get(name, tensor)) for name, tensor in vector.heads().items()}
     tensors |= {name: _storable(array) for name, array in tensors_of(vector.spec, vector.chains.frozen).items()}
     rows = [row_of(target, vector.spec.frame != "pair") for target in vector.targets]
@@ -34,7 +34,7 @@ def save(
 
 
 def _storable(tensor: Tensor) -> Any:
-    """A NumPy array; bfloat16, which NumPy lacks, as float32 (exact); a DTensor gathered from every process."""
+    """Return a tensor as a NumPy array; bfloat16, which NumPy lacks, as float32 (exact); a DTensor gathered."""
     tensor = tensor.detach()
     tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

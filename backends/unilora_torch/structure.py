@@ -1,4 +1,4 @@
-"""Never silently replaced: the modules that are hooked still have their names, compared by identity in each pass.
+"""Structure: a check in each pass that the hooked modules still have their names, so that none is replaced silently.
 
 Hooks go with a module. Where another one takes its name after they were put on (a layer that is fused, resized or
 replaced, a block that is taken out of a list), the adapter would do nothing there, and would be merged into the other.
@@ -15,32 +15,32 @@ from unilora_core import TargetError
 __all__ = ["Structure", "StructureHook"]
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
-"""What is never called."""
+"""The modules that are never called."""
 
 Level = tuple[nn.Module, dict[str, nn.Module | None]]
 """A module above hooked ones, and its children as they were."""
 
 
 class Watched(Protocol):
-    """What hooks modules, and notes which of them have run."""
+    """A protocol: an object that hooks modules, and notes which of them have run."""
 
     def acts(self) -> bool:
-        """Whether it adapts anything here and now."""
+        """Say whether it adapts anything here and now."""
 
     def again(self, modules: Iterable[str]) -> None:
         """Wait once more for these modules to run."""
 
 
 class Structure:
-    """A model's hooked modules, and all modules above them, as they were when they were hooked.
+    """The hooked modules of a model, and all modules above them, as they were when they were hooked.
 
-    A wrapper that comes later (of activation checkpointing, `torch.compile` or FSDP) is no other module: what has the
-    name still contains the hooked one.
+    A wrapper that comes later (of activation checkpointing, `torch.compile` or FSDP) is no replacement: it still
+    contains the hooked module.
 
     Attributes:
         modules: the name of each hooked module → the module.
-        levels: the name of each module that is called above them → itself and the lists below it.
-        hooks: names, modules, and the numbers of forward hooks that have to be on them.
+        levels: the name of each module that is called above them → the module and the lists below it.
+        hooks: the name, the module, and the number of each forward hook that has to be on it.
     """
 
     def __init__(self, watched: Watched, model: nn.Module, names: Iterable[str]):
@@ -52,7 +52,7 @@ class Structure:
         self.take(names)
 
     def take(self, names: Iterable[str]) -> None:
-        """Watch the modules of these names, and no others; those that are watched already stay who they are."""
+        """Watch the modules of these names, and no others; modules that are watched already stay the same."""
         self.modules = {name: self.modules.get(name) or self.model.get_submodule(name) for name in names}
         paths = (path for name in self.modules for path in _paths(name))
         self._known = {path: self._known.get(path) or self.model.get_submodule(path) for path in paths}
@@ -62,13 +62,13 @@ class Structure:
         """Refuse a model of which a hooked module was replaced.
 
         Raises:
-            TargetError: with ``what`` was to be done, the name, and what has it now.
+            TargetError: one was replaced; the error names ``what``, the name, and what has it now.
         """
         if self.changed():
             self.look(what)
 
     def changed(self, caller: str | None = None) -> bool:
-        """Whether a module above the hooked ones (those of one caller) has other children than it had."""
+        """Say whether a module above the hooked ones (those of one caller) has other children than it had."""
         for levels in self.levels.values() if caller is None else (self.levels.get(caller, ()),):
             for module, children in levels:
                 if module._modules != children:
@@ -76,14 +76,14 @@ class Structure:
         return False
 
     def bare(self) -> list[str]:
-        """The hooked modules that somebody took the hook off."""
+        """Return the names of the hooked modules whose hook somebody took off."""
         return [name for name, module, number in self.hooks if number not in module._forward_hooks]
 
     def look(self, what: str) -> None:
         """Follow the names again, and take the children as they are now.
 
-        What calls hooked modules and has others beside them now may pass these by, as a fused q, k and v does: so
-        whether they run is found out once more.
+        A caller that has new modules beside the hooked ones may bypass these, as a fused q, k and v does. So it is
+        found out once more whether they run.
 
         Raises:
             TargetError: see `check`.
@@ -107,7 +107,9 @@ class Structure:
         self.watched.again(name for name, caller in callers.items() if levels.get(caller) != before.get(caller))
 
     def _follow(self, name: str) -> tuple[list[tuple[str, nn.Module]], nn.Module | None]:
-        """The modules above one, each with the name of what calls it or is it; and what has the name, or None."""
+        """Return the modules above one, each with the name of the module that calls it or is it; and what has the name,
+        or None.
+        """
         above, here, caller = [], self.model, ""
         for path in _paths(name):
             above.append((caller, here))
@@ -125,7 +127,7 @@ class Structure:
 class StructureHook:
     """The forward pre-hook of a model, or of a module in it that can be called alone.
 
-    ``caller``: the name of the module, whose children are compared; None: of the whole model.
+    ``caller``: the name of the module whose children are compared; None: all modules of the model.
     """
 
     def __init__(self, structure: Structure, caller: str | None = None):
@@ -148,13 +150,13 @@ class StructureHook:
 
 
 def _paths(name: str) -> Iterator[str]:
-    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
+    """Yield ``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
     keys = name.split(".") if name else []
     return (".".join(keys[: i + 1]) for i in range(len(keys)))
 
 
 def _wrappers(there: nn.Module, known: nn.Module) -> list[nn.Module]:
-    """The modules around the known one in what has its name now; none where this is it, or is another one."""
+    """Return the modules around the known one in what has its name now; none where this is it, or is another one."""
     path = "" if there is known else next((path for path, module in there.named_modules() if module is known), "")
     return [there.get_submodule(above) for above in ("", *_paths(path))][:-1]
 

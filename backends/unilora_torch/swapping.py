@@ -1,4 +1,4 @@
-"""Another file in the place of an attached adapter."""
+"""Swapping: another file takes the place of an attached adapter."""
 
 import os
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def swap(vector: Vector, path: str | os.PathLike) -> None:
     optimiser keeps its parameters (but not its state's meaning).
 
     Raises:
-        AdapterFileError: as `load`.
+        AdapterFileError: as in `load`.
         MismatchError: the file has other targets, ranks, modules to save, another d or another start: `detach` this one
             and `load` that one. In each case nothing has changed.
         TargetError: the adapter is merged, or another thread is calling the model.
@@ -40,7 +40,7 @@ def swap(vector: Vector, path: str | os.PathLike) -> None:
 
 
 def fill(vector: Vector, found: Opened) -> None:
-    """Give it the values of a file: θ_d, and the state of the modules to save."""
+    """Give an adapter the values of a file: θ_d, and the state of the modules to save."""
     mine = vector.heads()
     with torch.no_grad():
         vector.theta_d.copy_(found.theta_d)
@@ -52,7 +52,7 @@ def _swap(vector: Vector, path: str | os.PathLike) -> None:
     if vector.live.merged:
         raise TargetError("swap: the adapter is merged; unmerge it first.")
     vector.structure.check("swap")
-    found = open_file(path, vector.model, any_rank=True)  # of the same layout, or refused
+    found = open_file(path, vector.model, any_rank=True)  # another layout is refused below
     _check_alike(path, vector, found)
     check_base(str(path), found.header.base, with_fresh(vector.base, vector.model, found.fresh))
     vector.reseed(found.spec, found.frozen)
@@ -80,7 +80,7 @@ def _check_alike(path: str | os.PathLike, vector: Vector, found: Opened) -> None
 
 
 def _kind(spec: ProjectionSpec) -> str:
-    """Gathers of one size have tables of one size; another map has arrays of its own."""
+    """Return the kind of projection: gathers of one size have tables of one size; another map has arrays of its own."""
     return "gather" if spec.map.groups is not None else spec.grouping
 
 

@@ -1,4 +1,4 @@
-"""Which adapters of a model act and train, and what they are called."""
+"""Switching: which adapters of a model act and train, and what they are called."""
 
 from collections.abc import Iterable, Mapping
 
@@ -16,7 +16,7 @@ __all__ = ["rename", "switch"]
 def switch(model: nn.Module, to: str | Iterable[str] | Mapping[str, float]) -> None:
     """Choose which adapters of a model act, and train; the others are off and frozen.
 
-    Each adapter has modules to save of its own: those of one that is switched off are kept with it, and put back when
+    Each adapter has modules to save of its own. They are kept with an adapter that is switched off, and put back when
     it is switched on.
 
     Args:
@@ -76,8 +76,8 @@ def _train(vector: Vector, trains: bool) -> None:
 
 
 def rename(vector: Vector, name: str) -> None:
-    """Give it another name among the model's submodules; see `Adapter.rename`."""
+    """Give an adapter another name among the model's submodules; see `Adapter.rename`."""
     model = vector.model
     check_name(model, name)
     renamed = {key: child for key, child in model._modules.items() if child is not vector} | {name: vector}
-    model._modules = renamed  # at once, so that an interrupt leaves it with one name
+    model._modules = renamed  # one assignment, so that an interrupt leaves one name

@@ -1,4 +1,4 @@
-"""Which layers are adapted: names in, a checked tuple of `Target` out."""
+"""Choice of the adapted layers: names go in, a checked tuple of `Target` comes out."""
 
 import dataclasses
 import difflib
@@ -42,16 +42,16 @@ class Target:
     Attributes:
         name: the prefix of its two factors, ``name.A`` (r, in_features) and ``name.B`` (out_features, r).
         module: the qualified name of the layer; with ``parameter``, of the module whose forward pass reads it.
-        in_features: width of the layer's input; of an embedding, the size of its vocabulary; of a convolution, the
-            channels that a kernel sees times its size.
-        out_features: width of the outputs that are adapted; of a convolution, their channels.
+        in_features: the width of the layer's input; for an embedding, the size of its vocabulary; for a convolution,
+            the channels that a kernel sees times its size.
+        out_features: the width of the outputs that are adapted; for a convolution, their channels.
         first_row: where these outputs start in the layer's output; not 0 for the k and v blocks of a fused qkv.
-        transposed: the weight is stored (in, out), as in transformers' Conv1D and in every embedding.
+        transposed: whether the weight is stored (in, out), as in transformers' Conv1D and in every embedding.
         parameter: None for a layer, whose output gets B·A·x. Else the name, inside ``module``, of a parameter that is
             W + B·A while ``module`` runs: ``"gate_up_proj"``, or ``"qkv.weight"`` where a module uses the weight of a
             layer without calling it.
-        experts: how many matrices a 3-D parameter stacks, each with factors of its own: ``name.A`` is
-            (experts, r, in_features) then, ``name.B`` (experts, out_features, r). 0 for a plain matrix.
+        experts: how many matrices a 3-D parameter stacks, each with factors of its own: ``name.A`` is then (experts, r,
+            in_features), ``name.B`` (experts, out_features, r). 0 for a plain matrix.
     """
 
     name: str
@@ -65,24 +65,24 @@ class Target:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module maps (…, in) to (…, out): an `nn.Linear`, or a layer that says so by integer ``in_features`` and
-    ``out_features``, as those of GPTQ, AWQ, HQQ and EETQ do. Its weight, if it has one, is never read.
+    """Say whether a module maps (…, in) to (…, out): an `nn.Linear`, or a layer that says so by integer ``in_features``
+    and ``out_features``, as those of GPTQ, AWQ, HQQ and EETQ do. Its weight, if it has one, is never read.
     """
     if isinstance(module, nn.Linear):
         return True
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return False
-    weight = getattr(module, "weight", None)  # some modules that hold other things have such sizes, too
+    weight = getattr(module, "weight", None)  # some modules without a weight have such sizes, too
     inside = any(is_conv(child) or is_linear(child) for child in module.modules() if child is not module)
     return not inside and (not isinstance(weight, Tensor) or weight.dim() == 2)
 
 
 def linear_target(name: str, module: nn.Module) -> Target:
-    """The `Target` of a linear layer; see `is_linear`.
+    """Make the `Target` of a linear layer; see `is_linear`.
 
     Raises:
-        TargetError: another kind of module.
+        TargetError: the module is of another kind.
     """
     if is_linear(module):
         return Target(name, name, int(module.in_features), int(module.out_features))
@@ -96,29 +96,30 @@ def linear_target(name: str, module: nn.Module) -> Target:
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, which a transposed convolution is not."""
+    """Say whether a module is an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`; a transposed convolution is not."""
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def conv_target(name: str, module: nn.Module) -> Target:
-    """The `Target` of a convolution: B·A as its weight has the shape (out, in / groups, *kernel).
+    """Make the `Target` of a convolution: B·A as its weight has the shape (out, in / groups, *kernel).
 
-    One with groups, or whose forward pass is not linear in its weight, is adapted through its parameter ``weight``.
+    A convolution with groups, or whose forward pass is not linear in its weight, is adapted through its parameter
+    ``weight``.
     """
     width, height = features(module)
     return Target(name, name, width, height, parameter=None if convolves(module) else "weight")
 
 
 def embedding_target(name: str, module: nn.Embedding) -> Target:
-    """The `Target` of an embedding: A (r, vocabulary), B (width, r)."""
+    """Make the `Target` of an embedding: A (r, vocabulary), B (width, r)."""
     return Target(name, name, module.num_embeddings, module.embedding_dim, transposed=True)
 
 
 def layer_target(name: str, module: nn.Module) -> Target:
-    """The `Target` of an `nn.Embedding`, of a convolution or of a linear layer.
+    """Make the `Target` of an `nn.Embedding`, of a convolution or of a linear layer.
 
     Raises:
-        TargetError: another kind of module.
+        TargetError: the module is of another kind.
     """
     if isinstance(module, nn.Embedding):
         return embedding_target(name, module)
@@ -126,7 +127,7 @@ def layer_target(name: str, module: nn.Module) -> Target:
 
 
 def parameter_target(module: str, parameter: str, weight: Tensor, transposed: bool = False) -> Target:
-    """The `Target` of a parameter: a matrix, the matrices of all experts in one, or the kernels of a 2-D or 3-D
+    """Make the `Target` of a parameter: a matrix, the matrices of all experts in one, or the kernels of a 2-D or 3-D
     convolution.
 
     Args:
@@ -136,7 +137,7 @@ def parameter_target(module: str, parameter: str, weight: Tensor, transposed: bo
             (out, in / groups, *kernel).
 
     Raises:
-        TargetError: it has fewer than two axes.
+        TargetError: the parameter has fewer than two axes.
     """
     name = f"{module}.{parameter}" if module else parameter
     experts, width, height = matrices_in(name, weight, weight.dim() == 3, transposed)
@@ -144,13 +145,12 @@ def parameter_target(module: str, parameter: str, weight: Tensor, transposed: bo
 
 
 def matrices_in(name: str, weight: Tensor, stacked: bool, transposed: bool = False) -> tuple[int, int, int]:
-    """How many matrices a parameter stacks, their inputs and their outputs.
+    """Return how many matrices a parameter stacks, their inputs and their outputs.
 
-    Unless it stacks some, a parameter is one matrix (the first number is 0), and the kernels of a convolution are its
-    rows.
+    A parameter that stacks none is one matrix (the first number is 0); the kernels of a convolution are its rows.
 
     Raises:
-        TargetError: it has fewer than two axes, or too many to be transposed.
+        TargetError: the parameter has fewer than two axes, or too many to be transposed.
     """
     stacked = stacked and weight.dim() == 3
     if weight.dim() < 2 or (transposed and weight.dim() > 2 + stacked):
@@ -161,8 +161,8 @@ def matrices_in(name: str, weight: Tensor, stacked: bool, transposed: bool = Fal
 
 
 def attention_targets(name: str, module: nn.MultiheadAttention) -> dict[str, Target]:
-    """The `Target` of each of ``"q"``, ``"k"``, ``"v"`` and ``"proj"``, all parameters of the attention: it calls no
-    layer, not even its ``out_proj``.
+    """Make the `Target` of each of ``"q"``, ``"k"``, ``"v"`` and ``"proj"``, all parameters of the attention: it calls
+    no layer, not even its ``out_proj``.
     """
     fused = module.in_proj_weight is not None
     widths = {"q": module.embed_dim, "k": module.kdim, "v": module.vdim}
@@ -182,9 +182,9 @@ def find_targets(
     to_target: Callable[[str, nn.Module], Target] = layer_target,
     all_linear: Callable[[nn.Module], bool] = is_linear,
 ) -> tuple[Target, ...]:
-    """What ``targets`` selects, in the order of `model.named_modules`.
+    """Return the targets that ``targets`` selects, in the order of `model.named_modules`.
 
-    Names are those of modules, and of the parameters of two or three axes that a module uses by itself, such as
+    Names are the names of modules, and of the parameters of two or three axes that a module uses by itself, such as
     ``mlp.experts.gate_up_proj``.
 
     Args:
@@ -192,12 +192,12 @@ def find_targets(
             convolutions or other parameters); or a regular expression that the whole name must match; or a list of
             names, each of which selects what it equals or what ends in ``.name``; or a list of `Target`, taken as it
             is.
-        exclude: a regular expression or a list of names, likewise; taken away from the selection.
-        to_target: makes the `Target` of a selected module, or raises `TargetError`.
-        all_linear: which modules ``"all-linear"`` means.
+        exclude: a regular expression or a list of names, likewise, to remove from the selection.
+        to_target: a function that makes the `Target` of a selected module, or raises `TargetError`.
+        all_linear: a function that says which modules ``"all-linear"`` means.
 
     Raises:
-        TargetError: nothing selected (the nearest names are listed), or a selected module is no linear layer.
+        TargetError: nothing is selected (the error lists the nearest names), or a selected module is no linear layer.
     """
     if not isinstance(targets, str):
         targets = tuple(targets)
@@ -218,7 +218,7 @@ def find_targets(
 
 
 def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, an embedding or a convolution; (0, 0) for a module that is none."""
+    """Return the inputs and outputs of a linear layer, an embedding or a convolution; (0, 0) for another module."""
     if is_linear(module):
         return int(module.in_features), int(module.out_features)
     if is_conv(module):
@@ -231,10 +231,10 @@ def features(module: nn.Module, transposed: bool = False) -> tuple[int, int]:
 
 
 def row_of(target: Target, sized: bool) -> tuple:
-    """What a file's header says of a target (`unilora_core.header.write_targets`).
+    """Return what a file's header says of a target (`unilora_core.header.write_targets`).
 
     Args:
-        sized: with its sizes, which the factors of a pair tell by themselves.
+        sized: whether to add its sizes, which the factors of a pair tell by themselves.
     """
     row = (target.name, target.module, target.first_row, target.transposed)
     if sized:
@@ -243,9 +243,9 @@ def row_of(target: Target, sized: bool) -> tuple:
 
 
 def target_of(row: TargetRow, module: nn.Module) -> Target:
-    """The inverse of `row_of`, with the widths that the file's layout gives.
+    """Make the target of a row of the header, with the widths that the file's layout gives: the inverse of `row_of`.
 
-    Whether the weight is transposed is the module's to say: a Conv1D that is quantised becomes a linear layer, and an
+    The module says whether the weight is transposed: a Conv1D that is quantised becomes a linear layer, and an
     adapter that was trained beside one fits the other.
     """
     transposed = row.transposed
@@ -259,13 +259,13 @@ def target_of(row: TargetRow, module: nn.Module) -> Target:
 
 
 def weight_name(target: Target) -> str:
-    """The qualified name of the weight that a target adapts (a quantised layer may have none of that name)."""
+    """Return the qualified name of the weight that a target adapts (a quantised layer may have none of that name)."""
     parameter = "weight" if target.parameter is None else target.parameter
     return f"{target.module}.{parameter}".lstrip(".")
 
 
 def shaped(update: Tensor, target: Target, weight: Tensor | None) -> Tensor:
-    """B·A (out, in), or (experts, out, in), in the orientation of a target's weight, and as its kernels."""
+    """Return B·A (out, in), or (experts, out, in), in the orientation of a target's weight, and as its kernels."""
     if target.transposed:
         return update.mT
     if weight is not None and weight.dim() > 2 and not target.experts:
@@ -274,7 +274,7 @@ def shaped(update: Tensor, target: Target, weight: Tensor | None) -> Tensor:
 
 
 def matrix_of(weight: Tensor, target: Target) -> Tensor:
-    """The inverse of `shaped`: the part of a weight that a target adapts as (out, in), or (experts, out, in)."""
+    """Return the part of a weight that a target adapts as (out, in), or (experts, out, in): the inverse of `shaped`."""
     block = block_of(weight, target)
     if target.transposed:
         return block.mT
@@ -282,7 +282,7 @@ def matrix_of(weight: Tensor, target: Target) -> Tensor:
 
 
 def block_of(weight: Tensor, target: Target) -> Tensor:
-    """The part of a weight that a target adapts, as a view."""
+    """Return the part of a weight that a target adapts, as a view."""
     rows = slice(target.first_row, target.first_row + target.out_features)
     if target.transposed:
         return weight[..., rows]
@@ -290,12 +290,12 @@ def block_of(weight: Tensor, target: Target) -> Tensor:
 
 
 def nearest(model: nn.Module, name: str) -> list[str]:
-    """The names of the model's modules that look most like ``name``."""
+    """Return the names of the model's modules that look most like ``name``."""
     return difflib.get_close_matches(name[:200], [other for other, _ in model.named_modules() if other], 3)
 
 
 def _candidates(model: nn.Module, all_linear: Callable[[nn.Module], bool]) -> dict[str, nn.Module | Target]:
-    """Name → module, or the target that a parameter makes, in the order of `model.named_modules`."""
+    """Return each module by its name, or the target that a parameter makes, in the order of `model.named_modules`."""
     found: dict[str, nn.Module | Target] = {}
     for name, module in model.named_modules():
         if name and name not in found:
@@ -303,26 +303,26 @@ def _candidates(model: nn.Module, all_linear: Callable[[nn.Module], bool]) -> di
         if _is_attention(module):
             found |= {target.name: target for target in _attention_matrices(name, module)}
         elif not all_linear(module):
-            transposed = getattr(module, "is_transposed", False)  # as transformers marks its experts
+            transposed = getattr(module, "is_transposed", False)  # transformers marks its experts so
             made = (parameter_target(name, key, weight, transposed) for key, weight in _matrices(module).items())
             found |= {target.name: target for target in made}
     return found
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether a module is PyTorch's attention, or one that computes as it does; others may call their layers."""
+    """Say whether a module is PyTorch's attention, or computes as it does; other attention may call its layers."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
 def _attention_matrices(name: str, module: nn.MultiheadAttention) -> list[Target]:
-    """The targets of an attention's whole matrices; last that of ``out_proj``, under the layer's name."""
+    """Return the targets of an attention's whole matrices; the last is ``out_proj``, under the layer's name."""
     own = [parameter_target(name, key, weight) for key, weight in _matrices(module).items() if key.endswith("weight")]
     out = parameter_target(name, "out_proj.weight", module.out_proj.weight)
     return [*own, dataclasses.replace(out, name=out.name.removesuffix(".weight"))]
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of two or three axes that a module uses by itself."""
+    """Return the parameters of two or three axes that a module uses by itself."""
     if is_linear(module) or isinstance(
         module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.Conv1d, nn.ConvTranspose1d)
     ):

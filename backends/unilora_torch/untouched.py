@@ -1,4 +1,4 @@
-"""A run that leaves no trace: attributes, submodules, buffers, modes and random numbers are as they were before it."""
+"""Runs that leave no trace: attributes, submodules, buffers, modes and random numbers are as they were before."""
 
 import contextlib
 import random
@@ -21,23 +21,24 @@ __all__ = ["in_mode", "untouched"]
 Step = Callable[[], object]
 
 NOT_LOOKED_INTO = (Vector, Live, Structure, type, types.FunctionType, types.MethodType, types.ModuleType)
-"""What has attributes, and is no state of a model."""
+"""The types that have attributes, but hold no state of a model."""
 
 DEPTH = 3
-"""How far to look into objects that a module holds: its config, the config of its text model, the dicts in these."""
+"""The depth to which objects that a module holds are looked into: its config, the config of its text model, the dicts
+in these."""
 
 LARGE = 2**20
-"""From so many integers on a table is a quantised weight, which no run writes to."""
+"""The size from which a table of integers is a quantised weight, which no run writes to."""
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with``, whatever happens to the model is undone at its end, also after an interrupt.
+    """Undo whatever happens to the model inside the ``with``, also after an interrupt.
 
     Put back are the attributes of each module (its mode among them) and of the objects that it holds, such as a config
     that modules share; what stands in lists and dicts; submodules and hooks; buffers, and parameters of one axis;
-    which parameters train, and their gradients; and the state of every generator of random numbers. Weights are not:
-    keeping a copy of them would double the memory.
+    which parameters train, and their gradients; and the state of every generator of random numbers. Weights are not put
+    back: a copy of them would double the memory.
     """
     steps = [*_random(model), *_held(model)]
     try:
@@ -51,7 +52,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Inside the ``with`` the model is in one mode; it is `untouched` afterwards.
+    """Keep the model in one mode inside the ``with``; it is `untouched` afterwards.
 
     In training mode dropout and the like, batch norms and checkpoints stay out of it: they make outputs zero by chance,
     need more than one row, and hide the gradients of what is inside.
@@ -61,7 +62,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             drops = not module._modules and not module._parameters and not module._buffers
             norms = isinstance(module, nn.modules.batchnorm._NormBase)
             module.training = training and not drops and not norms
-            for flag in ("gradient_checkpointing", "grad_checkpointing"):  # of transformers, of timm
+            for flag in ("gradient_checkpointing", "grad_checkpointing"):  # transformers, timm
                 if training and vars(module).get(flag):
                     setattr(module, flag, False)
         yield
@@ -74,12 +75,12 @@ def _take(steps: list[Step]) -> None:
 
 
 def _held(model: nn.Module) -> Iterator[Step]:
-    """What puts back each thing that the model holds, once."""
+    """Yield steps that put back each thing that the model holds, once."""
     seen: dict[int, Any] = {}
     todo: deque[tuple[Any, int]] = deque([(model, 0)])
     while todo:
         value, depth = todo.popleft()
-        if isinstance(value, Vector):  # which keeps what it has learnt of its model
+        if isinstance(value, Vector):  # an adapter keeps what it has learnt of its model
             yield partial(setattr, value, "training", value.training)
         if id(value) in seen or depth > DEPTH or isinstance(value, NOT_LOOKED_INTO):
             continue
@@ -145,7 +146,7 @@ def _set_values(tensor: Tensor, before: Tensor) -> None:
 
 
 def _generator(value: Any) -> Step | None:
-    """What puts a generator back; None for anything else."""
+    """Return the step that puts a generator back; None for anything else."""
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
@@ -158,7 +159,7 @@ def _generator(value: Any) -> Step | None:
 
 
 def _random(model: nn.Module) -> Iterator[Step]:
-    """What puts the generators back that everybody shares."""
+    """Yield steps that put back the generators that all modules share."""
     yield partial(random.setstate, random.getstate())
     yield partial(np.random.set_state, np.random.get_state())
     yield partial(torch.set_rng_state, torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""Vector: θ_d beside a model, and everything that is its state. What is done with it are functions of other modules.
+"""Vector: θ_d beside a model, and all its state. Functions of other modules use it.
 
 The model is not rebuilt: each target keeps its class, its name and its place in `state_dict`, and a forward hook adds
 its update to the output. θ_d is the parameter ``unilora.theta_d`` of the model.
@@ -35,17 +35,17 @@ Part = TypeVar("Part", Projection, Chains)
 
 
 class Vector(nn.Module):
-    """θ_d, what fixes P, and the model that it stands beside.
+    """The state of an adapter: θ_d, the spec that fixes P, and the model that it stands beside.
 
     Attributes:
         theta_d, spec, targets, modules_to_save, base: see `Adapter`.
         projection: P; ``projection(theta_d, spans)`` gives numbers of θ_D.
-        groups: whether it has a table of them, or computes them.
+        groups: whether it has a table of the groups, or computes them.
         chains: from the factors of a target to its chain.
-        placed: the device of what these two are made of; None before it is known.
-        live: what its hooks look at.
+        placed: the device of the tensors of these two; None before it is known.
+        live: the live state that its hooks read.
         structure: the modules of its targets, and what has their names now.
-        handles: what `detach` removes, in this order.
+        handles: the handles that `detach` removes, in this order.
         kept_heads: the state of the modules to save, while it is switched off.
         originals: the weights as they were before `merge`, by name; empty while not merged.
         taken_out: the claim on the model of a merged adapter that is disabled.
@@ -65,14 +65,16 @@ class Vector(nn.Module):
         frozen: Frozen | None = None,
         groups: Groups = "cached",
     ):
-        """``frozen``: what a file keeps of what stands in the chains; None: it is made of the seed, or the weights."""
+        """Make the state of an adapter; ``frozen`` holds the frozen arrays of a file, None makes them from the seed or
+        the weights.
+        """
         super().__init__()
         check_names(spec, modules_to_save)
         self.spec, self.targets, self.modules_to_save = spec, targets, modules_to_save
         self.chains = Chains.of(spec, targets, frozen_of(model, spec, targets) if frozen is None else frozen)
         self.groups = groups
         self.projection, self.placed = projection_of(spec, groups), None
-        origin = self.projection.origin  # drawing it takes a while, so it is not done twice
+        origin = self.projection.origin  # drawing it takes a while, so it is reused
         self.theta_d = nn.Parameter(torch.from_numpy(spec.init()) if origin is None else origin.clone())
         self.to(device_of(model, targets))
         self._settle()
@@ -83,23 +85,24 @@ class Vector(nn.Module):
         # read here once: torch.compile cannot trace the cached properties' lock; views of them cannot be copied
         self._slices, self._shapes, self._whole = dict(spec.layout.slices), dict(spec.layout.shapes), [slice(0, spec.D)]
         self.base = identity(model, (*modules_to_save, *attached(model)))
-        self._model = (model,)  # a tuple, so that the model does not become a submodule of its own submodule
+        self._model = (model,)  # a tuple, so that the model is no submodule of its own submodule
         self.trained_before = _trainable(model)
         self.taken_out: contextlib.AbstractContextManager[None] | None = None
         self.handles: list[Handle] = []
 
     @property
     def model(self) -> nn.Module:
-        """The model that it stands beside."""
+        """The model that the adapter stands beside."""
         return self._model[0]
 
     @property
     def name(self) -> str:
-        """Its name among the model's submodules."""
+        """The adapter's name among the model's submodules."""
         return next(name for name, child in self.model.named_children() if child is self)
 
     def forward(self, of: Any = None) -> Any:
-        """All factors (no argument), or those of one `Target`; for `Streamed` the product of its update with x.
+        """Compute all factors (no argument), or the factors of one `Target`; for `Streamed` the product of its update
+        with x.
 
         They are computed by calling the module, so that a wrapper of it, such as FSDP's, sees each use of θ_d. Whatever
         else comes is given back: an `nn.Sequential` calls the adapter as its last submodule.
@@ -123,14 +126,14 @@ class Vector(nn.Module):
         return not (isinstance(self.projection, Computed) and self.spec.frame == "dense")
 
     def chain(self, factors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, ...]:
-        """The chain of one target, made of the factors."""
+        """Make the chain of one target from the factors."""
         chains = self.chains
         if chains.frozen:
             chains = self._placed(chains)
         return chains(factors, target)
 
     def _settle(self) -> None:
-        """Refuse another dtype, and have what P and the chains are made of where θ_d is."""
+        """Refuse another dtype, and move the tensors of P and the chains to the device of θ_d."""
         if self.theta_d.dtype != torch.float32:
             raise ValuesError(
                 f"theta_d is used as {self.theta_d.dtype}, expected float32; something casts parameters for the "
@@ -138,12 +141,12 @@ class Vector(nn.Module):
                 "fully_shard(model.unilora). With DeepSpeed load the base in the lower precision, without bf16 or fp16."
             )
         device = self.theta_d.device
-        if self.placed != device and device.type != "meta":  # where its values would be lost
+        if self.placed != device and device.type != "meta":  # its values would be lost there
             self.projection, self.chains = self.projection.to(device), self.chains.to(device)
             self.placed = device
 
     def _placed(self, part: Part) -> Part:
-        """What P or the chains are made of, as shapes alone where θ_d is."""
+        """Return P or the chains on the device of θ_d, where that is the meta device; else as they are."""
         return part.to(self.theta_d.device) if self.theta_d.is_meta else part
 
     def _factors(self, names: tuple[str, ...] | None) -> dict[str, Tensor]:
@@ -155,13 +158,13 @@ class Vector(nn.Module):
         return _split(numbers, {name: self._shapes[name] for name in names})
 
     def delta_weight(self, target: Target) -> Tensor:
-        """The update of one target, B·A, in the orientation of its weight, float32, no gradient."""
+        """Compute the update of one target, B·A, in the orientation of its weight, float32, without gradient."""
         weight = weight_of(self.structure.modules[target.module], target)
         with torch.no_grad():
             return shaped(product(self.live.chain_of(target)), target, weight)
 
     def __prepare_scriptable__(self) -> None:
-        """What torch.jit.script asks for.
+        """Refuse torch.jit.script.
 
         Raises:
             TargetError: TorchScript has no hooks that are objects.
@@ -172,13 +175,15 @@ class Vector(nn.Module):
         )
 
     def heads(self) -> dict[str, Tensor]:
-        """The state of the modules to save, under its names in the model's `state_dict`, also while switched off."""
+        """Return the state of the modules to save, under its names in the model's `state_dict`, also while switched
+        off.
+        """
         if self.kept_heads is not None:
             return self.kept_heads
         return {key: tensor for name in self.modules_to_save for key, tensor in state_of(self.model, name).items()}
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the modules to save, under their names in the model."""
+        """Return the parameters of the modules to save, under their names in the model."""
         found = (parameters_of(self.model, name) for name in self.modules_to_save)
         return {name: parameter for parameters in found for name, parameter in parameters.items()}
 
@@ -199,7 +204,7 @@ class Vector(nn.Module):
         self.chains.copy_(frozen)
 
     def alone(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """See `live.alone`."""
+        """Keep other threads from the model; see `live.alone`."""
         lives = {self.live: None} | {other.live: None for other in attached(self.model).values()}
         return alone(self.model, lives, what)
 
@@ -207,7 +212,7 @@ class Vector(nn.Module):
         """Refuse a θ_d that holds NaN or infinity.
 
         Raises:
-            ValuesError: with ``what`` was to be done.
+            ValuesError: it does; the error names ``what``.
         """
         if not torch.isfinite(self.theta_d).all():
             raise ValuesError(
@@ -226,7 +231,7 @@ class Vector(nn.Module):
 
 
 def attached(model: nn.Module) -> dict[str, Vector]:
-    """Those of a model by name, in the order in which they were attached."""
+    """Return the adapters of a model by name, in the order in which they were attached."""
     return {name: child for name, child in model.named_children() if isinstance(child, Vector)}
 
 
@@ -234,7 +239,7 @@ def check_name(model: nn.Module, name: str) -> None:
     """Refuse a name that an adapter cannot have.
 
     Raises:
-        TargetError: with the remedy.
+        TargetError: the name is taken or invalid; the error has the remedy.
     """
     if isinstance(getattr(model, name, None), Vector):
         raise TargetError(
@@ -248,18 +253,18 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def device_of(model: nn.Module, targets: tuple[Target, ...]) -> torch.device:
-    """Where the first layer that has values has them."""
+    """Return the device of the first layer that has values."""
     layers = (model.get_submodule(target.module) for target in targets)
     tensors = (tensor for layer in layers for tensor in itertools.chain(layer.parameters(), layer.buffers()))
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def projection_of(spec: ProjectionSpec, groups: Groups = "cached") -> Gather | Computed | Mapped:
-    """Where the numbers of θ_D come from: a table, or groups that are computed (also where D is that of ΔW itself), or
+    """Make the projection of a spec: a table, or groups that are computed (also where D is that of ΔW itself), or
     another map.
 
     Raises:
-        SpecError: groups that cannot be computed one by one, with the remedy.
+        SpecError: the groups cannot be computed one by one; the error has the remedy.
     """
     if groups not in ("cached", "computed"):
         raise SpecError(f"groups must be 'cached' or 'computed', got {groups!r}.")
@@ -271,7 +276,7 @@ def projection_of(spec: ProjectionSpec, groups: Groups = "cached") -> Gather | C
 
 
 def _trainable(model: nn.Module) -> set[str]:
-    """Names of the parameters that trained before there was an adapter."""
+    """Return the names of the parameters that trained before there was an adapter."""
     first = next(iter(attached(model).values()), None)
     if first is not None:
         return first.trained_before
@@ -279,6 +284,8 @@ def _trainable(model: nn.Module) -> set[str]:
 
 
 def _split(numbers: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """As `Layout.split`, by one `torch.split`, whose gradient is one concatenation (that of a slice fills D zeros)."""
+    """Split numbers as `Layout.split` does, by one `torch.split`, whose gradient is one concatenation (that of a slice
+    fills D zeros).
+    """
     parts = numbers.split([torch.Size(shape).numel() for shape in shapes.values()])
     return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}

@@ -1,4 +1,4 @@
-"""Whether every target is reached and lets a gradient through to θ_d, found out by a run in each mode."""
+"""Verifying: a run in each mode finds out whether every target is reached and lets a gradient through to θ_d."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ __all__ = ["floats", "verify"]
 
 @dataclass(frozen=True)
 class _Run:
-    """What one run shows: the targets that ran, those through which the outputs have a gradient, and those that ran and
-    let none through.
+    """The result of one run: the targets that ran, those through which the outputs have a gradient, and those that ran
+    and let none through.
     """
 
     ran: frozenset[str] = frozenset()
@@ -30,7 +30,8 @@ def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any], whole: bool =
     """Run the model in evaluation and in training mode and check every target; see `Adapter.verify`.
 
     Args:
-        whole: refuse targets in parts of the model that did not run, too; else they come back, unless nothing ran.
+        whole: whether to refuse targets in parts of the model that did not run, too; else they are returned, unless
+            nothing ran.
     """
     if not vector.live.acts():
         raise TargetError("verify: the adapter is merged or disabled, so no gradient reaches θ_d; unmerge it first.")
@@ -55,14 +56,14 @@ def verify(vector: Vector, args: tuple, kwargs: Mapping[str, Any], whole: bool =
 
 
 def _in_training(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run:
-    """The run in training mode; one of nothing where the model does not train on these inputs (without labels, say):
-    its first pass in training is still watched.
+    """Return the run in training mode; an empty one where the model does not train on these inputs (without labels,
+    say).
     """
     try:
         return _run(vector, args, kwargs)
     except TargetError:
         raise
-    except Exception:  # whatever a model raises
+    except Exception:  # a model may raise anything
         return _Run()
 
 
@@ -85,7 +86,7 @@ def _run(vector: Vector, args: tuple, kwargs: Mapping[str, Any]) -> _Run:
 
 
 def _is_recomputed(loss: Tensor) -> bool:
-    """Whether a reentrant checkpoint is in the graph, which shows nothing of what is inside it."""
+    """Say whether a reentrant checkpoint is in the graph, which shows nothing of what is inside it."""
     todo, known = [loss.grad_fn], set()
     while todo:
         node = todo.pop()
@@ -96,6 +97,6 @@ def _is_recomputed(loss: Tensor) -> bool:
 
 
 def floats(output: Any) -> list[Tensor]:
-    """Every floating-point tensor with a gradient in a nested output."""
+    """Return every floating-point tensor with a gradient in a nested output."""
     leaves = torch.utils._pytree.tree_leaves(output if not hasattr(output, "to_tuple") else output.to_tuple())
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad]

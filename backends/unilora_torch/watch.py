@@ -1,4 +1,6 @@
-"""Never silently dead: a module that must have run, because what calls it ran, and has not is found out at once."""
+"""Watch: it finds out at once if a module that must have run, because its caller ran, has not, so that none is silently
+dead.
+"""
 
 import contextlib
 import threading
@@ -14,24 +16,26 @@ __all__ = ["CallerHook", "Reach", "Watched", "by_caller", "looked_up"]
 
 
 class Watched(Protocol):
-    """What adapts modules, and notes which of them have run."""
+    """A protocol: an object that adapts modules, and notes which of them have run."""
 
     remedy: ClassVar[str]
 
     def acts(self) -> bool:
-        """Whether it adapts anything here and now."""
+        """Say whether it adapts anything here and now."""
 
     def missed(self, modules: tuple[str, ...]) -> list[str]:
-        """Those of the modules that it adapts and that have not run."""
+        """Return the modules that it adapts and that have not run."""
 
     def bypassed(self, modules: tuple[str, ...], compiling: bool) -> tuple[str, list[str]]:
-        """The mode of this pass, and those that have run in another one, but whose weight this one uses by itself."""
+        """Return the mode of this pass, and the modules that have run in another one, but whose weight this one uses by
+        itself.
+        """
 
 
 class CallerHook:
     """The forward hook of a module that calls adapted ones: it ran, so they must have run.
 
-    A layer that a model skips now and then (a dropped layer, an expert without a token) is skipped with the module that
+    A layer that a model skips at times (a dropped layer, an expert without a token) is skipped with the module that
     calls it, and is no error.
     """
 
@@ -39,7 +43,7 @@ class CallerHook:
         self.watched, self.module, self.knows = watched, module, knows
 
     def __call__(self, _module: nn.Module, *_: Any) -> None:
-        """Check those that it calls."""
+        """Check the modules that it calls."""
         if self.watched.acts():
             self._check(torch.compiler.is_compiling())
 
@@ -59,18 +63,18 @@ class CallerHook:
 
 
 class Reach:
-    """Which modules have run, in each mode of the model.
+    """A record of which modules have run, in each mode of the model.
 
-    A module that has run in no mode is missed as soon as what calls it has run. One that has run in another mode may
-    be skipped in this one (by stochastic depth, or for a batch without images), and then nobody looks its weight up.
-    So the weights of those that have yet to run in a new mode are watched in its first pass, and in the passes after it
-    those of the modules that were skipped.
+    A module that has run in no mode is missed as soon as what calls it has run. One that has run in another mode may be
+    skipped in this one (by stochastic depth, or for a batch without images); then its weight is not looked up. So the
+    first pass in a new mode watches the weights of the modules that have not run in it, and later passes watch the
+    weights of the modules that were skipped.
 
     Attributes:
-        never: those that have run in no mode.
-        missing: those that have not run in the mode of the latest pass.
-        skipped: those without which their caller has run.
-        ended: the modes of which a pass has come to its end.
+        never: the modules that have run in no mode.
+        missing: the modules that have not run in the mode of the latest pass.
+        skipped: the modules without which their caller has run.
+        ended: the modes in which a pass has ended.
     """
 
     def __init__(self, modules: Iterable[str]):
@@ -79,7 +83,7 @@ class Reach:
         self.mode, self.modes, self.ended = "", dict[str, set[str]](), set[str]()
 
     def begin(self, mode: str) -> set[str]:
-        """A pass begins; the modules whose weights are to be watched in it."""
+        """Begin a pass, and return the modules whose weights are to be watched in it."""
         if mode != self.mode:
             self.mode, self.missing = mode, self.modes.setdefault(mode, set(self.modules))
         return self.skipped & self.missing if mode in self.ended else self.missing - self.never
@@ -91,19 +95,19 @@ class Reach:
             waiting |= again
 
     def note(self, module: str) -> None:
-        """A module has run."""
+        """Note that a module has run."""
         self.never.discard(module)
         self.missing.discard(module)
 
     def missed(self, modules: Iterable[str]) -> list[str]:
-        """Those of the modules that have run in no mode; each is told of once."""
+        """Return the modules that have run in no mode; each is returned once."""
         missed = [module for module in modules if module in self.never]
         self.never.difference_update(missed)
         self.missing.difference_update(missed)
         return missed
 
     def bypassed(self, modules: Iterable[str], used: Callable[[str], bool]) -> list[str]:
-        """Those that have not run in this mode though their weight is ``used``; each is told of once."""
+        """Return the modules that have not run in this mode though their weight is ``used``; each is returned once."""
         missing = [module for module in modules if module in self.missing]
         self.skipped.update(missing)
         bypassed = [module for module in missing if used(module)]
@@ -125,12 +129,12 @@ class _Watched(dict):
 
 @contextlib.contextmanager
 def looked_up(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[Callable[[str], bool]]:
-    """Inside the ``with``, what comes back says of a module whether this thread has looked up a parameter of it."""
+    """Yield a function that says, inside the ``with``, whether this thread has looked up a parameter of a module."""
     mine, watched = threading.get_ident(), dict[str, _Watched]()
     try:
         for name in names:
             held = vars(modules[name])
-            if not isinstance(held["_parameters"], _Watched):  # by another thread
+            if not isinstance(held["_parameters"], _Watched):  # another thread may have done so
                 held["_parameters"] = _Watched(held["_parameters"])
             watched[name] = held["_parameters"]
         yield lambda name: name in watched and mine in watched[name].threads
@@ -141,7 +145,7 @@ def looked_up(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterato
 
 
 def by_caller(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The name of each module that calls some of these → their names."""
+    """Return for each module that calls some of these their names."""
     inside: dict[str, list[str]] = {}
     for name in names:
         inside.setdefault(_caller_of(model, name), []).append(name)
@@ -149,7 +153,7 @@ def by_caller(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ..
 
 
 def _caller_of(model: nn.Module, name: str) -> str:
-    """The module that calls this one: the nearest above it that is no mere list."""
+    """Return the name of the module that calls this one: the nearest above it that is no mere list."""
     above = name.rpartition(".")[0]
     while above and isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
         above = above.rpartition(".")[0]
