@@ -1,4 +1,4 @@
-"""Adapter: what θ_d means for one tree of parameters. A pytree of its own; nothing is mutated."""
+"""Adapter: the meaning of θ_d for one tree of parameters. It is a pytree of its own; nothing is mutated."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -25,52 +25,53 @@ __all__ = ["Adapter"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """How θ_d adapts a tree of parameters. Made by `plan` and `load`; holds neither θ_d nor the parameters.
+    """The way in which θ_d adapts a tree of parameters. `plan` and `load` make it; it holds neither θ_d nor the
+    parameters.
 
-    An adapter is a pytree whose leaves are a few arrays (1/√n_j, θ_d⁰, cached groups, what a method keeps frozen).
+    An adapter is a pytree whose leaves are a few arrays (1/√n_j, θ_d⁰, cached groups, frozen arrays of the method).
     Where they are large, pass it to the jitted step as an argument: arrays that a jitted function closes over become
     constants of its program.
 
     Attributes:
-        chains: what θ_d adds to each leaf.
+        chains: the updates that θ_d makes for each leaf.
     """
 
     chains: Chains
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """What is adapted."""
+        """The adapted leaves, or blocks of them."""
         return self.chains.targets
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The adapted leaves: path and shape."""
+        """The paths and shapes of the adapted leaves."""
         return self.chains.shapes
 
     @property
     def spec(self) -> ProjectionSpec:
-        """What fixes P, and what its numbers build."""
+        """The spec, which fixes P and what its numbers build."""
         return self.chains.spec
 
     def init(self) -> Array:
-        """θ_d⁰: (d,) float32, where training starts."""
+        """Draw θ_d⁰: (d,) float32, where training starts."""
         return jnp.asarray(self.spec.init())
 
     def factors(self, theta_d: Array) -> dict[str, Array]:
-        """Name → what is cut out of θ_D for each target and layer, such as A (r, in) and B (out, r) of a pair; float32,
-        differentiable in ``theta_d``.
+        """Compute the factors by name, such as A (r, in) and B (out, r) of each pair; float32, differentiable in
+        ``theta_d``.
         """
         return self.chains.factors(checked_theta(self.chains, theta_d, "factors"))
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The adapted model: ``function(params, …)`` becomes ``f(params, theta_d, …)``.
+        """Make the adapted model: ``function(params, …)`` becomes ``f(params, theta_d, …)``.
 
         Beside each product x·W of an adapted weight the low-rank path x·Aᵀ·Bᵀ is added; neither B·A nor a gradient of W
-        is ever made. Composes with `jit`, `grad` (of ``theta_d``), `vmap` (over several θ_d, too), `scan`, `checkpoint`
-        and sharding. Arrays among the arguments are traced, everything else is static.
+        is ever made. It composes with `jit`, `grad` (of ``theta_d``), `vmap` (over several θ_d, too), `scan`,
+        `checkpoint` and sharding. Arrays among the arguments are traced, everything else is static.
 
-        To `jax.jit` it shows its own signature, that of ``function`` with ``theta_d`` behind the first argument: what
-        is static or donated keeps its name, and its position is one more.
+        To `jax.jit` it shows a signature of its own: that of ``function`` with ``theta_d`` after the first argument.
+        What is static or donated keeps its name; its position is one more.
 
         Raises (when the wrapped function is called):
             MismatchError: a leaf of ``params`` is missing or has another shape than the plan's.
@@ -82,10 +83,10 @@ class Adapter:
         return wrapped(self.chains, function)
 
     def merge(self, params: Any, theta_d: Array) -> Any:
-        """A new tree in which B·A is added to each adapted weight, in float32, rounded once to the weight's dtype.
+        """Make a new tree in which B·A is added to each adapted weight, in float32, rounded once to the weight's dtype.
 
-        Best under `jax.jit`, as everything that computes factors: outside, each operation is compiled by itself. Inside
-        no value can be looked at, so that numbers that are none pass there.
+        Call it under `jax.jit`, as all that computes factors: outside, each operation is compiled by itself. Inside no
+        value can be looked at, so NaN and infinity are not refused there.
 
         Raises:
             MismatchError: a leaf of ``params`` is missing or has another shape than the plan's.
@@ -95,34 +96,35 @@ class Adapter:
         return merged(self.chains, params, theta_d)
 
     def learning_rate(self, lora_rate: float) -> float:
-        """The rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_core.rates`)."""
+        """Return the rate for θ_d that trains as LoRA would at ``lora_rate`` (see `unilora_core.rates`)."""
         return rates.theta_rate(self.spec, lora_rate)
 
     def grow(self, theta_d: Array, factor: int = 2) -> tuple["Adapter", Array]:
-        """The adapter of ``factor`` times d, and its θ_d: the adapted model computes what it did.
+        """Return the adapter of ``factor`` times d, and its θ_d: the adapted model computes what it did.
 
-        What an optimiser keeps goes the same way by `unilora_core.resizing.carried`, and `learning_rate` is another.
-        Outside of `jax.jit`; inside, `unilora_core.resizing.grow` gives θ_d alone.
+        `unilora_core.resizing.carried` does the same with the state of an optimiser; `learning_rate` changes. Call it
+        outside of `jax.jit`; inside, `unilora_core.resizing.grow` gives θ_d alone.
 
         Raises:
-            SpecError: a map whose P does not nest (all but ``balanced``), or a d past D; with the remedy.
+            SpecError: the map's P does not nest (only ``balanced`` does), or the new d is past D; the error has the
+                remedy.
             ValuesError: ``theta_d`` does not fit.
         """
         chains, theta_d = growing.resized(self.chains, grown(self.spec, factor), theta_d, "grow")
         return Adapter(chains), theta_d
 
     def shrink(self, theta_d: Array, factor: int = 2) -> tuple["Adapter", Array]:
-        """The adapter of d / ``factor``, and the θ_d that computes most nearly the same; takes a growth back.
+        """Return the adapter of d / ``factor``, and the θ_d that computes most nearly the same; it undoes a growth.
 
         Raises:
-            SpecError: a map whose P does not nest, or a factor that does not divide d.
+            SpecError: the map's P does not nest, or ``factor`` does not divide d.
             ValuesError: ``theta_d`` does not fit.
         """
         chains, theta_d = growing.resized(self.chains, shrunk(self.spec, factor), theta_d, "shrink")
         return Adapter(chains), theta_d
 
     def summary(self) -> str:
-        """One line: what trains, and how little of the model it is."""
+        """Say in one line what trains, and how little of the model it is."""
         spec, targets = self.spec, sum(len(target.names) for target in self.targets)
         D = f"{spec.D:,} LoRA parameters" if spec.frame == "pair" else f"{spec.D:,} ({method_of(spec) or spec.frame})"
         return f"θ_d: {spec.d:,} numbers for D = {D} of {targets} targets"
@@ -150,12 +152,13 @@ class Adapter:
         """Write θ_d, the spec and the targets as one file, atomically; `unilora_torch.load` reads it too.
 
         Args:
-            rename: from a layer's name here (``layers_0.q_proj``) to the one by which others will look for it.
-            tensors: what was trained beside θ_d, by name (``head.weight``, in PyTorch's shape if that is to read it).
+            rename: a function from a layer's name here (``layers_0.q_proj``) to its name in other frameworks.
+            tensors: what was trained beside θ_d, by name (``head.weight``, in PyTorch's shape if PyTorch is to read
+                it).
 
         Raises:
             ValuesError: ``theta_d`` does not fit, or holds NaN or infinity; an old file at ``path`` is kept.
-            OSError: the file cannot be written; it names the path.
+            OSError: the file cannot be written; the error names the path.
         """
         saving.save(self.chains, path, theta_d, rename, tensors or {}, metadata or {})
 
@@ -175,16 +178,16 @@ class Adapter:
 
         Args:
             base_model: ``base_model_name_or_path``, the name or path of that model.
-            rename: from a layer's name here (``layers.0.attn.q_proj``) to its name there.
-            rank: of every layer, smaller ones filled up by zeros; by default the largest that one needs, and for vLLM
-                the next that it can be started with.
-            engine: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``: write only what it would serve
+            rename: a function from a layer's name here (``layers.0.attn.q_proj``) to its name there.
+            rank: the rank of every layer, smaller ones filled up with zeros; by default the largest that one needs, and
+                for vLLM the next that it can be started with.
+            engine: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``, to write only what it would serve
                 (`unilora_core.engines`).
 
         Raises:
-            AdapterFileError: ``engine`` would not serve it; the message has every reason. Nothing is written.
-            SpecError: a layer needs more than ``rank``, or an unknown engine.
+            AdapterFileError: ``engine`` would not serve it; the error has every reason. Nothing is written.
+            SpecError: a layer needs a rank above ``rank``, or the engine is unknown.
             ValuesError: ``theta_d`` does not fit, or it or a factor holds NaN or infinity; old files are kept.
-            OSError: a file cannot be written; it names the path.
+            OSError: a file cannot be written; the error names the path.
         """
         export.export_lora(self.chains, folder, theta_d, base_model, rename, rank, engine)

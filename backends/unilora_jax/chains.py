@@ -1,4 +1,5 @@
-"""What θ_d adds to each leaf: pieces out of θ_D, the frame's chain of them, and A and B of that.
+"""Chains: what θ_d adds to each leaf. Pieces are cut out of θ_D, the frame makes a chain of them, and the chain gives A
+and B.
 
 ΔW = F_k ⋯ F_1 is of low rank: A = F_1, and B = F_k ⋯ F_2. How a piece's factors are called stands here, by the core's
 rule, and nowhere else.
@@ -25,10 +26,10 @@ from unilora_jax.targets import Target
 __all__ = ["Chains", "Leaf", "numbers_of"]
 
 Shardings = Mapping[str, NamedSharding]
-"""Path → how the weight lies when it is used."""
+"""The sharding of each weight when it is used, by its path."""
 
 OUTPUTS_FIRST = frozenset({"B"})
-"""Pieces (out, r) that the low-rank path takes as (r, out)."""
+"""The pieces (out, r) that the low-rank path takes as (r, out)."""
 
 
 class Leaf(NamedTuple):
@@ -43,13 +44,14 @@ class Leaf(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Chains:
-    """θ_d → the update of every adapted leaf. A pytree: the arrays are its leaves, the rest is static.
+    """A function from θ_d to the update of every adapted leaf. It is a pytree: the arrays are its leaves, the rest is
+    static.
 
     Attributes:
-        targets: what is adapted.
-        shapes: of the adapted leaves, by path.
-        numbers: θ_d → every factor.
-        frozen: what the frame keeps beside the pieces of each target.
+        targets: the adapted leaves, or blocks of them.
+        shapes: the shapes of the adapted leaves, by path.
+        numbers: the function θ_d → every factor.
+        frozen: the arrays that the frame keeps beside the pieces of each target.
     """
 
     targets: tuple[Target, ...] = field(metadata={"static": True})
@@ -59,24 +61,24 @@ class Chains:
 
     @property
     def spec(self) -> ProjectionSpec:
-        """What fixes P and what its numbers build."""
+        """The spec, which fixes P and what its numbers build."""
         return self.numbers.spec
 
     @functools.cached_property
     def leaves(self) -> dict[str, Leaf]:
-        """Path → adapted leaf."""
+        """The adapted leaves by path."""
         targets: dict[str, list[Target]] = {path: [] for path, _ in self.shapes}
         for target in self.targets:
             targets[target.path].append(target)
         return {path: _leaf(shape, targets[path]) for path, shape in self.shapes}
 
     def factors(self, theta_d: Array) -> dict[str, Array]:
-        """Name → factor, as the layout has it."""
+        """Compute the factors by name, in the order of the layout."""
         found = {name: stack[i] for names, stack in self.numbers(theta_d).items() for i, name in enumerate(names)}
         return {name: found[name] for name in self.spec.layout.shapes}
 
     def low_rank(self, theta_d: Array, shardings: Shardings | None = None) -> list[tuple[Array, Array]]:
-        """A (layers, r, in) and Bᵀ (layers, r, out) of each target."""
+        """Compute A (layers, r, in) and Bᵀ (layers, r, out) of each target."""
         laid = [_laid(target, self.leaves[target.path], (shardings or {}).get(target.path)) for target in self.targets]
         factors = self.numbers(theta_d, self._of_pieces(laid))
         return [
@@ -85,7 +87,7 @@ class Chains:
         ]
 
     def pairs(self, theta_d: Array, shardings: Shardings | None = None) -> dict[str, tuple[Array, Array]]:
-        """Path → U (r, …) and V (r, …), with the axes of the leaf behind the rank; see `LowRank`."""
+        """Compute for each path U (r, …) and V (r, …), with the axes of the leaf after the rank; see `LowRank`."""
         low_rank = dict(zip(self.targets, self.low_rank(theta_d, shardings), strict=True))
         found: dict[str, tuple[Array, Array]] = {}
         for path, (shape, roles, outputs, parts) in self.leaves.items():
@@ -105,15 +107,15 @@ class Chains:
         of_up: NamedSharding | None,
     ) -> tuple[Array, Array]:
         pieces = {piece: factors[names] for piece, names in _stacks(self.spec.form, target).items()}
-        with jax.numpy_rank_promotion("allow"):  # the core broadcasts, whatever the user's own code may
+        with jax.numpy_rank_promotion("allow"):  # the core broadcasts, which the user may have forbidden
             down, up, *rest = self.spec.form.chain(pieces, frozen, self.spec.chosen)
-            for factor in rest:  # small products: they need not be rounded for a GPU's matrix units
+            for factor in rest:  # small products need no rounding for a GPU's matrix units
                 up = jnp.matmul(factor, up, precision=lax.Precision.HIGHEST)
         down, up = (_of_layers(factor, len(target.names)) for factor in (down, up))
         return _reshard(down, of_down), _reshard(up.swapaxes(1, 2), of_up)
 
     def _of_pieces(self, laid: list[tuple[Any, Any]]) -> dict[Names, NamedSharding]:
-        """How the pieces lie on an explicit mesh: those of a pair as A and Bᵀ, others whole."""
+        """Return the shardings of the pieces on an explicit mesh: a pair's as A and Bᵀ, others whole."""
         found: dict[Names, NamedSharding] = {}
         for target, (of_down, of_up) in zip(self.targets, laid, strict=True):
             if of_down is not None:
@@ -124,7 +126,7 @@ class Chains:
 
 
 def numbers_of(spec: ProjectionSpec, targets: tuple[Target, ...], *, cached: bool) -> Gathered | Mapped:
-    """What makes the factors of these targets out of θ_d; ``cached``: as `gathered` takes it."""
+    """Make the function from θ_d to the factors of these targets; ``cached`` is as in `gathered`."""
     stacks = {
         names: piece in OUTPUTS_FIRST for target in targets for piece, names in _stacks(spec.form, target).items()
     }
@@ -132,7 +134,9 @@ def numbers_of(spec: ProjectionSpec, targets: tuple[Target, ...], *, cached: boo
 
 
 def _stacks(frame: Frame, target: Target) -> dict[str, Names]:
-    """Piece → the names of its factors: one for each layer, or a single one that all targets of a size share."""
+    """Return for each piece the names of its factors: one for each layer, or a single one that all targets of a size
+    share.
+    """
     each = [piece_names(frame, name, target.sizes) for name in target.names]
     return {piece: tuple(dict.fromkeys(names[piece] for names in each)) for piece in frame.names}
 
@@ -146,18 +150,18 @@ def _leaf(shape: tuple[int, ...], targets: list[Target]) -> Leaf:
 
 
 def _of_layers(factor: Array, layers: int) -> Array:
-    """One for each layer, where all layers have one."""
+    """Return a factor for each layer, also where all layers share one."""
     shape = (layers, *factor.shape[-2:])
     return factor if factor.shape == shape else jnp.broadcast_to(factor, shape)
 
 
 def _joined(parts: list[Array]) -> Array:
-    """(layers, r, n) of each part → (Σr, layers, n)."""
+    """Join the parts: (layers, r, n) of each → (Σr, layers, n)."""
     return jnp.moveaxis(jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0], 1, 0)
 
 
 def _padded(target: Target, outputs: int, up: Array) -> Array:
-    """Bᵀ (layers, r, out) with zeros for the outputs of the leaf that the target leaves alone."""
+    """Return Bᵀ (layers, r, out) with zeros for the outputs of the leaf that the target leaves alone."""
     after = outputs - target.first_row - target.out_features
     return jnp.pad(up, ((0, 0), (0, 0), (target.first_row, after))) if target.first_row or after else up
 
@@ -166,8 +170,8 @@ def _padded(target: Target, outputs: int, up: Array) -> Array:
 
 
 def _laid(target: Target, leaf: Leaf, of_weight: NamedSharding | None) -> tuple[Any, Any]:
-    """How A (layers, r, in) and Bᵀ (layers, r, out) lie beside a weight that lies so; whole along the last axis where
-    that belongs to a part of the outputs only, or where it is several axes taken as one.
+    """Return the shardings of A (layers, r, in) and Bᵀ (layers, r, out) beside a sharded weight. They are whole along
+    the last axis where that belongs to a part of the outputs only, or where it is several axes taken as one.
     """
     if of_weight is None:
         return None, None

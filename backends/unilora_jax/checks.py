@@ -1,4 +1,4 @@
-"""θ_d and a tree of parameters, held against what was planned; and numbers that are none."""
+"""Checks of θ_d and of a tree of parameters against the plan, and of NaN and infinity."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +17,14 @@ __all__ = ["check_finite", "check_merged", "checked_theta", "places_of"]
 
 
 ARRAYS = (jnp.float32, jnp.int32)
-"""What an adapter holds."""
+"""The dtypes of an adapter's arrays."""
 
 
 def checked_theta(chains: Chains, theta_d: Any, what: str) -> Array:
-    """θ_d as an array of JAX, of the shape and the kind that fit.
+    """Return θ_d as an array of JAX, if its shape and dtype fit.
 
     Raises:
-        ValuesError: it has others, or it or the adapter was cast: with ``start="identity"`` B is made of θ_d - θ_d⁰,
+        ValuesError: they do not fit, or θ_d or the adapter was cast: with ``start="identity"`` B is made of θ_d - θ_d⁰,
             which narrower floats do not hold.
     """
     if isinstance(theta_d, (np.ndarray, np.generic)):
@@ -44,10 +44,10 @@ def checked_theta(chains: Chains, theta_d: Any, what: str) -> Array:
 
 
 def places_of(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
-    """Position among the leaves → path, of each adapted leaf.
+    """Return the path of each adapted leaf by its position among the leaves.
 
     Raises:
-        MismatchError: the tree lacks one, or its shape is another.
+        MismatchError: the tree lacks a leaf, or its shape differs.
     """
     leaves = leaves_of(params)
     if leaves.keys() == {""} and "" not in shapes:
@@ -75,7 +75,7 @@ def check_finite(values: Any, what: str) -> None:
     """Refuse NaN and infinity; inside `jax.jit` no value can be looked at.
 
     Raises:
-        ValuesError: there are some.
+        ValuesError: there is such a value.
     """
     if not isinstance(values, jax.core.Tracer) and not np.isfinite(np.asarray(values)).all():
         raise ValuesError(
@@ -88,7 +88,7 @@ def check_merged(path: str, weight: Any, merged: Array) -> None:
     """Refuse W + B·A that is NaN or infinite where W is finite.
 
     Raises:
-        ValuesError: with the count of such values.
+        ValuesError: there is such a value; the error has their count.
     """
     bad = jnp.isfinite(weight) & ~jnp.isfinite(merged)
     if not isinstance(bad, jax.core.Tracer) and (count := int(bad.sum())):

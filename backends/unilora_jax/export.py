@@ -1,4 +1,4 @@
-"""Plain LoRA, exactly, in PEFT's folder: A = F_1 and B = F_k ⋯ F_2 of each chain."""
+"""Export to plain LoRA, exactly, in PEFT's folder: A = F_1 and B = F_k ⋯ F_2 of each chain."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from unilora_jax.checks import check_finite, checked_theta
 __all__ = ["export_lora"]
 
 Block = tuple[np.ndarray, np.ndarray, int]
-"""A (r, in), B (out, r), and where its outputs start in the layer's."""
+"""A (r, in), B (out, r), and where their outputs start among the layer's outputs."""
 
 
 def export_lora(
@@ -50,7 +50,7 @@ def export_lora(
 def _blocks(
     chains: Chains, theta_d: Array, rename: Callable[[str], str]
 ) -> tuple[dict[str, list[Block]], dict[str, int]]:
-    """Module → its blocks, and its outputs."""
+    """Compute for each module its blocks, and the number of its outputs."""
     blocks: dict[str, list[Block]] = {}
     heights: dict[str, int] = {}
     for target, (down, up) in zip(chains.targets, chains.low_rank(theta_d), strict=True):

@@ -1,4 +1,4 @@
-"""Targets held against the leaves that they are of."""
+"""Checks of targets against the leaves that they belong to."""
 
 import math
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ __all__ = ["check_fits"]
 
 
 def check_fits(leaves: Mapping[str, Any], targets: tuple[Target, ...]) -> None:
-    """Refuse targets that are not among the leaves, that do not fit theirs, or that overlap.
+    """Refuse targets that are not among the leaves, that do not fit their leaf, or that overlap.
 
     Raises:
-        TargetError: with the path, what the target expects, and what the leaf is.
+        TargetError: there is such a target; the error has the path, what the target expects, and what the leaf is.
     """
     for target in targets:
         if target.path not in leaves:

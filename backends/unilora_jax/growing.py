@@ -14,7 +14,7 @@ __all__ = ["resized"]
 
 
 def resized(chains: Chains, after: ProjectionSpec, theta_d: Array, what: str) -> tuple[Chains, Array]:
-    """The chains of the spec of another d, groups cached where they were, and θ_d moved there."""
+    """Return the chains of the spec of another d, with groups cached where they were, and θ_d carried there."""
     theta_d = checked_theta(chains, theta_d, what)
     cached = isinstance(chains.numbers, Gathered) and None not in chains.numbers.tables
     numbers = numbers_of(after, chains.targets, cached=cached)

@@ -2,7 +2,8 @@
 
 The function is traced to a jaxpr, which is evaluated with a `LowRank` in the place of each adapted weight. Operations
 that only rearrange a weight (casts, transposes, slices, reshapes) rearrange the pair too, `dot_general` uses it, loops
-and branches pass it on; anything else that reads an adapted weight is an error, for the update would be lost there.
+and branches pass it on; any other operation that reads an adapted weight is an error, as the update would be lost
+there.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ __all__ = ["LowRank", "evaluate"]
 
 Shape = tuple[int, ...]
 Move = Callable[[Array], Array]
-"""What becomes of U or V, without the rank."""
+"""A function that rearranges U or V, without the rank."""
 
 
 @jax.tree_util.register_dataclass
@@ -34,10 +35,11 @@ class LowRank:
 
     Attributes:
         weight: W, as the model holds it.
-        down: U, the rank in front, then the axes of W, of size 1 where W has an output.
-        up: V, the rank in front, then the axes of W, of size 1 where W has an input.
-        roles: of each axis of W: "i" is contracted with the input, "o" is an output, "l" counts layers, "1" is new.
-        path, shape: of the leaf, for messages.
+        down: U, with the rank first, then the axes of W, of size 1 where W has an output.
+        up: V, with the rank first, then the axes of W, of size 1 where W has an input.
+        roles: the role of each axis of W: "i" is contracted with the input, "o" is an output, "l" counts layers, "1" is
+            new.
+        path, shape: the leaf's, for messages.
     """
 
     weight: Array
@@ -49,10 +51,10 @@ class LowRank:
 
 
 def evaluate(closed: ClosedJaxpr, args: Sequence[Any], reached: set[str]) -> list[Any]:
-    """The outputs of a jaxpr, some of whose arguments are `LowRank`.
+    """Compute the outputs of a jaxpr, some of whose arguments are `LowRank`.
 
     Args:
-        reached: gets the path of every adapted weight that is multiplied by something.
+        reached: a set that gets the path of every adapted weight that is multiplied.
 
     Raises:
         TargetError: an adapted weight is read by an operation that has no low-rank path.
@@ -80,7 +82,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], reached: set[
 
 
 def _adapted(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> Any:
-    """One equation with a `LowRank` among its operands."""
+    """Evaluate one equation with a `LowRank` among its operands."""
     name, weight = eqn.primitive.name, next(value for value in values if isinstance(value, LowRank))
     if name == "dot_general":
         reached.add(weight.path)
@@ -96,14 +98,14 @@ def _adapted(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> Any:
 
 
 KNOWN_AS = {"conv_general_dilated": " (a convolution)", "gather": " (a lookup, as in an embedding)"}
-"""What users call a primitive."""
+"""The names by which users know a primitive."""
 
 
 # ---- the product ----------------------------------------------------------------------------------------------------
 
 
 def _dot_general(eqn: JaxprEqn, left: Any, right: Any) -> Array:
-    """x·W + (x·U)·V; W may stand on either side."""
+    """Compute x·W + (x·U)·V; W may stand on either side."""
     if isinstance(left, LowRank) and isinstance(right, LowRank):
         raise TargetError(f"{left.path} and {right.path} are multiplied with each other; adapt one of them only.")
     first = isinstance(left, LowRank)
@@ -134,7 +136,7 @@ class _Axes(NamedTuple):
 
 
 def _axes(w: LowRank, ndim: int, numbers: Any, first: bool) -> _Axes:
-    """Every axis has a number: those of W, what x (of ``ndim`` axes) does not share with it, and the rank."""
+    """Number every axis: those of W, those of x (of ``ndim`` axes) that it does not share with W, and the rank."""
     contract, batch = numbers
     (w_in, x_in), (w_batch, x_batch) = (contract, batch) if first else (contract[::-1], batch[::-1])
     _check_roles(w, w_in)
@@ -156,7 +158,7 @@ def _axes(w: LowRank, ndim: int, numbers: Any, first: bool) -> _Axes:
 
 
 def _check_roles(w: LowRank, contracted: Sequence[int]) -> None:
-    """What the model contracts must be what the plan took for inputs, or A and B would change places unseen."""
+    """Refuse a contraction of other axes than the plan's inputs, or A and B would change places unseen."""
     inputs = {axis for axis, role in enumerate(w.roles) if role == "i"}
     if inputs - set(contracted) or any(w.roles[axis] in "ol" for axis in contracted):
         moved = "" if w.weight.shape == w.shape else f", which the model made of the leaf {w.shape},"
@@ -168,7 +170,7 @@ def _check_roles(w: LowRank, contracted: Sequence[int]) -> None:
 
 
 def _hidden_sharding(x: Array, axes: _Axes) -> NamedSharding | None:
-    """How x·U lies on an explicit mesh: as x does, whole along the rank."""
+    """Return the sharding of x·U on an explicit mesh: that of x, whole along the rank."""
     if (sharding := explicit_sharding(x)) is None:
         return None
     lies = dict(zip(axes.x, sharding.spec, strict=True))
@@ -179,7 +181,7 @@ def _hidden_sharding(x: Array, axes: _Axes) -> NamedSharding | None:
 
 
 def _rearranged(eqn: JaxprEqn, w: LowRank, *rest: Any) -> Any:
-    """The same operation on W, U and V."""
+    """Apply the same operation to W, U and V."""
     many, weight = eqn.primitive.multiple_results, _bind(eqn, w.weight, *rest)
     weight = weight[0] if many else weight
     roles, move = REARRANGE[eqn.primitive.name](w, eqn.params, weight.shape, rest)
@@ -188,7 +190,7 @@ def _rearranged(eqn: JaxprEqn, w: LowRank, *rest: Any) -> Any:
 
 
 def _same(w: LowRank, *_: Any) -> tuple[str, Move]:
-    """Casts and marks: U and V stay float32 until they are used."""
+    """Keep U and V for casts and marks: they stay float32 until they are used."""
     return w.roles, lambda factor: factor
 
 
@@ -203,7 +205,7 @@ def _squeeze(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
 
 
 def _expand(w: LowRank, params: dict, shape: Shape, _: Any) -> tuple[str, Move]:
-    """New axes of size 1 (other broadcasts repeat a weight)."""
+    """Add new axes of size 1 (other broadcasts repeat a weight)."""
     if math.prod(shape) != math.prod(w.weight.shape):
         raise TargetError(f"{w.path}: the model repeats this weight along a new axis, which has no low-rank path here.")
     places = params["broadcast_dimensions"]
@@ -213,7 +215,7 @@ def _expand(w: LowRank, params: dict, shape: Shape, _: Any) -> tuple[str, Move]:
 
 
 def _reshape(w: LowRank, _: dict, shape: Shape, __: Any) -> tuple[str, Move]:
-    """Axes that are split or joined must have one role."""
+    """Split or join axes, which must have one role."""
     roles, groups = "", _axis_groups(w.weight.shape, shape)
     for old, new in groups:
         played = {w.roles[axis] for axis in old if w.weight.shape[axis] > 1} or {"1"}
@@ -235,7 +237,7 @@ def _reshape(w: LowRank, _: dict, shape: Shape, __: Any) -> tuple[str, Move]:
 
 
 def _axis_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes of two shapes whose sizes multiply to the same."""
+    """Return the smallest runs of axes of two shapes whose sizes multiply to the same."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         left: list[int] = []
@@ -275,7 +277,7 @@ def _dynamic_slice(w: LowRank, _: dict, shape: Shape, starts: Sequence[Any]) -> 
 
 
 def _reshard(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
-    """The axes that U and V share with W lie as its do; XLA lays the rest out."""
+    """Shard the axes that U and V share with W as W's; XLA lays the rest out."""
     wanted = params["dst_sharding"]
     spec = [*wanted.spec, *[None] * (w.weight.ndim - len(wanted.spec))]
 
@@ -288,7 +290,7 @@ def _reshard(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
 
 
 def _shared(factor: Array, w: LowRank) -> list[int]:
-    """The axes of W that U or V, without the rank, has in full."""
+    """Return the axes of W that U or V, without the rank, has in full."""
     return [axis for axis, size in enumerate(w.weight.shape) if factor.shape[axis] == size]
 
 
@@ -313,7 +315,7 @@ REARRANGE = {
 
 
 def _call(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
-    """A nested `jit` is inlined."""
+    """Evaluate a nested `jit` inline."""
     return evaluate(eqn.params["jaxpr"], values, reached)
 
 
@@ -325,7 +327,7 @@ def _remat(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
 
 
 def _scan(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
-    """Weights may come as constants, or stacked, a layer for each step."""
+    """Evaluate a scan, whose weights may come as constants, or stacked, a layer for each step."""
     closed, (split, stop) = eqn.params["jaxpr"], _scan_bounds(eqn.params)
     consts, carry = values[:split], values[split:stop]
     stacks = [_layers_first(value) for value in values[stop:]]
@@ -342,7 +344,7 @@ def _scan(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
 
 
 def _scan_bounds(params: dict[str, Any]) -> tuple[int, int]:
-    """Where the carry of a scan begins and ends among its operands; JAX 0.11 says so in a tree."""
+    """Return where the carry of a scan begins and ends among its operands; JAX 0.11 says so in a tree."""
     if "ft_in" not in params:
         return params["num_consts"], params["num_consts"] + params["num_carry"]
     consts, carry, _ = (len(part) for part in params["ft_in"].unpack())

@@ -1,4 +1,4 @@
-"""W + B·A in the place of W."""
+"""Merging: W + B·A takes the place of W."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["merged"]
 
 
 def merged(chains: Chains, params: Any, theta_d: Array) -> Any:
-    """A new tree; see `Adapter.merge`."""
+    """Make a new tree; see `Adapter.merge`."""
     places = places_of(params, dict(chains.shapes))
     theta_d = checked_theta(chains, theta_d, "merge")
     check_finite(theta_d, "merge: theta_d")
@@ -26,7 +26,7 @@ def merged(chains: Chains, params: Any, theta_d: Array) -> Any:
 
 
 def _sum(path: str, weight: Any, down: Array, up: Array) -> Array:
-    """In float32, rounded once to the weight's dtype."""
+    """Compute W + B·A in float32, rounded once to the weight's dtype."""
     update = jnp.einsum("r...,r...->...", down, up)
     if (sharding := explicit_sharding(weight)) is not None:
         update = jax.sharding.reshard(update, sharding)

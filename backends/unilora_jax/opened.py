@@ -1,4 +1,4 @@
-"""A file held against a tree of parameters: which leaf, or which layer of a stacked leaf, each row belongs to."""
+"""A file that is matched with a tree of parameters: each row belongs to a leaf, or to a layer of a stacked leaf."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,8 @@ class Tree(NamedTuple):
 
     Attributes:
         where: the file, for messages.
-        leaves: by path.
-        rename: from a layer's name in the file to its name here.
+        leaves: the leaves by path.
+        rename: a function from a layer's name in the file to its name here.
         stacked: as in `plan`.
         known: name of each layer → its weight, and which layer of the stack it is; more than one where names collide.
     """
@@ -36,11 +36,11 @@ class Tree(NamedTuple):
 
 
 def tree_of(where: str | os.PathLike, params: Any, rename: Callable[[str], str], stacked: str) -> Tree:
-    """All matrices of a tree, by the layer they belong to."""
+    """Return all matrices of a tree, by the layer that they belong to."""
     known: dict[str, list[tuple[Target, int]]] = {}
     leaves = leaves_of(params)
     for path, leaf in leaves.items():
-        with contextlib.suppress(TargetError):  # what is no matrix belongs to no layer
+        with contextlib.suppress(TargetError):  # a leaf that is no matrix belongs to no layer
             weight = linear_target(path, leaf, stacked=stacked)
             for i, name in enumerate(weight.names):
                 known.setdefault(name, []).append((weight, i))
@@ -48,13 +48,13 @@ def tree_of(where: str | os.PathLike, params: Any, rename: Callable[[str], str],
 
 
 def targets_for(tree: Tree, rows: tuple[TargetRow, ...], usual: int | None) -> tuple[Target, ...]:
-    """The targets that the rows of a file are here.
+    """Make the targets of the rows of a file in this tree.
 
     Args:
-        usual: a rank that is taken of layers of any width; None for ranks of any size.
+        usual: the rank that is accepted in layers of any width; None for ranks of any size.
 
     Raises:
-        MismatchError: the file belongs to another model; the message names the leaf, expected and found.
+        MismatchError: the file belongs to another model; the error names the leaf, and what was expected and found.
     """
     found: dict[tuple[str, int], tuple[Target, dict[int, TargetRow]]] = {}
     ranks: Counter[tuple[str, int]] = Counter()
@@ -79,7 +79,7 @@ def targets_for(tree: Tree, rows: tuple[TargetRow, ...], usual: int | None) -> t
 
 
 def _place_of(tree: Tree, row: TargetRow) -> tuple[Target, int]:
-    """The weight of the layer that a row of the file belongs to and fits, and which layer of a stack it is."""
+    """Return the weight of the layer that a row of the file belongs to and fits, and which layer of a stack it is."""
     if row.parameter is not None or row.experts:
         raise MismatchError(
             f"{tree.where}: {short(row.name)} adapts the parameter {shown(row.parameter)} of a PyTorch module (the "
@@ -115,14 +115,14 @@ def _weight_of(tree: Tree, name: str) -> tuple[Target, int]:
 
 
 def _check_layer(tree: Tree, name: str) -> None:
-    """Say what is wrong with the weight of a layer that is there, but cannot be adapted."""
+    """Raise an error that says what is wrong with the weight of a layer that is there, but cannot be adapted."""
     for path, leaf in tree.leaves.items():
         if path.replace("/", ".") in (name, f"{name}.kernel", f"{name}.weight"):
             linear_target(path, leaf, stacked=tree.stacked)
 
 
 def _check_rank(where: str | os.PathLike, row: TargetRow, weight: Target, total: int, usual: int) -> None:
-    """Hold a rank, and what those of a layer's blocks add up to so far, against the layer."""
+    """Check a rank, and the sum of the ranks of a layer's blocks so far, against the layer."""
     check_rank(where, short(row.name), row.rank, row.in_features, row.out_features, usual)
     if total > (most := BLOCKS * largest_rank(weight.in_features, weight.out_features, usual)):
         raise MismatchError(
@@ -133,7 +133,7 @@ def _check_rank(where: str | os.PathLike, row: TargetRow, weight: Target, total:
 
 
 def _stack_of(where: str | os.PathLike, weight: Target, rows: dict[int, TargetRow]) -> Target:
-    """One `Target` of the rows of a leaf: one, or one for each of its layers."""
+    """Make one `Target` of the rows of a leaf: of one row, or of one for each of its layers."""
     shapes = {(row.rank, row.out_features) for row in rows.values()}
     if len(rows) < len(weight.names) or len(shapes) > 1:
         raise MismatchError(
@@ -152,5 +152,5 @@ def _stack_of(where: str | os.PathLike, weight: Target, rows: dict[int, TargetRo
 
 
 def short(name: str) -> str:
-    """A name from a file, for a message."""
+    """Return a name from a file as text for a message."""
     return shown(name)[1:-1]

@@ -1,4 +1,4 @@
-"""plan, load: from a tree of parameters to an `Adapter`."""
+"""plan and load make an `Adapter` for a tree of parameters."""
 
 import os
 import warnings
@@ -52,29 +52,30 @@ def plan(
 
     Args:
         params: any pytree: dictionaries, Flax Linen parameters, an NNX state or module, an Equinox module. Shapes are
-            enough (`jax.eval_shape`), but for methods that are made of the weights (LoRA-XS, TinyLoRA).
-        targets: ``"all-linear"``, every matrix of a linear layer but the output head; a regular expression for whole
+            enough (`jax.eval_shape`), except for methods that are made of the weights (LoRA-XS, TinyLoRA).
+        targets: ``"all-linear"``, every matrix of a linear layer except the output head; a regular expression for whole
             paths (``".*/(q|v)_proj/kernel"``), a list of layers (``["q_proj", "v_proj"]``), or a list of `Target`; see
             `find_targets`.
-        exclude: taken away from ``targets``, by regular expression or list.
-        method: a name of `unilora_core.methods.METHODS`; what is None below is the method's own.
+        exclude: the names to remove from ``targets``, as a regular expression or a list.
+        method: a name of `unilora_core.methods.METHODS`; an argument below that is None takes the method's own value.
         rank: r of every target, 16 for Uni-LoRA; or a mapping from names of layers, or their endings
-            (``{"q_proj": 8, "v_proj": 16}``), of which the longest that fits counts.
+            (``{"q_proj": 8, "v_proj": 16}``); the longest name that fits counts.
         d: the number of trained values, or ``"auto"``: for Uni-LoRA a sixteenth of LoRA's at rank 4.
-        seed: fixes P, θ_d⁰ and what a method draws.
-        grouping: P: ``"balanced"``, ``"iid"``, ``"numpy-shuffle"``, …; see `unilora_core.ProjectionSpec`.
+        seed: the seed of P, of θ_d⁰ and of what a method draws.
+        grouping: the map P: ``"balanced"``, ``"iid"``, ``"numpy-shuffle"``, …; see `unilora_core.ProjectionSpec`.
         start: ``"identity"`` (the adapted model starts as the base), ``"paper"`` (θ_D = P θ_d, U(-0.02, 0.02)) or
             ``"zero"``.
-        bound: of θ_d⁰; by default 0.02 for the paper's start, and as large as LoRA's A for the identity.
+        bound: the bound of θ_d⁰; by default 0.02 for the paper's start; for the identity start θ_d⁰ is as large as
+            LoRA's A.
         stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
-        groups: ``"computed"`` inside each compiled step, or ``"cached"`` as int32, 4 bytes per LoRA parameter.
-        options: of the method, such as ``vectors`` of VB-LoRA.
+        groups: ``"computed"`` computes the groups inside each compiled step, ``"cached"`` keeps them as int32, 4 bytes
+            per LoRA parameter.
+        options: the options of the method, such as ``vectors`` of VB-LoRA.
 
     Raises:
-        TargetError: nothing to adapt, or a leaf that cannot be adapted rightly.
-        SpecError: an unknown method or one that makes ΔW itself, an option that it does not take, rank or d out of
-            range.
-        ValuesError: a method made of the weights, and one that holds NaN or infinity.
+        TargetError: there is nothing to adapt, or a leaf cannot be adapted rightly.
+        SpecError: the method is unknown, makes ΔW itself, or does not take an option; or rank or d is out of range.
+        ValuesError: the method is made of the weights, and one of them holds NaN or infinity.
     """
     if method in METHODS and FRAMES[METHODS[method].frame].dense:
         raise SpecError(f"plan: the method {method!r} {DENSE}")
@@ -103,14 +104,15 @@ def load(
     """Read an adapter file, written here or by another backend, for a tree of parameters.
 
     The layers are found by name, so the order of the tree does not matter. A warning names what else the file holds (a
-    trained head): `unilora_core.read_adapter` gives it.
+    trained head), which `unilora_core.read_adapter` gives.
 
     Args:
-        rename: from a layer's name in the file (``model.layers.0.self_attn.q_proj``) to its path here, joined by dots
-            and without ``kernel`` or ``weight`` (``layers.0.self_attn.q_proj``; a stack's number comes after it).
+        rename: a function from a layer's name in the file (``model.layers.0.self_attn.q_proj``) to its path here,
+            joined by dots and without ``kernel`` or ``weight`` (``layers.0.self_attn.q_proj``; a stack's number comes
+            after it).
         stacked, groups: as in `plan`.
-        any_rank: take factors of a rank beyond min(in, out) (and what is usual of the frame: 64, or 1,024 where a pair
-            is shared), which need more memory than the weight that they adapt.
+        any_rank: whether to take factors of a rank beyond min(in, out) (and the frame's usual rank: 64, or 1,024 where
+            a pair is shared), which need more memory than the weight that they adapt.
 
     Returns:
         The adapter, and θ_d (d,) float32.
@@ -118,8 +120,8 @@ def load(
     Raises:
         AdapterFileError: the file is damaged, of an unknown version (see `unilora_core.read_adapter`), or of a method
             that makes ΔW itself.
-        MismatchError: the file belongs to another model; the message names the leaf, expected and found. Nothing of a
-            size that the file states is made before it is checked.
+        MismatchError: the file belongs to another model; the error names the leaf, and what was expected and found.
+            Nothing of a size that the file states is made before it is checked.
     """
     file = read_adapter(path)
     header, spec = read_header(path, file), file.spec
@@ -158,7 +160,7 @@ def _check_stacks(spec: ProjectionSpec, targets: Iterable[Target]) -> None:
 
 
 def _warn_of_the_rest(path: str | os.PathLike, header: Header, file: AdapterFile) -> None:
-    """Say what else was trained."""
+    """Warn of what else was trained."""
     names = header.modules_to_save or tuple(sorted(name for name in file.tensors if not name.startswith(FROZEN)))
     if names:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""

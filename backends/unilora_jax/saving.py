@@ -1,4 +1,4 @@
-"""An adapter as a file that every backend reads."""
+"""Saving of an adapter as a file that every backend reads."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def save(
 
 
 def _rows(chains: Chains, rename: Callable[[str], str]) -> list[tuple]:
-    """A row of the header for each layer; the factors of a pair tell its sizes."""
+    """Return a row of the header for each layer; the factors of a pair tell its sizes."""
     return [
         (name, rename(module), target.first_row, False)
         + (() if chains.spec.frame == "pair" else (None, target.in_features, target.out_features, 0))

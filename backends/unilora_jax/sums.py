@@ -15,19 +15,19 @@ __all__ = ["wrap"]
 def wrap(
     adapters: Sequence[Adapter], function: Callable[..., Any], weights: Sequence[float | Array] | None = None
 ) -> Callable[..., Any]:
-    """The model under several adapters: ``function(params, …)`` becomes ``f(params, thetas, …)``.
+    """Make the model under several adapters: ``function(params, …)`` becomes ``f(params, thetas, …)``.
 
     Each weight W acts as W + Σ_k w_k B_k·A_k, exactly, whatever the adapters' ranks, d, targets or methods; see
     `Adapter.wrap`.
 
     Args:
-        adapters: planned on one tree; ``thetas`` is a list of the θ_d of each, in this order.
-        weights: w_k of each, numbers or scalar arrays, which may be traced; all 1 by default.
+        adapters: the adapters, planned on one tree; ``thetas`` is a list of the θ_d of each, in this order.
+        weights: the weight w_k of each, numbers or scalar arrays, which may be traced; all 1 by default.
 
     Raises:
-        SpecError: no adapter, or another number of weights.
-        TargetError (when the wrapped function is called): two adapters know one leaf by other shapes or inputs.
-        ValuesError (likewise): another number of θ_d. Otherwise as `Adapter.wrap`.
+        SpecError: there is no adapter, or the number of weights differs.
+        TargetError (when the wrapped function is called): two adapters give one leaf different shapes or inputs.
+        ValuesError (likewise): the number of θ_d differs. Other errors are as in `Adapter.wrap`.
     """
     if not adapters or (weights is not None and len(weights) != len(adapters)):
         found = "no weights" if weights is None else f"{len(weights)} weights"

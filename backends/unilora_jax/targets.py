@@ -1,4 +1,4 @@
-"""Which leaves of a tree of parameters are adapted: a pattern in, a checked tuple of `Target` out.
+"""Choice of the adapted leaves of a tree of parameters: a pattern goes in, a checked tuple of `Target` comes out.
 
 A leaf is known by its path, the keys joined by "/": ``layers/0/attn/q_proj/kernel``. A factor is known by the layer it
 belongs to, in the dotted names of other frameworks: ``layers.0.attn.q_proj.A``.
@@ -26,21 +26,22 @@ __all__ = ["ALL_LINEAR", "Target", "find_targets", "leaves_of", "linear_target"]
 ALL_LINEAR = "all-linear"
 
 WEIGHTS = ("kernel", "weight")
-"""What a layer calls its matrix."""
+"""The names by which a layer calls its matrix."""
 
 NOT_LINEAR = r".*(embed|norm).*|ln(_.*|\d+)?|w[tp]e|(.*_)?head|classifier|score|logits(_dense)?"
-"""Names of layers that ``"all-linear"`` leaves out: embeddings, norms, output heads."""
+"""The names of layers that ``"all-linear"`` leaves out: embeddings, norms, output heads."""
 
 OTHER_CLASSES = r"(equinox|flax)\..*\.(.*Embed.*|.*Norm|.*Conv.*)"
-"""Classes of modules that it leaves out, whatever their names are, where the tree has modules."""
+"""The classes of modules that it leaves out, whatever their names are, where the tree has modules."""
 
 DEQUANTISE = "dequantise inside the jitted function: adapter.wrap(f)(dequantised(params), theta_d, …)"
 
 STACKED = r"(.*/)?(layers|blocks|h|stack(ed)?)"
-"""Subtrees whose leaves carry a leading layer axis, unless a layer's number comes next in the path."""
+"""The subtrees whose leaves carry a leading layer axis, unless a layer's number comes next in the path."""
 
 FLAX_INPUTS = {"query": 1, "key": 1, "value": 1, "out": 2}
-"""Flax's MultiHeadAttention keeps its heads as an axis: kernels (in, heads, head_dim), and (heads, head_dim, out)."""
+"""The number of input axes of Flax's MultiHeadAttention, which keeps its heads as an axis: kernels (in, heads,
+head_dim), and (heads, head_dim, out)."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Target:
     """One low-rank update: B·A beside a weight, or beside a block of its outputs.
 
     Attributes:
-        path: of the leaf.
+        path: the path of the leaf.
         names: the prefixes of the factors (``name.A`` and ``name.B`` of a pair): one, or one for each layer of a
             stacked leaf.
-        modules: the names of the layers, one for each of ``names``; the same, but for blocks of a fused layer.
-        in_features: product of the sizes of the axes that the model contracts.
+        modules: the names of the layers, one for each of ``names``; the same, except for blocks of a fused layer.
+        in_features: the product of the sizes of the axes that the model contracts.
         out_features: how many of the leaf's outputs are adapted.
         inputs: the axes of the leaf that the model contracts.
         stacked: whether axis 0 of the leaf counts layers.
@@ -70,12 +71,12 @@ class Target:
 
     @property
     def sizes(self) -> Sizes:
-        """Inputs and outputs of one layer."""
+        """The inputs and outputs of one layer."""
         return Sizes(self.in_features, self.out_features)
 
 
 def leaves_of(params: Any) -> dict[str, Any]:
-    """Path → leaf, in the order of `jax.tree.leaves`.
+    """Return the leaves by path, in the order of `jax.tree.leaves`.
 
     Raises:
         TargetError: two leaves have one path, as those of ``{"a/b": …, "a": {"b": …}}``.
@@ -87,7 +88,7 @@ def leaves_of(params: Any) -> dict[str, Any]:
     for path, leaf in flat:
         name, parent = _joined(path), _joined(path[:-1])
         boxed = path and path[-1] == GetAttrKey("value") and siblings[parent] == 1 and parent not in whole
-        name = parent if boxed else name  # Flax keeps an array in a box, of which it is the only leaf
+        name = parent if boxed else name  # Flax keeps an array in a box, as its only leaf
         if name in found:
             raise TargetError(f"{name}: two leaves of the tree have this path; rename one of them.")
         found[name] = leaf
@@ -101,19 +102,19 @@ def find_targets(
     exclude: str | Iterable[str] = (),
     stacked: str = STACKED,
 ) -> tuple[Target, ...]:
-    """The leaves that ``targets`` selects, in the order of the tree.
+    """Return the leaves that ``targets`` selects, in the order of the tree.
 
     Args:
         targets: ``"all-linear"``: each leaf called ``kernel`` or ``weight`` that is a matrix, a stack of matrices or
-            Flax's attention, but in layers whose own name or class says embedding, norm or output head (`NOT_LINEAR`,
-            `OTHER_CLASSES`); or a regular expression that the whole path of a leaf must match; or a list of names, each
-            of which selects the weights of the layers that it equals or that end in it (``"q_proj"``,
+            Flax's attention, except in layers whose own name or class says embedding, norm or output head
+            (`NOT_LINEAR`, `OTHER_CLASSES`); or a regular expression that the whole path of a leaf must match; or a list
+            of names, each of which selects the weights of the layers that it equals or that end in it (``"q_proj"``,
             ``"attn/q_proj"``); or a list of `Target`, taken as it is.
-        exclude: a regular expression or a list of names, likewise; taken away from the selection.
+        exclude: a regular expression or a list of names, likewise, to remove from the selection.
         stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
 
     Raises:
-        TargetError: nothing selected (the nearest paths are listed), or a selected leaf that is no matrix, or is
+        TargetError: nothing is selected (the error lists the nearest paths), or a selected leaf is no matrix, or is
             quantised.
     """
     if not isinstance(targets, str):
@@ -133,18 +134,18 @@ def find_targets(
 def linear_target(
     path: str, leaf: Any, *, inputs: int | tuple[int, ...] | None = None, stacked: str = STACKED
 ) -> Target:
-    """The `Target` of a weight.
+    """Make the `Target` of a weight.
 
-    A leaf called ``weight`` is read as (out, in), as in Equinox; any other as (in, out), as in Flax. Three axes are
-    those of a stacked matrix, (layers, in, out), or of Flax's attention, (in, heads, head_dim). What the model really
-    contracts is checked when it is traced.
+    A leaf called ``weight`` is read as (out, in), as in Equinox; any other as (in, out), as in Flax. Three axes mean a
+    stacked matrix, (layers, in, out), or Flax's attention, (in, heads, head_dim). What the model really contracts is
+    checked when it is traced.
 
     Args:
         inputs: the axes that the model contracts, or how many, where that does not follow from the above.
         stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
 
     Raises:
-        TargetError: no floating-point array of JAX or NumPy, or one with another number of axes.
+        TargetError: the leaf is no floating-point array of JAX or NumPy, or has another number of axes.
     """
     check_leaf(path, leaf)
     layer, last = _split(path)
@@ -171,10 +172,10 @@ def linear_target(
 
 
 def check_leaf(path: str, leaf: Any) -> None:
-    """Refuse what is no floating-point array.
+    """Refuse a leaf that is no floating-point array.
 
     Raises:
-        TargetError: with the path and what was found.
+        TargetError: it is none; the error has the path and what was found.
     """
     if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         raise TargetError(
@@ -189,8 +190,8 @@ def check_leaf(path: str, leaf: Any) -> None:
 
 
 def nearest(paths: Iterable[str], name: str) -> list[str]:
-    """The paths that look most like ``name``, of which only the beginning counts where it is very long; the first where
-    none does.
+    """Return the paths that look most like ``name``, or the first ones where none does; only the beginning of a very
+    long name counts.
     """
     paths = list(paths)
     return _close(paths, name) or paths[:8]
@@ -201,7 +202,7 @@ def _close(paths: list[str], name: str) -> list[str]:
 
 
 def _all_linear(params: Any, leaves: dict[str, Any], stacked: str) -> list[str]:
-    """The paths that ``"all-linear"`` means."""
+    """Return the paths that ``"all-linear"`` means."""
     modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_other)
     others = {_joined(path) for path, node in modules if _is_other(node)}
     found = []
@@ -222,7 +223,7 @@ def _refuse_quantised(leaves: Mapping[str, Any], targets: str | Iterable[str | T
     """Refuse a selected weight that is several leaves.
 
     Raises:
-        TargetError: with its path, what it holds, and the remedy.
+        TargetError: there is such a weight; the error has its path, what it holds, and the remedy.
     """
     held: dict[str, list[str]] = {}
     for *keys, last in (path.split("/") for path in leaves):
@@ -238,13 +239,13 @@ def _refuse_quantised(leaves: Mapping[str, Any], targets: str | Iterable[str | T
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The layer that a leaf belongs to, and the leaf's own name."""
+    """Return the layer that a leaf belongs to, and the leaf's own name."""
     layer, _, last = path.rpartition("/")
     return (layer, last) if layer and last in WEIGHTS else (path, last)
 
 
 def _heads(path: str) -> int | None:
-    """How many axes Flax's attention contracts, if it may be a kernel of that."""
+    """Return how many axes Flax's attention contracts, if the path may be a kernel of it."""
     layer, last = _split(path)
     return FLAX_INPUTS.get(layer.rsplit("/", 1)[-1]) if last == "kernel" else None
 
@@ -257,7 +258,7 @@ def _names(layer: str, prefix: str | None, layers: int | None) -> tuple[str, ...
 
 
 def _stacked_prefix(layer: str, stacked: str) -> str | None:
-    """The part of a path after which the number of the layer belongs."""
+    """Return the part of a path after which the number of the layer belongs."""
     parts = layer.split("/")
     for end in range(1, len(parts) + 1):
         prefix = "/".join(parts[:end])
@@ -267,7 +268,7 @@ def _stacked_prefix(layer: str, stacked: str) -> str | None:
 
 
 def _joined(path: tuple) -> str:
-    """The keys of a path, whatever container they belong to."""
+    """Join the keys of a path, whatever container they belong to."""
     return "/".join(
         str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))) for key in path
     )

@@ -22,11 +22,11 @@ from unilora_jax.projection import explicit_sharding, varying_as
 __all__ = ["wrapped", "wrapped_sum"]
 
 Pairs = dict[str, tuple[Array, Array]]
-"""Path → U and V; see `LowRank`."""
+"""U and V by path; see `LowRank`."""
 
 
 def wrapped(chains: Chains, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``f(params, theta_d, …)`` of ``function(params, …)``; see `Adapter.wrap`."""
+    """Make ``f(params, theta_d, …)`` of ``function(params, …)``; see `Adapter.wrap`."""
 
     def adapted(params: Any, theta_d: Array, *args: Any, **kwargs: Any) -> Any:
         return _run(function, (chains,), (theta_d,), None, params, args, kwargs)
@@ -37,7 +37,7 @@ def wrapped(chains: Chains, function: Callable[..., Any]) -> Callable[..., Any]:
 def wrapped_sum(
     parts: Sequence[Chains], function: Callable[..., Any], weights: Sequence[Any] | None
 ) -> Callable[..., Any]:
-    """``f(params, thetas, …)`` of ``function(params, …)``; see `unilora_jax.wrap`."""
+    """Make ``f(params, thetas, …)`` of ``function(params, …)``; see `unilora_jax.wrap`."""
 
     def adapted(params: Any, thetas: Sequence[Array], *args: Any, **kwargs: Any) -> Any:
         if not isinstance(thetas, (list, tuple)) or len(thetas) != len(parts):
@@ -51,8 +51,8 @@ def wrapped_sum(
 
 
 def _presented(adapted: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """``adapted`` under the function's name, with a signature of its own, by which `jax.jit` finds arguments: the
-    function's, with one more behind the first.
+    """Give ``adapted`` the function's name, and a signature of its own, by which `jax.jit` finds arguments: the
+    function's, with one more after the first.
     """
     own = inspect.signature(adapted)
     functools.update_wrapper(adapted, function)
@@ -62,7 +62,7 @@ def _presented(adapted: Callable[..., Any], function: Callable[..., Any]) -> Cal
         first, *others = inspect.signature(function).parameters.values()
         theirs = [first, *others] if first.kind is inspect.Parameter.VAR_POSITIONAL else others
         signature = own.replace(parameters=[params, theta, *theirs])
-    except (TypeError, ValueError):  # it tells none, or calls another argument so: positions are right all the same
+    except (TypeError, ValueError):  # positions are right without a signature, too
         signature = own
     adapted.__signature__ = signature  # type: ignore[attr-defined]
     return adapted
@@ -77,7 +77,7 @@ def _run(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
-    """What the function returns for the adapted ``params``."""
+    """Return what the function returns for the adapted ``params``."""
     adapted = _adapted(parts)
     places = places_of(params, {path: leaf.shape for path, leaf in adapted.items()})
     thetas = [checked_theta(chains, theta_d, "wrap") for chains, theta_d in zip(parts, thetas, strict=True)]
@@ -96,10 +96,10 @@ def _run(
 
 
 def _adapted(parts: Sequence[Chains]) -> dict[str, Leaf]:
-    """Path → leaf, of all that any of the adapters adapts.
+    """Return the leaves that any of the adapters adapts, by path.
 
     Raises:
-        TargetError: two of them have other shapes or inputs of one leaf.
+        TargetError: two of them give one leaf different shapes or inputs.
     """
     found: dict[str, Leaf] = {}
     for path, leaf in ((path, leaf) for chains in parts for path, leaf in chains.leaves.items()):
@@ -113,7 +113,7 @@ def _adapted(parts: Sequence[Chains]) -> dict[str, Leaf]:
 
 
 def _summed(pairs: Sequence[Pairs], weights: Sequence[Any] | None) -> Pairs:
-    """Σ_k w_k U_k·V_k is one pair, whose rank is the sum of theirs."""
+    """Join the weighted pairs: Σ_k w_k U_k·V_k is one pair, whose rank is the sum of theirs."""
     if weights is not None:
         pairs = [
             {path: (down, up * jnp.asarray(w, up.dtype)) for path, (down, up) in each.items()}
@@ -131,7 +131,9 @@ def _summed(pairs: Sequence[Pairs], weights: Sequence[Any] | None) -> Pairs:
 def _traced(
     function: Callable[..., Any], leaves: list[Any], tree: PyTreeDef, arrays: list[int]
 ) -> tuple[ClosedJaxpr, PyTreeDef]:
-    """The function's program, whose arguments are the arrays among the leaves, and the structure of what it returns."""
+    """Return the function's program, whose arguments are the arrays among the leaves, and the structure of what it
+    returns.
+    """
     output = None
 
     def flat(*values: Any) -> list[Any]:
@@ -149,8 +151,9 @@ def _traced(
 
 
 def _shardings(leaves: list[Any], places: dict[int, str], inputs: list[Any]) -> dict[str, NamedSharding]:
-    """Path → how the weight lies on an explicit mesh when it is used: whole along the axes that split the inputs
-    (where weights are split there too, as in FSDP, they are gathered first; the factors need no gathering).
+    """Return the shardings of the weights on an explicit mesh when they are used, by path: whole along the axes that
+    split the inputs (where weights are split there too, as in FSDP, they are gathered first; the factors need no
+    gathering).
     """
     taken = {name for x in inputs if (s := explicit_sharding(x)) is not None for name in _mesh_axes(s.spec)}
     found = {}
@@ -162,7 +165,7 @@ def _shardings(leaves: list[Any], places: dict[int, str], inputs: list[Any]) -> 
 
 
 def _mesh_axes(spec: Iterable[Any]) -> set[str]:
-    """The mesh axes in a PartitionSpec."""
+    """Return the mesh axes in a PartitionSpec."""
     return {name for axis in spec if axis is not None for name in (axis if isinstance(axis, tuple) else (axis,))}
 
 
