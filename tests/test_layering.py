@@ -20,7 +20,7 @@ ALLOWED = {
     "unilora_core": {"numpy", "safetensors"},
     "unilora_torch": {"unilora_core", "numpy", "torch", "safetensors", "typing_extensions"},
     "unilora_jax": {"unilora_core", "numpy", "jax", "safetensors"},
-    "unilora_transformers": {*INTEGRATION, "regex", "transformers"},
+    "unilora_transformers": {*INTEGRATION, "gguf", "regex", "transformers"},
     "unilora_timm": {*INTEGRATION, "timm"},
 }
 """Beside the standard library and the package itself."""

@@ -4,6 +4,7 @@ from unilora_core import engines
 from unilora_torch import Adapter, Bank, Growth, Target, adapters, switch
 from unilora_transformers import auto
 from unilora_transformers.attach import attach, from_pretrained, load
+from unilora_transformers.gguf import save_gguf
 from unilora_transformers.merging import merge_checkpoint
 from unilora_transformers.peft import load_peft, save_peft
 from unilora_transformers.reference import Reference
@@ -25,6 +26,7 @@ __all__ = [
     "lora_tensors",
     "merge_checkpoint",
     "merged_parameters",
+    "save_gguf",
     "save_peft",
     "switch",
     "sync_rollouts",

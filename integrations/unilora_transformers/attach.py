@@ -1,4 +1,4 @@
-"""attach, load, from_pretrained: `unilora_torch`'s, with targets, a trained head and a check by default."""
+"""attach, load and from_pretrained: those of `unilora_torch`, with default targets, a trained head and a check."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -45,32 +45,32 @@ def attach(
 ) -> Adapter:
     """Freeze a model and put one trainable vector beside its linear layers.
 
-    The model then runs once in evaluation and once in training mode, to see that every target is reached and gives θ_d
-    a gradient. A layer whose weight the model uses without calling it (WavLM's projections) is found out there, and its
-    weight is W + ΔW while the module that uses it runs. Nothing of these runs stays on the model.
+    The model then runs once in evaluation and once in training mode, to check that every target is reached and gives
+    θ_d a gradient. That run finds layers whose weight the model uses without calling them (WavLM's projections): their
+    weight is W + ΔW while the module that uses it runs. The runs leave no trace on the model.
 
     Args:
         model: any transformers model; changed in place.
         targets: None for the query and value projections, under whichever names the model has them;
-            ``"all-linear"``: every linear layer and Conv1D but the output embeddings and the task head;
+            ``"all-linear"``: every linear layer and Conv1D except the output embeddings and the task head;
             a regular expression for whole names, a list of names or endings, or a list of `Target`.
-        exclude: taken away from ``targets``, by regular expression or list.
+        exclude: the names to remove from ``targets``, as a regular expression or a list.
         method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
         modules_to_save: names of modules or parameters that train in full; by default the task head, if the model has
-            one (a language model's head is none). What no checkpoint gave values, such as BERT's pooler from a masked
-            language model, is added to them. ``()`` for nothing: then a file fits a base with the same fresh values
-            only.
-        example: a batch of the model's inputs for the run; made up from the config unless given.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name`` and ``groups``, as
-            in `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
+            one (a language model's head is none). Weights that come from no checkpoint, such as BERT's pooler from a
+            masked language model, are added. ``()`` means none: a file then fits only a base with the same fresh
+            values.
+        example: a batch of the model's inputs for the run; by default it is made up from the config.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name`` and ``groups``, as in
+            `unilora_torch.attach`, and the options of the method, such as ``vectors=64`` of VB-LoRA.
 
     Returns:
         The adapter, also found at ``model.unilora``.
 
     Raises:
-        TargetError: nothing to adapt, or something that cannot be adapted rightly, such as a quantised weight by a
+        TargetError: there is nothing to adapt, or something cannot be adapted rightly, such as a quantised weight by a
             method that is made of its singular vectors; the model is unchanged.
-        SpecError: an unknown method or option, or rank or d out of range; the model is unchanged.
+        SpecError: a method or an option is unknown, or rank or d is out of range; the model is unchanged.
     """
     require_model(model)
     check_attach(method, options)
@@ -97,8 +97,8 @@ def attach(
 def load(model: PreTrainedModel, path: str | os.PathLike, **options: Unpack[LoadOptions]) -> Adapter:
     """Read an adapter file and attach it to its base model.
 
-    `unilora_torch.load` says what the options are, and what is refused. That every target is reached is checked by the
-    first forward pass.
+    `unilora_torch.load` says what the options are, and what is refused. The first forward pass checks that every target
+    is reached.
     """
     require_model(model)
     adapter = unilora_torch.load(model, path, **options)
@@ -114,21 +114,21 @@ def from_pretrained(
     token: str | bool | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A base model with the adapters that `save_pretrained` or a trainer wrote.
+    """Load a base model with the adapters that `save_pretrained` or a trainer wrote.
 
     Args:
         name: a local folder, such as a trainer's checkpoint, or a repository on the hub.
         model: the base model, changed in place; by default the one that the adapter file names is loaded.
-        revision, token: of the adapter's repository.
-        **options: for the base model's own `from_pretrained`: dtype, device_map, quantization_config, …
+        revision, token: the revision of the adapter's repository, and a token for it.
+        **options: the options of the base model's own `from_pretrained`: dtype, device_map, quantization_config, …
 
     Returns:
         The model; its adapter is ``model.unilora``. Of several adapters the first acts, `unilora_torch.switch` chooses.
 
     Raises:
-        TypeError: options for loading a base model that is given.
-        FileNotFoundError: no adapter there.
-        AdapterFileError, MismatchError, TargetError: as `load`; or the file does not name its base model.
+        TypeError: there are options for loading, but a base model is given.
+        FileNotFoundError: there is no adapter.
+        AdapterFileError, MismatchError, TargetError: as in `load`; or the file does not name its base model.
     """
     files = find_files(name, revision, token)
     if model is not None and options:
@@ -136,14 +136,16 @@ def from_pretrained(
     if model is None:
         model = build_base(next(iter(files.values())), options)
     for adapter, path in files.items():
-        unilora_torch.switch(model, ())  # each may bring a head of its own
+        unilora_torch.switch(model, ())  # each adapter may bring a head of its own
         load(model, path, name=adapter)
     unilora_torch.switch(model, next(iter(files)))
     return model
 
 
 def _heads(model: PreTrainedModel, named: str | Iterable[str] | None, fresh: Iterable[str]) -> tuple[str, ...]:
-    """What trains in full: what is named, or the task head, and what no checkpoint gave values; nothing for ``()``."""
+    """Return what trains in full: what is named, or the task head, and what comes from no checkpoint; nothing for
+    ``()``.
+    """
     chosen = task_heads(model) if named is None else (named,) if isinstance(named, str) else tuple(named)
     if not chosen and named is not None:
         return ()
@@ -154,7 +156,7 @@ def _heads(model: PreTrainedModel, named: str | Iterable[str] | None, fresh: Ite
 
 
 def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
-    """What a transformers model and its trainers need once an adapter is on it."""
+    """Add what a transformers model and its trainers need once an adapter is on it."""
     adapter.handles += watch_checkpointing(model)
     adapter.handles += [Checkpoints(model), PretrainedMethods(model), TrainableQuantised(model, adapter), Guard(model)]
     adapter.handles += watch_output_embeddings(model, adapter)
@@ -162,10 +164,10 @@ def finish(model: PreTrainedModel, adapter: Adapter) -> Adapter:
 
 
 def require_model(model: object) -> None:
-    """Refuse what is no transformers model.
+    """Refuse an object that is no transformers model.
 
     Raises:
-        TargetError: with the remedy.
+        TargetError: it is none; the error has the remedy.
     """
     if not isinstance(model, PreTrainedModel):
         raise TargetError(

@@ -1,4 +1,4 @@
-"""A base and its adapter through transformers' auto classes: ``AutoModel.from_pretrained(folder)``, and what calls it.
+"""A base and its adapter through transformers' auto classes: ``AutoModel.from_pretrained(folder)`` and its callers.
 
 sentence-transformers loads each of its transformers so, in `SentenceTransformer(folder)` as in its trainer's resume and
 best model. In such a folder (`save_pretrained` with ``safe_serialization``) the type of the model in ``config.json`` is
@@ -22,18 +22,18 @@ from unilora_transformers.saving import MODEL_TYPE
 __all__ = ["AdaptedConfig", "AdaptedModel", "register"]
 
 PLACE = {"code_revision", "name_or_path", "revision", "subfolder", "token", "trust_remote_code"}
-"""What comes with the fields of a config, and is none."""
+"""The options that come with the fields of a config, but are none."""
 
 NO_OPTIONS = {"_from_auto", "adapter_kwargs", "weights_only"}
-"""What the auto classes pass on to themselves, and to PEFT."""
+"""The options that the auto classes pass on to themselves, and to PEFT."""
 
 
 class AdaptedConfig(PreTrainedConfig):
-    """What stands for the config of a base until the base is loaded.
+    """The config that stands for the config of a base until the base is loaded.
 
     Attributes:
         acting: the adapters that were switched on, and the weights of their updates.
-        use_cache: sentence-transformers switches it off in every config; so it is in the base's then.
+        use_cache: a field that sentence-transformers switches off in every config; it is then off in the base's, too.
     """
 
     model_type = MODEL_TYPE
@@ -42,15 +42,15 @@ class AdaptedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """As transformers has it, but that fields which only the base's config has are kept for it."""
-        if options.get("return_unused_kwargs"):  # they come to `AdaptedModel.from_pretrained`
+        """Make the config as transformers does, and keep fields that only the base's config has for it."""
+        if options.get("return_unused_kwargs"):  # the options go to `AdaptedModel.from_pretrained`
             return super().from_dict(config_dict, **options)
         place = {key: value for key, value in options.items() if key in PLACE or key.startswith("_")}
         return super().from_dict(config_dict | {k: v for k, v in options.items() if k not in place}, **place)
 
 
 class AdaptedModel:
-    """What the auto classes load for an `AdaptedConfig`: a model of the base's own class, with its adapters."""
+    """The model that the auto classes load for an `AdaptedConfig`: one of the base's own class, with its adapters."""
 
     config_class = AdaptedConfig
 
@@ -64,16 +64,17 @@ class AdaptedModel:
         revision: str | None = None,
         **options: Any,
     ) -> PreTrainedModel:
-        """The base that the adapter file names, and its adapters.
+        """Load the base that the adapter file names, and its adapters.
 
         Args:
             name: a folder, or a repository on the hub.
-            config: as it was loaded from there; what was changed in it since is changed in the base's.
-            subfolder, revision: of ``name``.
-            **options: for the base's own `from_pretrained`.
+            config: the config as it was loaded from there; what was changed in it since is changed in the base's.
+            subfolder, revision: the subfolder and the revision of ``name``.
+            **options: the options of the base's own `from_pretrained`.
 
         Raises:
-            FileNotFoundError, AdapterFileError, MismatchError, TargetError: as `unilora_transformers.from_pretrained`.
+            FileNotFoundError, AdapterFileError, MismatchError, TargetError: as in
+                `unilora_transformers.from_pretrained`.
         """
         folder = Path(name)
         if not folder.is_dir():
@@ -92,7 +93,7 @@ class AdaptedModel:
 
 
 def _changed(config: AdaptedConfig, folder: Path) -> dict[str, Any]:
-    """The fields of a config that are no longer what the folder says."""
+    """Return the fields of a config that are no longer what the folder says."""
     before = AdaptedConfig.from_pretrained(folder).to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in before or before[key] != value}
 

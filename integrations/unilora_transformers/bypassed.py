@@ -15,14 +15,14 @@ __all__ = ["through_readers"]
 def through_readers(
     model: PreTrainedModel, targets: tuple[Target, ...], example: Mapping[str, Any] | None = None
 ) -> tuple[Target, ...]:
-    """The targets, those of bypassed layers as parameters of the modules that read their weights.
+    """Return the targets, where a bypassed layer becomes a parameter of the module that reads its weight.
 
     Args:
-        example: the inputs of the run; made up from the config unless given.
+        example: the inputs of the run; by default they are made up from the config.
     """
     for inputs in made_up_inputs(model) if example is None else (example,):
         try:
             return bypassed.through_readers(model, targets, partial(model, **inputs))
-        except Exception:  # whatever a model raises on inputs that it was not made for
+        except Exception:  # a model may raise anything on inputs that it was not made for
             continue
     return targets

@@ -1,4 +1,4 @@
-"""The model, run once when an adapter is attached: no target is dead."""
+"""Check when an adapter is attached: the model runs once, to find out that no target is dead."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ def check(model: PreTrainedModel, adapter: Adapter, example: Mapping[str, Any] |
 
     A model that cannot run on made-up inputs is left unchecked, with a warning: its first forward pass still checks
     that the targets are reached.
-    So it is, without one, where DeepSpeed's ZeRO-3 has no values until its engine runs the model.
+    It is also left unchecked, without a warning, where DeepSpeed's ZeRO-3 has no values until its engine runs the
+    model.
 
     Raises:
-        TargetError: a target that is bypassed, or through which no gradient flows.
+        TargetError: a target is bypassed, or no gradient flows through it.
     """
     if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
         return
@@ -33,10 +34,10 @@ def check(model: PreTrainedModel, adapter: Adapter, example: Mapping[str, Any] |
     for inputs in made_up_inputs(model):
         seen = f"made-up inputs {sorted(inputs)}"
         try:
-            asleep = verify(adapter, (), inputs, whole=TargetError in failed)  # it tells of a bypassed layer once
-        except TargetError as error:  # others may tell more: attention over one token has no gradient
+            asleep = verify(adapter, (), inputs, whole=TargetError in failed)  # a bypassed layer is reported once
+        except TargetError as error:  # other inputs may show more: attention over one token has no gradient
             failed.setdefault(TargetError, f"{error} (Seen with {seen}; if the model needs others, ")
-        except Exception as error:  # whatever a model raises on inputs that it was not made for
+        except Exception as error:  # a model may raise anything on inputs that it was not made for
             failed.setdefault(
                 Exception,
                 f"unilora: {type(model).__name__} does not run on {seen} ({error!r:.200}), so its targets are "

@@ -1,4 +1,4 @@
-"""Gradient checkpointing beside a frozen model."""
+"""Gradient checkpointing beside a frozen model: it is made to give θ_d its gradient."""
 
 import functools
 from collections.abc import Callable, MutableMapping
@@ -16,10 +16,11 @@ __all__ = ["watch_checkpointing"]
 
 
 def watch_checkpointing(model: PreTrainedModel) -> list[Any]:
-    """Handles of what makes reentrant checkpointing give θ_d its gradient; it acts once checkpointing is on.
+    """Return handles of the hooks that make reentrant checkpointing give θ_d its gradient; they act once checkpointing
+    is on.
 
     Checkpointing may be switched on at any time (the Trainer does so when training begins), so this is looked up in
-    each pass, also in one of a model inside this one.
+    each pass, also in a pass of a model inside this one.
     """
     inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     made = [(each, TrackedCheckpoints(each)) for each in inner]
@@ -38,7 +39,7 @@ class TrackedCheckpoints:
         self.layers = {name: module for name, module in named if hasattr(module, "gradient_checkpointing")}
 
     def __call__(self, _module: nn.Module, _args: Any) -> None:
-        """Before each forward pass of the model; a compiled one keeps no gradient back."""
+        """Track the checkpoints, before each forward pass of the model; a compiled one keeps no gradient back."""
         if torch.compiler.is_compiling():
             return
         for name, layer in self.layers.items():
@@ -60,7 +61,7 @@ def _is_tracked(function: Any) -> bool:
 
 
 def _may_reenter(function: Any) -> bool:
-    """Whether it is not known that a function checkpoints without reentering; PyTorch's default is reentrant."""
+    """Say whether a function may checkpoint by reentering, as far as is known; PyTorch's default is reentrant."""
     if function is None or _is_tracked(function):
         return False
     return not isinstance(function, functools.partial) or function.keywords.get("use_reentrant") is not False
@@ -68,21 +69,21 @@ def _may_reenter(function: Any) -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor was in a nested value."""
+    """The place of a tensor in a nested value."""
 
     index: int
 
 
 def tracked(where: str, checkpoint: Callable, function: Callable, *args: Any) -> Any:
-    """What ``checkpoint(function, *args)`` gives, with all gradients.
+    """Return what ``checkpoint(function, *args)`` gives, with all gradients.
 
-    Reentrant checkpointing sees the tensors among the positional arguments and in a flat output, and no others; and
-    where none of the arguments requires a gradient, as in a frozen model, it drops those of what is inside, too. So
-    every tensor is given as an argument, the keywords' included, beside one that requires a gradient, and every tensor
-    of the output comes back in a flat tuple.
+    Reentrant checkpointing sees only the tensors among the positional arguments and in a flat output. Where no argument
+    requires a gradient, as in a frozen model, it also drops the gradients of what is inside. So every tensor, those of
+    the keywords included, is given as an argument beside one that requires a gradient, and every tensor of the output
+    comes back in a flat tuple.
 
     Raises:
-        TargetError: the layer writes into an argument, so that tensors leave it on a way that has no gradient.
+        TargetError: the layer writes into an argument, so that tensors leave it without a gradient.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return checkpoint(function, *args)
@@ -108,8 +109,8 @@ def tracked(where: str, checkpoint: Callable, function: Callable, *args: Any) ->
 
 
 def _differentiable(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors; computed again for a backward pass, at least one of them requires a gradient, or PyTorch refuses it:
-    nothing in the layer may be trained.
+    """Return the tensors, at least one of which requires a gradient where they are computed again for a backward pass,
+    or PyTorch refuses it:
     """
     if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
         return tuple(tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors)
@@ -117,7 +118,7 @@ def _differentiable(tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _packed(value: Any) -> tuple[Any, list[Tensor]]:
-    """A nested value with a `Slot` for each tensor, and the tensors, each once."""
+    """Return a nested value with a `Slot` for each tensor, and the tensors, each once."""
     slots: dict[int, Slot] = {}
     tensors: list[Tensor] = []
 
@@ -131,7 +132,9 @@ def _packed(value: Any) -> tuple[Any, list[Tensor]]:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """A nested value in which all that is of a kind is changed. Other objects, such as caches, stay themselves."""
+    """Return a nested value in which all values of a kind are changed. Other objects, such as caches, stay
+    themselves.
+    """
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, ModelOutput):
@@ -139,13 +142,13 @@ def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if type(value) is dict:
         return {key: _mapped(each, kind, change) for key, each in value.items()}
     if isinstance(value, tuple | list):
-        make = getattr(value, "_make", type(value))  # a named tuple has its own
+        make = getattr(value, "_make", type(value))  # a named tuple has its own constructor
         return make(_mapped(each, kind, change) for each in value)
     return value
 
 
 def _contents(value: Any) -> list[Any]:
-    """What lies in the lists and mappings of a nested value, by identity."""
+    """Return what lies in the lists and mappings of a nested value, by identity."""
     if isinstance(value, MutableMapping):
         return [(key, id(each), _contents(each)) for key, each in value.items()]
     return [(id(each), _contents(each)) for each in value] if isinstance(value, tuple | list) else []

@@ -1,4 +1,4 @@
-"""How many classes a head tells apart, and their names, between a model's config and an adapter file.
+"""The classes of a head, their number and their names, between a model's config and an adapter file.
 
 transformers takes, saves and loads any numbers and names: from 1, with gaps, as text, more or fewer than the outputs. A
 file has a list of names in the order of the outputs (``labels``) where they are numbered so, and else the config's own
@@ -31,7 +31,7 @@ NUMBERS, NUMBER = "id2label", "label2id"
 
 @dataclass(frozen=True)
 class Classes:
-    """What a file says of the classes.
+    """The classes of a head, as a file states them.
 
     Attributes:
         count: how many outputs the head has; None where the file does not say.
@@ -43,7 +43,7 @@ class Classes:
     label2id: Names | None
 
     def put_in(self, config: PreTrainedConfig) -> None:
-        """The names into the config of a model that has the outputs."""
+        """Put the names into the config of a model that has the outputs."""
         if self.id2label is not None:
             config.id2label = dict(self.id2label)
         if self.label2id is not None:
@@ -51,10 +51,10 @@ class Classes:
 
 
 def read_classes(header: Header) -> Classes:
-    """The classes of a file.
+    """Read the classes of a file.
 
     Raises:
-        CorruptFileError: more outputs than a file may ask for.
+        CorruptFileError: the file asks for more outputs than a file may.
     """
     if labels := header.labels:
         return Classes(len(labels), dict(enumerate(labels)), _inverse(dict(enumerate(labels))))
@@ -65,9 +65,9 @@ def read_classes(header: Header) -> Classes:
 
 
 def write_classes(model: PreTrainedModel) -> dict[str, str]:
-    """The entries of a file for the classes of a model; empty for one that tells none apart.
+    """Return the entries of a file for the classes of a model; empty for a model without classes.
 
-    What cannot be stored is left out with a warning: it is not worth what was trained.
+    What cannot be stored is left out with a warning, so that what was trained is not lost.
     """
     if not TELLS_APART.search(type(model).__name__):
         return {}
@@ -88,7 +88,7 @@ def write_classes(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _items(config: PreTrainedConfig, field: str) -> Iterable[tuple[Any, Any]]:
-    """The entries of a field that should be a dictionary, and may be a list, or nothing."""
+    """Return the entries of a field that should be a dictionary, and may be a list, or nothing."""
     value = getattr(config, field, None)
     if isinstance(value, Mapping):
         return value.items()
@@ -104,7 +104,7 @@ def _texts(names: Names) -> bool:
 
 
 def _number(key: Any) -> int | str:
-    """The number of a class; transformers makes an integer of it, too, whenever it loads a config."""
+    """Return the number of a class as an integer, as transformers makes it whenever it loads a config."""
     try:
         return int(key)
     except (TypeError, ValueError):
@@ -112,7 +112,7 @@ def _number(key: Any) -> int | str:
 
 
 def _settings(**values: Any) -> Iterator[tuple[str, Any]]:
-    """Those that a reader of the file would take."""
+    """Yield the settings that a reader of the file would take."""
     for name, value in values.items():
         count = name == "num_labels" and isinstance(value, int) and 0 < value <= SIZES[name]
         if count or value in typing.get_args(SETTINGS[name]):
@@ -122,7 +122,7 @@ def _settings(**values: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _dictionary(name: str, values: Mapping[Any, Any]) -> Iterator[str]:
-    """Its text, if it can be read again."""
+    """Yield the text of a dictionary, if it can be read again."""
     try:
         text = json.dumps({str(key): value for key, value in values.items()})
         typed(dict[str, ClassName], parse_json(text, name), name)
