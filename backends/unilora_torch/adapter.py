@@ -44,7 +44,7 @@ class Adapter(Vector):
         return f"Adapter({self.summary()})"
 
     def factors(self) -> dict[str, Tensor]:
-        """Compute A (r, in) and B (out, r) of each target by name, or a frame's other pieces: float32, with gradients."""
+        """Compute A (r, in) and B (out, r) of each target by name, or a frame's other pieces; float32, in the graph."""
         return self()
 
     def factors_of(self, target: Target) -> tuple[Tensor, ...]:

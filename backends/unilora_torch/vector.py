@@ -7,7 +7,7 @@ its update to the output. θ_d is the parameter ``unilora.theta_d`` of the model
 import contextlib
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn

@@ -34,7 +34,7 @@ class Outer:
 DEEP = 100_000
 NO_JSON = {
     "": "Expecting value",
-    "[1,]": "Expecting value",
+    "[1,]": "Expecting value|Illegal trailing comma",
     "{'a': 1}": "Expecting property name",
     "nul": "Expecting value",
     "[" * DEEP: "recursion",
