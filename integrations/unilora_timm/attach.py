@@ -1,4 +1,4 @@
-"""attach, load: one vector beside a timm model, checked to reach every target."""
+"""attach and load put one vector beside a timm model, checked to reach every target."""
 
 import contextlib
 import os
@@ -31,29 +31,29 @@ def attach(
 ) -> Adapter:
     """Freeze a timm model, put one trainable vector beside its layers, and leave its classifier to train.
 
-    The model is run on one image, to check that every target is reached and gives θ_d a gradient. A layer whose weight
-    the model uses without calling it (``attn.qkv`` of BEiT, EVA-02 and Swin v2) is found out there, and its weight is
-    W + ΔW while the module that uses it runs.
+    The model is run on one image, to check that every target is reached and gives θ_d a gradient. That run finds layers
+    whose weight the model uses without calling them (``attn.qkv`` of BEiT, EVA-02 and Swin v2): their weight is W + ΔW
+    while the module that uses it runs.
 
     Args:
         model: any timm model; changed in place.
         targets: None for the default (query and value; see `find_targets`), a word such as ``"qkv"`` or ``"mlp"``, a
             regular expression, a list of words and names, or a list of `Target`.
-        exclude: taken away from ``targets``, by regular expression or list of names.
+        exclude: the names to remove from ``targets``, as a regular expression or a list.
         method: ``"uni-lora"``, or another of `unilora_core.methods.METHODS`: ``"lora"``, ``"vera"``, ``"lora-xs"``, …
         modules_to_save: names of modules that train in full and are saved with θ_d; by default the classifier.
         example: (batch, channels, height, width), an input for the check; by default one image of the model's size.
-        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name`` and ``groups``, as
-            in `unilora_torch.attach`, and what the method takes beside, such as ``vectors=64`` of VB-LoRA.
+        **options: ``rank``, ``d``, ``seed``, ``grouping``, ``start``, ``bound``, ``name`` and ``groups``, as in
+            `unilora_torch.attach`, and the options of the method, such as ``vectors=64`` of VB-LoRA.
 
     Returns:
         The adapter, also found at ``model.unilora``.
 
     Raises:
-        TargetError: nothing to adapt, or a target that no gradient reaches (also where a layer scale or a norm is zero,
-            as in some models with random weights: load the weights first); the model is unchanged.
-        SpecError: an unknown method or option, or rank or d out of range; the model is unchanged, as it is after an
-            interrupt.
+        TargetError: there is nothing to adapt, or no gradient reaches a target (also where a layer scale or a norm is
+            zero, as in some models with random weights: load the weights first); the model is unchanged.
+        SpecError: a method or an option is unknown, or rank or d is out of range; the model is unchanged, as it is
+            after an interrupt.
     """
     check_attach(method, options)
     heads = classifier(model) if modules_to_save is None else modules_to_save
@@ -77,7 +77,7 @@ def attach(
 
 
 def load(model: nn.Module, path: str | os.PathLike, **options: Unpack[LoadOptions]) -> Adapter:
-    """Read an adapter file and attach it to its base model; `unilora_torch.load` says what the options are."""
+    """Read an adapter file and attach it to its base model; the options are those of `unilora_torch.load`."""
     return _watched(model, unilora_torch.load(model, path, **options))
 
 
@@ -106,7 +106,7 @@ def _verify(model: nn.Module, adapter: Adapter, image: Tensor) -> None:
 
 
 def _zeros(model: nn.Module, adapter: Adapter) -> str:
-    """What may be why no gradient arrives: a scale or a norm that is still zero, as timm starts some."""
+    """Say what may be why no gradient arrives: a scale or a norm that is still zero, as timm starts some."""
     targets = [target.module.split(".") for target in adapter.targets]
     beside = {
         name: max(_shared(name.split("."), target) for target in targets)
@@ -123,7 +123,7 @@ def _zeros(model: nn.Module, adapter: Adapter) -> str:
 
 
 def _shared(name: list[str], other: list[str]) -> int:
-    """How many parts two names begin with alike."""
+    """Count the parts with which two names begin alike."""
     return next((depth for depth, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), len(other))
 
 
@@ -139,7 +139,7 @@ def _past_dead_classifier(model: nn.Module) -> Iterator[None]:
 
 
 def example_of(model: nn.Module) -> Tensor:
-    """One image (1, channels, height, width) of the size, device and dtype that the model takes; not random."""
+    """Make one image (1, channels, height, width) of the size, device and dtype that the model takes; not random."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = config.get("input_size") or (3, 224, 224)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Out: an adapted model as a plain one of timm, and as ONNX."""
+"""Saving of an adapted model as a plain one of timm, and as ONNX."""
 
 import copy
 import importlib.util
@@ -16,17 +16,17 @@ from unilora_torch.adapter import adapters
 __all__ = ["check_onnx", "merged", "save_onnx"]
 
 LARGE = 2**30
-"""Weights of more bytes lie beside an ONNX file, which cannot hold 2 GB."""
+"""The bytes above which weights lie beside an ONNX file, which cannot hold 2 GB."""
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A plain copy of an adapted model, with the updates in its weights; the model itself stays as it is.
+    """Make a plain copy of an adapted model, with the updates in its weights; the model itself stays as it is.
 
     The copy has neither hooks nor θ_d, so timm's own functions take it: `timm.models.save_for_hf`, `push_to_hf_hub`.
     Adapters that are switched off are left out.
 
     Raises:
-        TargetError: the model has no adapter, or a weight that cannot take the update (see `Adapter.merge`).
+        TargetError: the model has no adapter, or a weight cannot take the update (see `Adapter.merge`).
         ValuesError: θ_d holds NaN or infinity.
     """
     if not adapters(model):
@@ -47,21 +47,21 @@ def save_onnx(model: nn.Module, path: str | os.PathLike, example: Tensor | None 
 
     Args:
         model: a model of timm, adapted or plain.
-        path: the file to write; weights of more than a gigabyte come to lie beside it, in ``path`` with ``.data``. The
+        path: the file to write; weights of more than a gigabyte are written beside it, in ``path`` with ``.data``. The
             files appear together, and whole or not at all.
-        example: images of the height and width that the file shall take; by default of the model's size.
+        example: images of the height and width that the file is to take; by default of the model's size.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is not installed.
-        TargetError, ValuesError: as `merged`.
+        TargetError, ValuesError: as in `merged`.
         RuntimeError: torch cannot export the model, or not for any batch size. Nothing is written then.
-        OSError: a file cannot be written, which is tried first; it names the path.
+        OSError: a file cannot be written, which is tried first; the error names the path.
     """
     check_onnx()
     try_files(path)
     plain = (merged(model) if adapters(model) else copy.deepcopy(model)).eval()
     for module in plain.modules():
-        if hasattr(module, "fused_attn"):  # as timm's exportable=True: torch cannot export that of BEiT
+        if hasattr(module, "fused_attn"):  # as timm's exportable=True does: torch cannot export BEiT's
             module.fused_attn = False
     image = example_of(plain) if example is None else example
     pair = image[:1].expand(2, *image.shape[1:])  # a batch of one would be taken for a constant
@@ -77,10 +77,10 @@ def save_onnx(model: nn.Module, path: str | os.PathLike, example: Tensor | None 
 
 
 def check_onnx() -> None:
-    """Say what `save_onnx` lacks.
+    """Check that the packages which `save_onnx` needs are installed.
 
     Raises:
-        ModuleNotFoundError: with the remedy.
+        ModuleNotFoundError: one is missing; the error has the remedy.
     """
     for name in ("onnx", "onnxscript"):
         if importlib.util.find_spec(name) is None:

@@ -1,4 +1,6 @@
-"""Which layers of a timm model are adapted: words that mean the same in every family in, a tuple of `Target` out."""
+"""Choice of the adapted layers of a timm model: words that mean the same in every family go in, a tuple of `Target`
+comes out.
+"""
 
 import dataclasses
 import re
@@ -27,7 +29,7 @@ WORDS = {
     "conv": set(),
     "all-linear": set(),
 }
-"""Word → how the layers that it means are called. q, k and v also mean their blocks of a fused layer."""
+"""The layer names that each word means. q, k and v also mean their blocks of a fused layer."""
 
 FUSED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qkv", "qkvs", "qkv_proj", "in_proj_weight"), ("q", "k", "v")),
@@ -35,16 +37,16 @@ FUSED: dict[str, tuple[str, ...]] = {
     "qk": ("q", "k"),
     "in_proj": ("fc1", "q", "k", "v"),  # of attention and MLP side by side
 }
-"""How a fused layer is called → its blocks, in order of rows."""
+"""The blocks of each fused layer, by its name, in order of rows."""
 
 DEFAULTS = (("q", "v"), ("qkv",), ("mlp",))
 """The first of these that a model has is adapted by default (q and v as in the paper); without any, every layer."""
 
 INNER = re.compile(r"linear|conv|c|l|ln|\d+")
-"""Names of a layer inside a wrapper (with a norm, say), which carries the name that tells: ``attn.q.conv`` is a q."""
+"""The names of a layer inside a wrapper (with a norm, say), whose name tells its role: ``attn.q.conv`` is a q."""
 
 EMBEDS = re.compile(r"(.*\.)?(patch_embed\w*|stem\w*|conv_stem|embeds)(\..*)?")
-"""Where a model makes patches of an image."""
+"""The places where a model makes patches of an image."""
 
 
 def find_targets(
@@ -53,16 +55,17 @@ def find_targets(
     *,
     exclude: str | Iterable[str] = (),
 ) -> tuple[Target, ...]:
-    """The layers, or blocks of fused ones, that ``targets`` selects, in the model's order.
+    """Return the layers, or blocks of fused ones, that ``targets`` selects, in the model's order.
 
     Args:
         targets: None (query and value where the model has them, else the MLPs, else all linear layers and
             convolutions); a word of `WORDS`; a regular expression for whole names; or a list of words, names and
             endings of names.
-        exclude: a regular expression or a list of names or endings; taken away from the selection.
+        exclude: a regular expression or a list of names or endings, to remove from the selection.
 
     Raises:
-        TargetError: nothing selected (known words and those that the model has are listed), or no layer to adapt.
+        TargetError: nothing is selected (the error lists the known words, and those that the model has), or there is no
+            layer to adapt.
     """
     listed = (targets,) if targets is None or isinstance(targets, str) else tuple(targets)
     words = [entry for entry in listed if isinstance(entry, str)]
@@ -85,7 +88,7 @@ def find_targets(
 
 
 def classifier(model: nn.Module) -> tuple[str, ...]:
-    """The names of the model's classifier (two for a distilled model); empty without one (``num_classes=0``)."""
+    """Return the names of the model's classifier (two for a distilled model); empty without one (``num_classes=0``)."""
     found = model.get_classifier() if hasattr(model, "get_classifier") else ()
     heads = found if isinstance(found, (tuple, list)) else (found,)
     names = [name for name, module in model.named_modules() if name and any(module is head for head in heads)]
@@ -97,7 +100,9 @@ def classifier(model: nn.Module) -> tuple[str, ...]:
 
 
 def _layers(model: nn.Module, exclude: str | Iterable[str]) -> dict[str, Target]:
-    """Name → target of every linear layer, convolution and matrix of `nn.MultiheadAttention` outside the classifier."""
+    """Return the target of every linear layer, convolution and matrix of `nn.MultiheadAttention` outside the
+    classifier, by name.
+    """
     heads = tuple(f"{name}." for name in classifier(model))
     every = unilora_torch.find_targets(
         model, "all-linear", exclude=exclude, all_linear=lambda module: is_linear(module) or is_conv(module)
@@ -109,7 +114,7 @@ def _layers(model: nn.Module, exclude: str | Iterable[str]) -> dict[str, Target]
 
 
 def _default(model: nn.Module, layers: dict[str, Target]) -> list[Target]:
-    """The first of `DEFAULTS` that the body of the model has; every layer where it has none."""
+    """Return the first of `DEFAULTS` that the body of the model has; every layer where it has none."""
     body = {name: target for name, target in layers.items() if not _pools(model, name)}
     for words in DEFAULTS:
         if all(_select(model, body, word) for word in words):
@@ -118,14 +123,14 @@ def _default(model: nn.Module, layers: dict[str, Target]) -> list[Target]:
 
 
 def _pools(model: nn.Module, name: str) -> bool:
-    """Whether a layer belongs to an attention that pools the features."""
+    """Say whether a layer belongs to an attention that pools the features."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
     return any(isinstance(module, (AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d)) for module in above)
 
 
 def _select(model: nn.Module, layers: dict[str, Target], word: str) -> list[Target]:
-    """What a word means in this model."""
+    """Return the targets that a word means in this model."""
     chosen = []
     for name, target in layers.items():
         parent, role = _role(name)
@@ -140,7 +145,7 @@ def _select(model: nn.Module, layers: dict[str, Target], word: str) -> list[Targ
 
 
 def _means(model: nn.Module, layers: dict[str, Target], name: str, word: str) -> bool:
-    """Whether a word means a whole layer."""
+    """Say whether a word means a whole layer."""
     convolves, (parent, role) = is_conv(model.get_submodule(layers[name].module)), _role(name)
     match word:
         case "all-linear":
@@ -160,7 +165,7 @@ def _means(model: nn.Module, layers: dict[str, Target], name: str, word: str) ->
 
 
 def _role(name: str) -> tuple[str, str]:
-    """The module that a layer serves, and as what: ``0.attn`` and ``proj`` for ``0.attn.proj.ln.linear``."""
+    """Return the module that a layer serves, and its role: ``0.attn`` and ``proj`` for ``0.attn.proj.ln.linear``."""
     parts = name.split(".")
     while len(parts) > 1 and INNER.fullmatch(parts[-1]):
         parts.pop()
@@ -170,13 +175,13 @@ def _role(name: str) -> tuple[str, str]:
 
 
 def _is_attention(layers: dict[str, Target], parent: str) -> bool:
-    """Whether a module holds queries, so that its `proj` is attention's and not a patch embedding's."""
+    """Say whether a module holds queries, so that its `proj` is attention's and not a patch embedding's."""
     roles = {role for holder, role in map(_role, layers) if holder == parent}
     return bool(roles & (FUSED.keys() | WORDS["q"]))
 
 
 def _blocks(attention: nn.Module, role: str, height: int) -> dict[str, tuple[int, int]]:
-    """Block → rows and first row of a fused layer; none where each head's q, k and v lie together."""
+    """Return rows and first row of each block of a fused layer; none where each head's q, k and v lie together."""
     names = FUSED[role]
     if getattr(attention, "use_global", False):  # GCViT: q comes from elsewhere
         names = FUSED["kv"]
@@ -190,13 +195,15 @@ def _blocks(attention: nn.Module, role: str, height: int) -> dict[str, tuple[int
 
 
 def _is_by_head(attention: nn.Module, role: str) -> bool:
-    """MaxViT and CoAtNet; LeViT, TinyViT and EfficientFormer; HaloNet; EfficientViT (MIT)."""
+    """Say whether each head's blocks lie together, as in MaxViT and CoAtNet; LeViT, TinyViT and EfficientFormer;
+    HaloNet; EfficientViT (MIT).
+    """
     keys = hasattr(attention, "key_dim") and hasattr(attention, "val_dim") and role != "qkvs"
     return getattr(attention, "head_first", False) or keys or type(attention).__name__ in {"HaloAttn", "LiteMLA"}
 
 
 def _sizes(attention: nn.Module, role: str) -> list[int] | None:
-    """The rows of each block where they differ."""
+    """Return the rows of each block where they differ."""
     if role == "in_proj":
         return getattr(attention, "in_split", [0])
     match type(attention).__name__:
@@ -216,7 +223,7 @@ def _sizes(attention: nn.Module, role: str) -> list[int] | None:
 def _match(
     model: nn.Module, layers: dict[str, Target], pattern: str | list[str], exclude: str | Iterable[str]
 ) -> list[Target]:
-    """What a regular expression, or the end of a name, selects."""
+    """Return what a regular expression, or the end of a name, selects."""
     try:
         return list(unilora_torch.find_targets(model, pattern, exclude=exclude))
     except TargetError as error:

@@ -109,8 +109,8 @@ def tracked(where: str, checkpoint: Callable, function: Callable, *args: Any) ->
 
 
 def _differentiable(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the tensors, at least one of which requires a gradient where they are computed again for a backward pass,
-    or PyTorch refuses it:
+    """Return the tensors. Where they are computed again for a backward pass, one of them is made to require a gradient,
+    or PyTorch refuses the pass: maybe nothing in the layer is trained.
     """
     if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
         return tuple(tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors)
@@ -132,9 +132,7 @@ def _packed(value: Any) -> tuple[Any, list[Tensor]]:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Return a nested value in which all values of a kind are changed. Other objects, such as caches, stay
-    themselves.
-    """
+    """Return a nested value with all values of a kind changed. Other objects, such as caches, stay the same."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, ModelOutput):

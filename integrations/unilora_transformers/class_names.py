@@ -34,7 +34,7 @@ class Classes:
     """The classes of a head, as a file states them.
 
     Attributes:
-        count: how many outputs the head has; None where the file does not say.
+        count: the number of outputs of the head; None where the file does not say.
         id2label, label2id: the config's fields of these names; None likewise.
     """
 

@@ -1,8 +1,9 @@
-"""What no checkpoint gave values: weights that were made anew beside those that were loaded, and are in no other file.
+"""Fresh weights: no checkpoint gave them values; they were made anew beside those that were loaded, and are in no other
+file.
 
 transformers marks what it loads. A frozen weight without the mark has random values that another run does not have, so
 it trains in full and is saved with θ_d, as a new classifier is. Rows that were added to a vocabulary are such values in
-tables that are large: whoever attaches an adapter says what is to become of them.
+large tables: whoever attaches an adapter says what happens to them.
 """
 
 import copy
@@ -29,10 +30,11 @@ MARK = "_is_hf_initialized"
 
 
 def fresh_weights(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of the parameters that no checkpoint gave values; none in a model that was made from a config alone.
+    """Return the names of the parameters that come from no checkpoint; none in a model that was made from a config
+    alone.
 
-    What transformers itself expects to be missing (tables that are computed) is left out, and so is what is quantised
-    or offloaded: it was loaded, and has lost its mark.
+    Parameters that transformers itself expects to be missing (computed tables) are left out. So are quantised and
+    offloaded ones: they were loaded, and have lost their mark.
     """
     own = tuple(attached(model))
     named = {
@@ -41,7 +43,7 @@ def fresh_weights(model: PreTrainedModel) -> tuple[str, ...]:
         if is_plain(parameter) and not parameter.is_meta and not inside(name, own)
     }
     names = {name for name, parameter in named.items() if not getattr(parameter, MARK, False)}
-    if len(names) == len(named):  # made from a config, or a copy, which has no marks
+    if len(names) == len(named):  # a model from a config, or a copy, has no marks
         names = _not_in_checkpoint(model)
     names |= added_rows(model).keys()
     expected = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
@@ -49,7 +51,9 @@ def fresh_weights(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def fresh_parts(model: nn.Module, weights: Iterable[str]) -> tuple[str, ...]:
-    """The outermost modules of which all parameters are among these, and those that lie beside others by themselves."""
+    """Return the outermost modules of which all parameters are among these, and those parameters that lie beside
+    others.
+    """
     weights, parts = tuple(weights), list[str]()
     for name, module in model.named_modules():
         mine = {f"{name}.{key}" for key, _ in module.named_parameters(remove_duplicate=False)}
@@ -59,8 +63,8 @@ def fresh_parts(model: nn.Module, weights: Iterable[str]) -> tuple[str, ...]:
 
 
 def added_rows(model: PreTrainedModel) -> dict[str, int]:
-    """The names of the weights that got rows for added tokens → the first of these; empty unless the checkpoint is on
-    this machine and tells.
+    """Return the first added row of each weight that got rows for added tokens; empty unless the checkpoint is on this
+    machine and tells it.
     """
     tables = _vocabulary_weights(model)
     if not tables or not _resized(model):
@@ -75,12 +79,14 @@ def added_rows(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _vocabulary_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The input embeddings, if they came from a checkpoint, and what is tied to them or to the output embeddings."""
+    """Return the input embeddings, if they came from a checkpoint, and what is tied to them or to the output
+    embeddings.
+    """
     try:
         modules = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
         return {}
-    layers = [module for module in modules if isinstance(module, nn.Module)]  # Perceiver's are a parameter
+    layers = [module for module in modules if isinstance(module, nn.Module)]  # Perceiver's embeddings are a parameter
     own = {id(each) for layer in layers for each in layer.parameters(recurse=False)}
     table = getattr(modules[0], "weight", None)
     if table is None or not getattr(table, MARK, False):
@@ -90,7 +96,7 @@ def _vocabulary_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _resized(model: PreTrainedModel) -> bool:
-    """Whether the model has another number of tokens than its checkpoint."""
+    """Say whether the model has another number of tokens than its checkpoint."""
     config = model.config
     if not model.name_or_path:
         return False
@@ -99,7 +105,7 @@ def _resized(model: PreTrainedModel) -> bool:
             model.name_or_path, revision=getattr(config, "_commit_hash", None) or "main", local_files_only=True
         )
         return stored.get_text_config().vocab_size != config.get_text_config().vocab_size
-    except Exception:  # whatever transformers raises where there is none, or no vocabulary
+    except Exception:  # transformers may raise anything where there is none, or no vocabulary
         return False
 
 
@@ -107,7 +113,7 @@ def refuse_rows(model: PreTrainedModel, rows: Mapping[str, int], saved: Iterable
     """Refuse rows of added tokens that would stay as they are, and be in no file.
 
     Raises:
-        TargetError: with the remedy.
+        TargetError: there are such rows; the error has the remedy.
     """
     left = {name: first for name, first in rows.items() if not inside(name, saved)}
     if left:
@@ -122,13 +128,13 @@ def refuse_rows(model: PreTrainedModel, rows: Mapping[str, int], saved: Iterable
 
 
 def saved_with(named: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:
-    """What is named and what is fresh, each once: nothing that lies inside another."""
+    """Return what is named and what is fresh, each once: nothing that lies inside another."""
     found = dict.fromkeys((*named, *parts))
     return tuple(name for name in found if not inside(name, found.keys() - {name}))
 
 
 def warn_of_fresh(model: PreTrainedModel, adapter: Adapter, where: str) -> None:
-    """Say which fresh weights a file, or a folder, neither holds nor tells apart."""
+    """Warn of fresh weights that a file, or a folder, neither holds nor identifies."""
     told = adapter.base.fresh if adapter.base else {}
     left = [name for name in fresh_weights(model) if not inside(name, (*adapter.modules_to_save, *told))]
     if left:
@@ -140,17 +146,17 @@ def warn_of_fresh(model: PreTrainedModel, adapter: Adapter, where: str) -> None:
 
 
 def _not_in_checkpoint(model: PreTrainedModel) -> set[str]:
-    """The names of the parameters that the model's checkpoint lacks, or has in another shape."""
+    """Return the names of the parameters that the model's checkpoint lacks, or has in another shape."""
     info = _loading_info(model) if model.name_or_path else {}
     return {*info.get("missing_keys", ()), *(name for name, *_ in info.get("mismatched_keys", ()))}
 
 
 def _loading_info(model: PreTrainedModel) -> dict[str, Any]:
-    """What transformers finds where it loads the model's checkpoint, of which no value is read; empty where the
+    """Return what transformers finds where it loads the model's checkpoint, without reading values; empty where the
     checkpoint is not on this machine.
     """
     config = copy.deepcopy(model.config)
-    vars(config).pop("quantization_config", None)  # of names and shapes
+    vars(config).pop("quantization_config", None)  # it changes names and shapes
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""Write an adapter as a GGUF LoRA, which llama.cpp loads beside the base's own GGUF file.
+"""Writing of an adapter as a GGUF LoRA, which llama.cpp loads beside the base's own GGUF file.
 
-A and B are exact, as in `Adapter.export_lora`. Of llama.cpp's converter two things must be done here alike: its names
-for the layers, which the package gguf has, and the order of the outputs of q and k where it turns them for its rotary
+A and B are exact, as in `Adapter.export_lora`. Two things must match llama.cpp's converter: its names for the layers,
+which the package gguf has, and the order of the outputs of q and k where the converter turns them for its rotary
 embedding (architecture ``llama``).
 """
 
@@ -28,7 +28,7 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "phi3": "phi3",
 }
-"""``model_type`` of transformers → the architecture of llama.cpp that its converter makes of it."""
+"""The architecture that llama.cpp's converter makes of each ``model_type`` of transformers."""
 
 TURNED = "llama"
 """The architecture whose converter turns the outputs of q and k."""
@@ -40,12 +40,12 @@ def save_gguf(adapter: Adapter, path: str | os.PathLike) -> None:
     """Write an adapter as a GGUF file of type ``adapter``: A and B of each layer in float32, alpha = r.
 
     Args:
-        adapter: of a language model of one of the `ARCHITECTURES`.
-        path: of the file; llama.cpp takes it as ``--lora``.
+        adapter: the adapter of a language model of one of the `ARCHITECTURES`.
+        path: the path of the file; llama.cpp takes it as ``--lora``.
 
     Raises:
         ImportError: the package gguf is not installed.
-        TargetError: another architecture, or a layer that llama.cpp has no name for.
+        TargetError: the architecture is another, or llama.cpp has no name for a layer.
         AdapterFileError: llama.cpp would not serve it, such as a trained head; see `unilora_core.engines`.
         ValuesError: θ_d holds NaN or infinity. In each case nothing is written.
     """
@@ -73,7 +73,7 @@ def save_gguf(adapter: Adapter, path: str | os.PathLike) -> None:
 
 
 def _turned(B: np.ndarray, module: str, config: Any) -> np.ndarray:
-    """Order the outputs of q and k as llama.cpp does: of each head, its two halves take turns."""
+    """Put the outputs of q and k in llama.cpp's order: the two halves of each head take turns."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rpartition(".")[2])
     if heads is None:
         return B

@@ -17,25 +17,25 @@ from unilora_transformers.makers import MAKERS, MEDIA, Medium, media_token, plai
 __all__ = ["made_up_inputs", "takes"]
 
 LONGER = 8
-"""So many times the tokens, where a few are not enough."""
+"""The factor on the number of tokens, where a few are not enough."""
 
 MOST_FEATURES = 1024
-"""More tokens than these are not tried: the run would take long, and much memory."""
+"""The largest number of tokens that is tried: a run with more would take long, and much memory."""
 
 CROSS_ATTENTION = {"encoder_attn", "crossattention", "EncDecAttention"}
-"""What the attention to an encoder is called."""
+"""The names of the attention to an encoder."""
 
 PAIRED = {"pixel_values": "vision_config", "input_features": "audio_config"}
-"""What is given beside tokens where the config has such a part."""
+"""The inputs that are given beside tokens where the config has such a part."""
 
 ALWAYS = {"use_cache", "bbox", "past_time_features", "past_observed_mask", "future_values"}
 ALWAYS |= {"future_time_features", "bool_masked_pos"}
-"""What is given wherever a model takes it."""
+"""The inputs that are given wherever a model takes them."""
 
 
 def made_up_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Inputs to try, the fullest first: one sequence of a few tokens, one image, video, sound or series, or a sequence
-    with images or sounds in it, as the model's `forward` takes them.
+    """Yield inputs to try, the fullest first: one sequence of a few tokens, one image, video, sound or series, or a
+    sequence with images or sounds in it, as the model's `forward` takes them.
     """
     seen: list[dict[str, Any]] = []
     plain = list(_plain(model))
@@ -47,14 +47,14 @@ def made_up_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def _plain(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """All that is made of the config alone, in each layout that a class may have."""
+    """Yield all that is made of the config alone, in each layout that a class may have."""
     config, kind = model.config, type(model).__name__
     for layout in range(2):
         makers = {name: layouts[min(layout, len(layouts) - 1)] for name, layouts in MAKERS.items()}
         wanted = {}
         for name, make in makers.items():
             if _wants(model, name):
-                with contextlib.suppress(Exception):  # a config of other fields: the model will say what it lacks
+                with contextlib.suppress(Exception):  # the config may lack fields: the model will say so
                     wanted[name] = make(config)
         if kind.endswith("MultipleChoice"):
             wanted = {name: _choices(value) for name, value in wanted.items()}
@@ -63,7 +63,7 @@ def _plain(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def _longer(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """More of the same tokens: some models pool them, or attend within blocks of them."""
+    """Return more of the same tokens: some models pool them, or attend within blocks of them."""
     ids = inputs.get("input_ids")
     length = ids.shape[1] if isinstance(ids, Tensor) else None
     return {
@@ -73,15 +73,15 @@ def _longer(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choices(value: Any) -> Any:
-    """The same for two choices."""
+    """Return the same input for two choices."""
     return torch.stack([value, value], dim=1) if isinstance(value, Tensor) else value
 
 
 def _wants(model: PreTrainedModel, name: str) -> bool:
-    """Whether a model is given what its `forward` may take under a name."""
+    """Say whether a model is given what its `forward` may take under a name."""
     if not takes(model, name):
         return False
-    if name == "encoder_hidden_states":  # of a decoder alone
+    if name == "encoder_hidden_states":  # a decoder alone takes it
         parts = {each.rpartition(".")[2] for each, _ in model.named_modules()}
         return not takes(model, "decoder_input_ids") and bool(parts & CROSS_ATTENTION)
     if name == "decoder_input_ids":
@@ -91,13 +91,13 @@ def _wants(model: PreTrainedModel, name: str) -> bool:
 
 
 def _needs(model: PreTrainedModel, name: str) -> bool:
-    """Whether it cannot do without."""
+    """Say whether the model cannot run without this input."""
     parameter, main = inspect.signature(model.forward).parameters.get(name), model.main_input_name
     return parameter is not None and (parameter.default is inspect.Parameter.empty or name in (main, *main))
 
 
 def _with_media(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Tokens and an image or a sound, or both, with as many tokens of its kind as it has features."""
+    """Yield tokens and an image or a sound, or both, with as many tokens of its kind as it has features."""
     found = [list(_placed(model, medium)) for medium in MEDIA]
     for chosen in itertools.product(*(each or [{}] for each in found)):
         if any(chosen):
@@ -111,13 +111,13 @@ def _with_media(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def _placed(model: PreTrainedModel, medium: Medium) -> Iterator[dict[str, Any]]:
-    """What a medium is given as, and its tokens; nothing where the model has no such medium."""
+    """Yield the inputs of a medium, and its tokens; nothing where the model has no such medium."""
     config, features = model.config, getattr(model, medium.features, None)
     token = media_token(config, medium.config)
     if token is None or features is None or not isinstance(getattr(config, medium.config, None), PreTrainedConfig):
         return
     for make in medium.makers:
-        with contextlib.suppress(Exception), untouched(model), torch.no_grad():  # whatever it raises on a wrong layout
+        with contextlib.suppress(Exception), untouched(model), torch.no_grad():  # a wrong layout may raise anything
             model.eval()
             given = {name: _like(model, value) for name, value in make(config, model).items()}
             count = _count(features(**given), config.get_text_config().hidden_size)
@@ -126,13 +126,13 @@ def _placed(model: PreTrainedModel, medium: Medium) -> Iterator[dict[str, Any]]:
 
 
 def _count(features: Any, width: int) -> int:
-    """How many tokens these features take the place of."""
+    """Count the tokens that these features take the place of."""
     features = getattr(features, "pooler_output", features)
     return sum(leaf.numel() for leaf in tree_leaves(features) if isinstance(leaf, Tensor)) // width
 
 
 def takes(model: PreTrainedModel, name: str) -> bool:
-    """Whether its `forward` has an argument of this name."""
+    """Say whether its `forward` has an argument of this name."""
     return name in inspect.signature(model.forward).parameters
 
 

@@ -1,4 +1,4 @@
-"""What inputs are made of: text, images, sounds and series of the sizes that a model's config says."""
+"""Makers of inputs: text, images, sounds and series of the sizes that a model's config says."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ TOKENS = 8
 
 
 def plain_tokens(config: Any) -> Tensor:
-    """Different tokens of no special meaning, and the end token, which some heads look for."""
+    """Make different tokens of no special meaning, and the end token, which some heads look for."""
     text = config.get_text_config()
     ends = ("_token_id", "_token_index")
     named = [value for each in (config, text) for key, value in vars(each).items() if key.endswith(ends)]
@@ -28,7 +28,7 @@ def plain_tokens(config: Any) -> Tensor:
 
 
 def media_token(config: Any, which: str) -> int | None:
-    """The token that an image or a sound stands at."""
+    """Return the token that an image or a sound stands at."""
     word = {"vision_config": "image", "audio_config": "audio"}[which]
     for name in (f"{word}_token_id", f"{word}_token_index"):
         if isinstance(token := getattr(config, name, None), int):
@@ -37,7 +37,7 @@ def media_token(config: Any, which: str) -> int | None:
 
 
 def token_types(config: Any, tokens: Tensor) -> Tensor:
-    """1 where an image is, as some models want it beside the tokens."""
+    """Return 1 where an image is, as some models want it beside the tokens."""
     return (tokens == (media_token(config, "vision_config") or -1)).long()
 
 
@@ -46,12 +46,12 @@ def _ones(config: Any) -> Tensor:
 
 
 def _boxes(config: Any) -> Tensor:
-    """Where each token is on the page."""
+    """Make the box of each token on the page."""
     return torch.tensor([0, 0, 5, 5]).expand(1, plain_tokens(config).shape[1], 4)
 
 
 def _states(config: Any) -> Tensor:
-    """What an encoder would give."""
+    """Make what an encoder would give."""
     return _noise(1, TOKENS, getattr(config, "cross_attention_hidden_size", None) or config.hidden_size)
 
 
@@ -85,7 +85,7 @@ def _video(config: Any) -> Tensor:
 
 
 def _patches_hidden(config: Any) -> Tensor:
-    """Whether each patch of an image, or each tube of a video, is hidden: every second one."""
+    """Say whether each patch of an image, or each tube of a video, is hidden: every second one."""
     size = math.prod(side // patch for side, patch in zip(_sides(config), _pair(config.patch_size), strict=True))
     count = size * (getattr(config, "num_frames", 1) // getattr(config, "tubelet_size", 1))
     return (torch.arange(count) % 2 == 0)[None]
@@ -96,7 +96,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _sound(config: Any) -> Tensor:
-    """(1, bins, time)"""
+    """Make a spectrogram (1, bins, time)."""
     inner = [getattr(config, name, None) for name in ("audio_config", "encoder_config", "speech_config")]
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size", "input_dim")
     named = ((getattr(each, name, None)) for each in (config, *inner) for name in names)
@@ -114,7 +114,7 @@ def _heard(config: Any) -> Tensor:
 
 
 def _wave(config: Any) -> Tensor:
-    """A second of sound, or the spectrogram that some models call by the same name."""
+    """Make a second of sound, or the spectrogram that some models call by the same name."""
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
         return _noise(1, config.max_length, config.num_mel_bins)
     return _noise(1, 16000)
@@ -125,7 +125,7 @@ def _wave_of_channels(_config: Any) -> Tensor:
 
 
 def _series(config: Any) -> Tensor:
-    """A series as long as the model looks back."""
+    """Make a series as long as the model looks back."""
     lags = getattr(config, "lags_sequence", None) or [0]
     length = (getattr(config, "context_length", None) or 32) + max(lags)
     channels = getattr(config, "num_input_channels", None)
@@ -164,7 +164,7 @@ def _plain_image(config: Any, _model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _sized_image(config: Any, _model: PreTrainedModel) -> dict[str, Any]:
-    """An image of several tiles, as LLaVA-NeXT takes it."""
+    """Make an image of several tiles, as LLaVA-NeXT takes it."""
     tiles = _image(config)[None].expand(1, 5, -1, -1, -1)
     return {"pixel_values": tiles, "image_sizes": torch.tensor([_sides(config)])}
 
@@ -178,7 +178,7 @@ def _tiles(config: Any, _model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _patches(config: Any, _model: PreTrainedModel) -> dict[str, Any]:
-    """The flat patches of an image and how they lie, as Qwen's models take them."""
+    """Make the flat patches of an image and say how they lie, as Qwen's models take them."""
     vision = config.vision_config
     side = 2 * (getattr(vision, "spatial_merge_size", None) or 2)
     channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
@@ -200,12 +200,12 @@ def _only_mel(config: Any, _model: PreTrainedModel) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Medium:
-    """What may stand among tokens.
+    """A kind of input that may stand among tokens.
 
     Attributes:
         config: the name of its part of the config.
         features: the model's method that makes features of it.
-        makers: each gives the method's arguments in one layout.
+        makers: functions, each of which gives the method's arguments in one layout.
     """
 
     config: str
@@ -238,4 +238,6 @@ MAKERS: dict[str, tuple[Callable[[Any], Any], ...]] = {
     "future_values": (_future,),
     "future_time_features": (_future_features,),
 }
-"""Each name under which a model may take inputs → what makes them of the config, in one layout or another."""
+"""The makers of each input, by the name of the model's argument: they make it of the config, in one layout or
+another.
+"""

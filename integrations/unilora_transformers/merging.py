@@ -1,4 +1,4 @@
-"""Merge an adapter into a checkpoint, tensor by tensor: the base model is never in memory as a whole.
+"""Merging of an adapter into a checkpoint, tensor by tensor: the base model is never in memory as a whole.
 
 The model is built on the meta device, without values, to learn its layers' names. What transformers renames, stacks or
 transposes between a checkpoint and the model is undone on the update by transformers itself (`core_model_loading`), so
@@ -46,7 +46,7 @@ from unilora_transformers.saving import model_class, refuse_kernels
 __all__ = ["merge_checkpoint"]
 
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-"""Endings of what lies beside the weights: tokenizer, chat template, generation config, code."""
+"""The endings of the files that lie beside the weights: tokenizer, chat template, generation config, code."""
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "merge into the unquantised checkpoint that it was made from, and quantise the result."
@@ -72,20 +72,21 @@ def merge_checkpoint(
     Args:
         adapter_file: a file that `Adapter.save` wrote.
         base: the base model: a folder with safetensors files, or a name on the hub (fetched into its cache).
-        out: the folder to write; it must not exist, or be empty. It appears when it is whole; in one that is there (a
-            mounted one, or the current one) ``config.json`` comes last.
-        max_shard_size: in bytes.
-        check_base: refuse a base with other values than the one that the file was made for.
-        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
+        out: the folder to write; it must not exist, or be empty. It appears when it is whole; in an empty folder that
+            is there (a mounted or the current one) ``config.json`` comes last.
+        max_shard_size: the largest size of a file, in bytes.
+        check_base: whether to refuse a base with other values than the one that the file was made for.
+        any_rank: whether to take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
         config: fields of the model's config that differ from the base's, such as ``num_labels``.
-        progress: goes around the loop over the files that are written, such as ``tqdm``.
+        progress: a function around the loop over the written files, such as ``tqdm``.
 
     Raises:
         FileExistsError: ``out`` holds something.
-        OSError: it cannot be written, which is tried first.
-        FileNotFoundError: no safetensors checkpoint in ``base``.
+        OSError: ``out`` cannot be written, which is tried first.
+        FileNotFoundError: there is no safetensors checkpoint in ``base``.
         AdapterFileError: the file is damaged, or does not say which class of model it adapts.
-        MismatchError: it belongs to another base, or a weight's place in the checkpoint cannot be known; by name.
+        MismatchError: it belongs to another base, or a weight's place in the checkpoint cannot be known; the error
+            names it.
         TargetError: the checkpoint is quantised. In each case nothing is written.
     """
     try_folder(out)
@@ -104,7 +105,7 @@ def merge_checkpoint(
             if path.suffix in COPIED and path.name not in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
                 shutil.copyfile(path, new / path.name)
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(new)  # before the work of hours, as it may refuse
+        model.config.save_pretrained(new)  # first, as it may refuse, and the merge takes long
         _write(new, merged, max_shard_size, progress)
 
 
@@ -113,7 +114,7 @@ def merge_checkpoint(
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """Where each tensor of a checkpoint lies, and its shape and dtype."""
+    """The tensors of a checkpoint: where each lies, and its shape and dtype."""
 
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
@@ -172,7 +173,7 @@ def _local(base: str | os.PathLike) -> Path:
 
 @dataclass(frozen=True)
 class _Names:
-    """Which tensors of the checkpoint become which of the model's.
+    """The names of tensors: which of the checkpoint become which of the model's.
 
     Attributes:
         plain: the model's name → the checkpoint's, where loading only renames.
@@ -184,7 +185,7 @@ class _Names:
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: _Checkpoint) -> "_Names":
-        """As `from_pretrained` finds them."""
+        """Find the names as `from_pretrained` finds them."""
         transforms, known = get_model_conversion_mapping(model), model.state_dict()
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
@@ -200,7 +201,7 @@ class _Names:
 
 
 def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
-    """The model that the file adapts, of the checkpoint's config and without values."""
+    """Make the model that the file adapts, from the checkpoint's config and without values."""
     config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | changes)
     refuse_kernels(header.where, config)
     if getattr(config, "quantization_config", None) is not None:
@@ -214,7 +215,7 @@ def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTraine
     try:
         with torch.device("meta"):
             model = cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
-    except Exception as error:  # whatever a class raises on the config of another
+    except Exception as error:  # a class may raise anything on the config of another
         raise MismatchError(
             f"{header.where}: it adapts a {kind}, which cannot be built of the config of {folder} "
             f"({type(config).__name__}: {error!r:.300}); is it the base that the adapter was trained on?"
@@ -224,7 +225,7 @@ def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTraine
 
 
 def _load_small(model: PreTrainedModel, checkpoint: _Checkpoint, names: _Names) -> None:
-    """Values for the vectors and embeddings, which tell one base from another; not of a head of another size."""
+    """Load the vectors and embeddings, which identify a base; not a head of another size."""
     small: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.dim() == 1}
     tables = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
     small |= {name: module.weight for name, module in tables}
@@ -242,9 +243,9 @@ class _Merged:
     """The tensors of the checkpoint with the adapter in them, computed one at a time.
 
     Attributes:
-        adapter: it computes the updates beside the model without values, and is never run.
+        adapter: the adapter, which computes the updates beside the model without values, and is never run.
         heads: the checkpoint's name → the value of a tensor that was trained in full.
-        adapted: the checkpoint's name → the model's, of a weight that gets an update.
+        adapted: the checkpoint's name → the model's, for each weight that gets an update.
         keys: the names of all tensors, in the order of the base's files.
         pieces: the checkpoint's name → its part of an update that was split up already.
     """
@@ -292,11 +293,11 @@ class _Merged:
         return cls(model, checkpoint, names, adapter, heads, adapted, keys)
 
     def size(self, key: str) -> int:
-        """In bytes."""
+        """Return the size of a tensor in bytes."""
         return self.heads[key].nbytes if key in self.heads else self.checkpoint.size(key)
 
     def tensor(self, key: str) -> Tensor:
-        """Its merged value."""
+        """Compute the merged value of a tensor."""
         if key in self.heads:
             return self.heads[key]
         weight = self.checkpoint.read(key)
@@ -315,7 +316,7 @@ class _Merged:
         return merged
 
     def _split_up(self, name: str) -> dict[str, Tensor]:
-        """The update of a weight that loading puts together, in the form of the checkpoint."""
+        """Compute the update of a weight that loading puts together, in the form of the checkpoint."""
         full = torch.zeros(self.model.get_parameter(name).shape)
         for target in (target for target in self.adapter.targets if weight_name(target) == name):
             block_of(full, target).copy_(self.adapter.delta_weight(target))
@@ -332,7 +333,7 @@ class _Merged:
 def _check_values(
     path: str | os.PathLike, model: PreTrainedModel, names: _Names, trained: Iterable[str], weights: Iterable[str]
 ) -> None:
-    """Refuse what has no place of its own in the checkpoint, and a checkpoint that lacks values."""
+    """Refuse tensors that have no place of their own in the checkpoint, and a checkpoint that lacks values."""
     by_hand = "load the base model and the adapter, and merge there: adapter.detach(merge=True)."
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     for name in (*trained, *weights):
@@ -357,7 +358,7 @@ def _check_values(
 
 
 def _write(folder: Path, merged: _Merged, limit: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
-    """Files of at most ``limit`` bytes, and their index where there are several."""
+    """Write files of at most ``limit`` bytes, and their index where there are several."""
     shards: list[list[str]] = [[]]
     filled = 0
     for key in merged.keys:

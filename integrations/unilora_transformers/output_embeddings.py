@@ -1,4 +1,4 @@
-"""An adapted output layer that a trainer's fused loss passes by."""
+"""A check of an adapted output layer that a trainer's fused loss bypasses."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ __all__ = ["watch_output_embeddings"]
 
 
 def watch_output_embeddings(model: PreTrainedModel, adapter: Adapter) -> list[RemovableHandle]:
-    """Hooks that raise where the model trains without calling its output embeddings, if they are a target.
+    """Register hooks that raise where the model trains without calling its output embeddings, if they are a target.
 
     Losses that are fused with the last product (TRL's, Liger's) are put in the place of the model's forward pass after
-    an adapter is attached, and read ``lm_head.weight``. So once is not enough here: each training pass is checked.
+    an adapter is attached, and read ``lm_head.weight``. So one check is not enough here: each training pass is checked.
     """
     output = model.get_output_embeddings()
     names = [target.name for target in adapter.targets if model.get_submodule(target.module) is output]
@@ -28,19 +28,19 @@ def watch_output_embeddings(model: PreTrainedModel, adapter: Adapter) -> list[Re
     return [
         model.register_forward_pre_hook(watch.begin),
         output.register_forward_hook(watch.seen),
-        model.register_forward_hook(watch.end, prepend=True),  # its message is the more exact one
+        model.register_forward_hook(watch.end, prepend=True),  # its message is more exact
     ]
 
 
 class _Here(PerThread):
-    """Whether this thread's pass has called the output embeddings."""
+    """The state of one thread: whether its pass has called the output embeddings."""
 
     def __init__(self) -> None:
         self.called = False
 
 
 class _Watch:
-    """Notes whether the output embeddings were called between the beginning and the end of a pass."""
+    """A watch that notes whether the output embeddings were called between the beginning and the end of a pass."""
 
     def __init__(self, adapter: Adapter, name: str):
         self.adapter, self.name, self.here = adapter, name, _Here()

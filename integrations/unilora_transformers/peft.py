@@ -1,8 +1,9 @@
 """PEFT's UniLora adapters, read and written without PEFT.
 
-Format: ``adapter_config.json`` and ``adapter_model.safetensors`` with the one tensor ``base_model.unilora_theta_d``,
-as PEFT 0.20 and 0.21 write them. P is dealt over A, then B, of each adapted layer in the order of ``model.modules()``.
-PEFT rounds P's scale to the base's dtype; here it stays float32, so on a bf16 base the outputs agree to that rounding.
+The format is ``adapter_config.json`` and ``adapter_model.safetensors`` with the one tensor
+``base_model.unilora_theta_d``, as PEFT 0.20 and 0.21 write them. P is dealt over A, then B, of each adapted layer in
+the order of ``model.modules()``. PEFT rounds P's scale to the base's dtype; here it stays float32, so on a bf16 base
+the outputs agree to that rounding.
 """
 
 import contextlib
@@ -52,10 +53,10 @@ WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "
 WITHOUT_EFFECT |= {"peft_version", "revision", "save_indices", "task_type", "runtime_config"}
 GROUPING = "numpy-shuffle"
 SECONDS = 1.0
-"""How long the regular expressions of a folder may take over the names of a model: some take for ever."""
+"""The time that the regular expressions of a folder may take over the names of a model: some take for ever."""
 
 LONGEST = 10_000
-"""How long such an expression may be, and how often its counted repeats may multiply."""
+"""The largest length of such an expression, and the largest product of its counted repeats."""
 
 Matches = Callable[..., Any]
 
@@ -83,12 +84,13 @@ def load_peft(model: PreTrainedModel, folder: str | os.PathLike, *, any_rank: bo
     Args:
         model: the base model, changed in place.
         folder: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        any_rank: take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
+        any_rank: whether to take factors of any rank, not only up to `unilora_core.lora.largest_rank`.
 
     Raises:
-        AdapterFileError: no UniLora adapter, a damaged file, or a setting that is not supported, by its name.
+        AdapterFileError: there is no UniLora adapter, a file is damaged, or a setting is not supported; the error names
+            it.
         MismatchError: the adapter belongs to another model.
-        TargetError: a layer that cannot be adapted rightly. In each case the model is unchanged.
+        TargetError: a layer cannot be adapted rightly. In each case the model is unchanged.
     """
     require_model(model)
     folder = Path(folder)
@@ -180,7 +182,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; save the adapter as safetensors, PEFT's default.")
     try:
-        # through PyTorch, since NumPy lacks bfloat16
+        # PyTorch reads it, since NumPy lacks bfloat16
         tensors = load_file(path)
         return {
             name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -204,7 +206,7 @@ def _take_theta(folder: Path, config: _Config, tensors: dict[str, np.ndarray]) -
 
 
 def _check_indices(folder: Path, spec: ProjectionSpec, saved: Mapping[str, np.ndarray]) -> None:
-    """Indices that were saved (save_indices=True) must be the ones that the seed gives."""
+    """Refuse saved indices (save_indices=True) that are not the ones that the seed gives."""
     groups = spec.groups()
     for name, at in spec.layout.slices.items():
         key = f"{PREFIX}{name[:-2]}.unilora_indices_{name[-1]}"
@@ -216,7 +218,7 @@ def _check_indices(folder: Path, spec: ProjectionSpec, saved: Mapping[str, np.nd
 
 
 def _targets(folder: str | os.PathLike, model: nn.Module, config: _Config) -> tuple[Target, ...]:
-    """The layers that PEFT adapts, in the order in which it deals P to them: its `check_target_module_exists`."""
+    """Return the layers that PEFT adapts, in the order in which it deals P to them (`check_target_module_exists`)."""
     chosen = config.target_modules
     names = [name for name, _ in model.named_modules()]
     with _expressions(folder) as matches:
@@ -245,16 +247,16 @@ def _selects_layer(config: _Config, name: str, matches: Matches) -> bool:
 
 @contextlib.contextmanager
 def _expressions(folder: str | os.PathLike) -> Iterator[Matches]:
-    """`regex.match`, as long as there is time; a folder's own expressions may not end.
+    """Yield `regex.match` with a limit of time; a folder's own expressions may not end.
 
     Raises:
-        AdapterFileError: the time is up, or an expression is none.
+        AdapterFileError: the time is up, or an expression is invalid.
     """
     end = time.monotonic() + SECONDS
 
     def matches(expression: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
         counts = [int(count[:9]) for count in regex.findall(r"[1-9]\d*(?=[\d,\s]*\})", expression[:LONGEST])]
-        if len(expression) > LONGEST or math.prod(counts) > LONGEST:  # what is compiled is as long as its repeats
+        if len(expression) > LONGEST or math.prod(counts) > LONGEST:  # the compiled form is as long as its repeats
             raise OverflowError("an expression that is too long")
         return how(expression, name, timeout=max(1e-3, end - time.monotonic()))
 
@@ -268,7 +270,9 @@ def _expressions(folder: str | os.PathLike) -> Iterator[Matches]:
 
 
 def _heads(model: nn.Module, config: _Config) -> tuple[str, ...]:
-    """PEFT wraps every module whose name ends so; names that the model lacks (it adds some itself) are no fault."""
+    """Return the modules that PEFT wraps: every one whose name ends so. Names that the model lacks (PEFT adds some
+    itself) are no error.
+    """
     ends = config.modules_to_save or ()
     return tuple(name for name, _ in model.named_modules() if name and name.endswith(ends)) if ends else ()
 

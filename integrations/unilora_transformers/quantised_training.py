@@ -1,4 +1,4 @@
-"""What stands between a quantised model and the training of an adapter on it, in bitsandbytes and in the trainers."""
+"""Removal of what prevents the training of an adapter on a quantised model, in bitsandbytes and in the trainers."""
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,17 @@ PACKS = "support_avx512bf16_for_cpu"
 
 
 class TrainableQuantised:
-    """Lets a quantised model's adapter be trained; `remove` makes the model as it was.
+    """A handle that lets a quantised model's adapter be trained; `remove` makes the model as it was.
 
     *The Trainer* refuses a quantised model of which nothing can be trained. It recognises the others by PEFT's class,
     or by transformers' own flag "an adapter is loaded on this model". That is the truth here, so the flag is set, on
     this model only; it also makes gradient checkpointing let gradients through the embeddings, as an adapter needs.
-    The other ways in say what is not so: that the weights are not quantised, or are trained in their quantised form.
+    The other ways to be accepted state what is not true: that the weights are not quantised, or are trained in their
+    quantised form.
 
     *bitsandbytes*, on a CPU with AVX-512 BF16, packs the 4-bit weights of a layer for inference at its first pass in
-    evaluation mode, for good, and no gradient flows back through a packed layer. So these layers pack no more, and
-    those that are packed are unpacked, which is a side effect of their `state_dict`.
+    evaluation mode, for good, and no gradient flows back through a packed layer. So these layers no longer pack, and
+    packed ones are unpacked, which is a side effect of their `state_dict`.
     """
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter):
@@ -38,7 +39,7 @@ class TrainableQuantised:
             module.state_dict()
 
     def remove(self) -> None:
-        """Called as the last adapter is detached, too."""
+        """Make the model as it was; this is also called as the last adapter is detached."""
         if len(adapters(self.model)) > 1:
             return
         if self.quantised:

@@ -19,7 +19,7 @@ class Reference(nn.Module):
     that what a trainer does to its forward pass (a fused head, autocast) holds here too.
 
     Raises:
-        TargetError: the model has no adapter, or one with `modules_to_save`, whose values are no longer the base's.
+        TargetError: the model has no adapter, or has one with `modules_to_save`, whose values are no longer the base's.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -32,7 +32,7 @@ class Reference(nn.Module):
                 f"Reference: {', '.join(heads)} is trained in full, so the model without its adapter is not the base; "
                 "give the trainer a copy of the base model, or attach with modules_to_save=()."
             )
-        self._models = (model,)  # a tuple, so that the model does not become a submodule
+        self._models = (model,)  # a tuple, so that the model is no submodule
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -41,12 +41,12 @@ class Reference(nn.Module):
             return getattr(self.__dict__["_models"][0], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's outputs."""
+        """Compute the base model's outputs."""
         with contextlib.ExitStack() as stack:
             for adapter in adapters(self._models[0]).values():
                 stack.enter_context(adapter.disabled())
             return self._models[0](*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's, by which a trainer tells cached results of one reference from another's."""
+        """Return the model's state, by which a trainer tells cached results of one reference from another's."""
         return self._models[0].state_dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Reinforcement learning with an engine that generates: it gets what the model is, by one of two ways.
+"""Reinforcement learning with an engine that generates: the engine gets the current model in one of two ways.
 
 *The base's weights with B·A in them*, under its own names: `merged_parameters`, and `sync_rollouts` for a trainer of
 TRL that sends weights to vLLM. TRL merges PEFT's adapters itself; of other models it sends the parameters as they
@@ -32,10 +32,10 @@ ROUTES = {
     "vllm": ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
     "sglang": ("/load_lora_adapter", "/unload_lora_adapter"),
 }
-"""Where a server is told to load a folder, and to forget a name."""
+"""The addresses at which a server is told to load a folder, and to forget a name."""
 
 SECONDS = 600
-"""For a server to load a folder."""
+"""The time that a server has to load a folder."""
 
 REMEDY = (
     "call unilora_transformers.sync_rollouts(trainer) before trainer.train(), which sends the weights with the update "
@@ -47,14 +47,14 @@ REMEDY = (
 
 
 def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters under the names that they have without an adapter, with B·A in the weights while it lasts.
+    """Yield the parameters under the names that they have without an adapter, with B·A in the weights meanwhile.
 
-    The adapter is merged at the first one and taken out after the last, bit for bit; copy what shall be kept.
+    The adapter is merged at the first parameter and taken out after the last, bit for bit; copy what is to be kept.
 
     Raises:
-        TargetError: no adapter, or several that act; or it cannot be merged (`Adapter.merge`); or the values are spread
-            over processes.
-        ValuesError: as `Adapter.merge`.
+        TargetError: the model has no adapter, or several that act; it cannot be merged (`Adapter.merge`); or the values
+            are spread over processes.
+        ValuesError: as in `Adapter.merge`.
     """
     acting = [adapter for adapter in _adapters(model).values() if adapter.active]
     if len(acting) > 1:
@@ -80,7 +80,7 @@ def _merged(acting: list[Adapter], named: dict[str, nn.Parameter]) -> Iterator[t
 
 
 class _Merged:
-    """What TRL reads the weights from, in the place of the model."""
+    """The object from which TRL reads the weights, in the place of the model."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -93,13 +93,13 @@ class _Merged:
 
 
 class _Transfer:
-    """TRL's protocol for sending weights, of which only what is sent is another."""
+    """TRL's protocol for sending weights, which sends the merged ones instead."""
 
     def __init__(self, inner: Any, model: PreTrainedModel):
         self.inner, self.model = inner, model
 
     def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
-        del iterator  # of the trainable parameters, which is θ_d
+        del iterator  # it goes over the trainable parameters, which is θ_d
         device = self.model.device
         self.inner.send_weights((name, value.detach().to(device)) for name, value in merged_parameters(self.model))
 
@@ -110,12 +110,12 @@ class _Transfer:
 def sync_rollouts(trainer: Trainer) -> None:
     """Make a trainer of TRL send vLLM the weights with the update in them, at each of its syncs.
 
-    For those that generate through TRL's `VLLMGeneration` (GRPO, RLOO, distillation, …), in both modes, and for
-    `AsyncGRPOTrainer`, which makes its model itself: attach to ``trainer.model`` first.
+    It works for trainers that generate through TRL's `VLLMGeneration` (GRPO, RLOO, distillation, …), in both modes, and
+    for `AsyncGRPOTrainer`, which makes its model itself: attach to ``trainer.model`` first.
 
     Raises:
         TargetError: the trainer's model has no adapter, or is spread over processes; or the trainer sends no weights,
-            or in a way that is not known.
+            or sends them in an unknown way.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     _adapters(model)
@@ -135,16 +135,16 @@ def sync_rollouts(trainer: Trainer) -> None:
 
 
 class _Bound(functools.partial):
-    """A partial in the place of a method: torch.compile asks a module's for its function."""
+    """A partial that takes the place of a method: torch.compile asks a module's method for its function."""
 
     __func__ = None
 
 
 class Guard:
-    """A model's `named_parameters`, which refuses TRL's syncs; `remove` gives it back that of its class.
+    """A guard in the place of a model's `named_parameters`, which refuses TRL's syncs; `remove` restores the class's.
 
     A trainer that reads the parameters for an engine would send the base's, and θ_d under a name that no engine knows.
-    It is known by where it reads: a function of TRL, it or its module named after vLLM.
+    The guard recognises such a reader: a function of TRL, with vLLM in its own name or in its module's.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -152,16 +152,16 @@ class Guard:
         vars(model)["named_parameters"] = _Bound(_named_parameters, model)
 
     def remove(self) -> None:
-        """Called as the last adapter is detached, too."""
+        """Restore the class's method; this is also called as the last adapter is detached."""
         if len(adapters(self.model)) == 1:
             vars(self.model).pop("named_parameters", None)
 
 
 def _named_parameters(model: PreTrainedModel, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters; see `torch.nn.Module.named_parameters`.
+    """Yield the parameters; see `torch.nn.Module.named_parameters`.
 
     Raises:
-        TargetError: TRL asks for what to send to vLLM.
+        TargetError: TRL asks for the parameters to send them to vLLM.
     """
     frame = sys._getframe(1)
     reader = f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}"
@@ -181,21 +181,22 @@ def _adapters(model: PreTrainedModel) -> dict[str, Adapter]:
 
 
 class LoraSync(TrainerCallback):
-    """Writes the adapter as a plain LoRA before the first step and after every ``every`` steps, and has it loaded.
+    """A callback that writes the adapter as a plain LoRA before the first step and after every ``every`` steps, and has
+    it loaded.
 
     Each version is a folder of its own, ``NAME-v1``, ``NAME-v2``, …, and so a model of its own to the engine, which
     keeps what it has seen by name: ask for ``model=sync.served``. The numbers go on from what is in the folder. A
     folder appears whole, before the server is told; two versions stay.
 
     Args:
-        adapter: of the model that is trained.
-        folder: where the versions lie; the server must see it under the same path.
+        adapter: the adapter of the model that is trained.
+        folder: the folder of the versions; the server must see it under the same path.
         server: the address of a vLLM server (started with ``--enable-lora`` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1) or
-            an SGLang server; None: only write.
-        engine: ``"vllm"`` or ``"sglang"``: what the export is checked for.
+            an SGLang server; None means only writing.
+        engine: ``"vllm"`` or ``"sglang"``, for which the export is checked.
 
     Raises:
-        SpecError: another engine.
+        SpecError: the engine is another.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class LoraSync(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **_: Any,
     ) -> None:
-        """The first version."""
+        """Publish the first version."""
         self._publish(state)
 
     def on_step_end(
@@ -236,7 +237,7 @@ class LoraSync(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **_: Any,
     ) -> None:
-        """The next, every ``every`` steps."""
+        """Publish the next version, every ``every`` steps."""
         if state.global_step % self.every == 0:
             self._publish(state)
 
@@ -245,11 +246,11 @@ class LoraSync(TrainerCallback):
             self.publish()
 
     def publish(self) -> Path:
-        """The folder of a new version, which the server has loaded.
+        """Write the folder of a new version, have the server load it, and return it.
 
         Raises:
-            AdapterFileError, SpecError, TargetError, ValuesError: as `Adapter.export_lora` for the engine.
-            OSError: the folder cannot be written, or the server did not load it; with its answer.
+            AdapterFileError, SpecError, TargetError, ValuesError: as in `Adapter.export_lora` for the engine.
+            OSError: the folder cannot be written, or the server did not load it; the error has its answer.
         """
         if hasattr(self.adapter.theta_d, "full_tensor") or hasattr(self.adapter.theta_d, "ds_shape"):
             raise TargetError("LoraSync: θ_d is spread over processes (FSDP, ZeRO-3); train under DDP.")
@@ -276,10 +277,10 @@ def _number(version: Path) -> int:
 
 
 def _post(address: str, said: dict[str, Any], missing_ok: bool = False) -> None:
-    """Send JSON.
+    """Send JSON to a server.
 
     Raises:
-        OSError: no answer, or one that is an error, unless it may be that there is nothing of that name.
+        OSError: there is no answer, or it is an error; a missing name is no error with ``missing_ok``.
     """
     request = urllib.request.Request(address, json.dumps(said).encode(), {"Content-Type": "application/json"})
     try:

@@ -1,4 +1,4 @@
-"""save_pretrained, push_to_hub, from_pretrained: adapters in a folder or on the hub, without their base model.
+"""save_pretrained, push_to_hub and from_pretrained: adapters in a folder or on the hub, without their base model.
 
 `attach` gives a model these two methods in place of its own, so that a trainer's checkpoint holds what is trained and
 nothing else. They are attributes of that one model; no class is changed.
@@ -65,16 +65,16 @@ NAMING = {"config", "id2label", "label2id", "num_labels"}
 """The options of `from_pretrained` by which the caller decides what the classes are."""
 
 HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
-"""A name on the hub, and no path or text that the YAML of a model card would take for more."""
+"""A name on the hub; no path and no text that the YAML of a model card would read as more matches."""
 
 MODEL_TYPE = "unilora"
-"""Of a ``config.json`` that stands for a base and its adapter."""
+"""The type of model in a ``config.json`` that stands for a base and its adapter."""
 
 BESIDE = "unilora"
-"""Where the specs are beside a state_dict, in PyTorch's ``_metadata``."""
+"""The key of the specs beside a state_dict, in PyTorch's ``_metadata``."""
 
 SPEC = "spec"
-"""Beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
+"""The key beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
 
 
 def save_pretrained(
@@ -85,24 +85,24 @@ def save_pretrained(
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
-    """Write a model's adapters and a model card; a model's `save_pretrained` once an adapter is attached.
+    """Write a model's adapters and a model card; it is a model's `save_pretrained` once an adapter is attached.
 
     ``adapter.safetensors`` is what `load` and `from_pretrained` read (``adapter-NAME.safetensors`` for an adapter of
     another name). A ``README.md`` that is there is kept.
 
     Args:
-        is_main_process: trainers say here which process writes. They resume from ``model.safetensors``, so it is
-            written as well then, with the trained tensors and what else θ_d means nothing without.
-        state_dict: where the tensors are read, for a model whose own parameters are sharded over processes.
-        push_to_hub: also upload, to ``repo_id`` or else the folder's name; ``options`` go to `push_to_hub`.
-        **options: with ``safe_serialization`` among them sentence-transformers asks for a folder that is a model: it
-            gets a ``config.json``, by which `unilora_transformers.auto` loads the base and the adapter.
+        is_main_process: trainers say here which process writes. They resume from ``model.safetensors``, so that file is
+            then written, too, with the trained tensors and all else that θ_d needs.
+        state_dict: the state to read the tensors from, for a model whose own parameters are sharded over processes.
+        push_to_hub: whether to upload, too, to ``repo_id`` or else the folder's name; ``options`` go to `push_to_hub`.
+        **options: further options. With ``safe_serialization`` sentence-transformers asks for a folder that is a model:
+            the folder gets a ``config.json``, by which `unilora_transformers.auto` loads the base and the adapter.
 
     Raises:
-        FileExistsError: such a folder is the base's own, whose config would be lost.
+        FileExistsError: the folder is the base's own, whose config would be lost.
         ValuesError: θ_d holds NaN or infinity, or is spread over processes by ZeRO-3; an old file is kept.
     """
-    if state_dict is not None and not state_dict:  # as the Trainer has it where DeepSpeed writes the values itself
+    if state_dict is not None and not state_dict:  # the Trainer gives none where DeepSpeed writes the values itself
         warnings.warn(f"unilora: no adapter is written to {save_directory}: the state_dict is empty.", stacklevel=2)
         return
     state = {name: _whole(name, tensor) for name, tensor in _values(model, state_dict).items()}
@@ -115,7 +115,7 @@ def save_pretrained(
     if options.pop("safe_serialization", None) is not None:
         _check_base(model, folder)
         names.append(CONFIG_NAME)
-    names += [] if is_main_process is None else [SAFE_WEIGHTS_NAME]  # the last: trainers resume from it
+    names += [] if is_main_process is None else [SAFE_WEIGHTS_NAME]  # last, as trainers resume from it
     with new_files(*(folder / name for name in names)) as new:
         paths = dict(zip(names, new, strict=True))
         for name, adapter in there.items():
@@ -145,7 +145,9 @@ def push_to_hub(
     create_pr: bool = False,
     **_: Any,
 ) -> str:
-    """Upload what `save_pretrained` writes to a repository on the hub, made if need be; the address of the commit."""
+    """Upload what `save_pretrained` writes to a repository on the hub, made if need be, and return the commit's
+    address.
+    """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +164,8 @@ def push_to_hub(
 def find_files(
     name: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
 ) -> dict[str, Path]:
-    """The adapter files of a local folder (a trainer's checkpoint, too) or of a repository on the hub, by adapter name.
+    """Return the adapter files of a local folder (also a trainer's checkpoint) or of a repository on the hub, by
+    adapter name.
 
     Raises:
         FileNotFoundError: there is none.
@@ -180,14 +183,15 @@ def find_files(
 
 
 def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The base model that an adapter file names; no code of the base's repository runs unless ``options`` allow it.
+    """Load the base model that an adapter file names; no code of the base's repository runs unless ``options`` allow
+    it.
 
     Args:
-        options: for transformers' `from_pretrained`: dtype, device_map, quantization_config, …
+        options: the options of transformers' `from_pretrained`: dtype, device_map, quantization_config, …
 
     Raises:
-        AdapterFileError: the file does not say what its base model is, names what is no class of transformers, or
-            states a setting that is the caller's to give (`unilora_core.header.SETTINGS` are those that a file may).
+        AdapterFileError: the file does not say what its base model is, names no class of transformers, or states a
+            setting that only the caller may give (a file may state those in `unilora_core.header.SETTINGS`).
     """
     file = read_adapter(path)
     header = read_header(path, file)
@@ -210,7 +214,7 @@ def build_base(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         _add_tokens(model, file.tensors)
     except (AdapterFileError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever transformers raises on a base that does not fit its class or its settings
+    except Exception as error:  # a base that does not fit its class or settings may raise anything
         raise AdapterFileError(
             f"{path}: the base model that it names, {name!r}, cannot be built as {kind} ({error!r:.800}); build the "
             "base model and give it: from_pretrained(…, model=model)."
@@ -229,7 +233,7 @@ def _add_tokens(model: PreTrainedModel, tensors: Mapping[str, np.ndarray]) -> No
 
 
 def _settings(header: Header, classes: Classes, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file says of its base, where the caller does not; a config that is given says all but this one thing."""
+    """Return what the file says of its base, where the caller does not; a given config says all but this one thing."""
     said = header.settings(options)
     if said.get("problem_type") == "regression" or classes.count is not None:
         said = {"ignore_mismatched_sizes": True} | said
@@ -239,10 +243,10 @@ def _settings(header: Header, classes: Classes, options: Mapping[str, Any]) -> d
 
 
 def model_class(path: str | os.PathLike, name: str) -> type[PreTrainedModel]:
-    """A class of transformers that makes models, an auto class or a model's own, by the name that a file gives.
+    """Return a class of transformers that makes models, an auto class or a model's own, by the name in a file.
 
     Raises:
-        AdapterFileError: it is none; nothing but such a class is ever called for a file.
+        AdapterFileError: no such class has this name; nothing else is ever called for a file.
     """
     cls = getattr(transformers, name, None) if name in dir(transformers) else None
     kinds = (PreTrainedModel, _BaseAutoModelClass)
@@ -259,7 +263,7 @@ def refuse_kernels(where: str | os.PathLike, config: PreTrainedConfig) -> None:
     """Refuse a base whose config names attention of a repository on the hub, which is code of that repository.
 
     Raises:
-        AdapterFileError: with the remedy.
+        AdapterFileError: it does; the error has the remedy.
     """
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         kernel = getattr(part, "_attn_implementation", None)
@@ -271,7 +275,7 @@ def refuse_kernels(where: str | os.PathLike, config: PreTrainedConfig) -> None:
 
 
 def base_metadata(model: PreTrainedModel) -> dict[str, str]:
-    """What an adapter file says of its base model: its name, its class, and the names of the classes it tells apart."""
+    """Return what an adapter file says of its base model: its name, its class, and the names of its classes."""
     kind = _class_of(model)
     metadata = {"base_class": kind, "written_by": f"unilora {__version__}"}
     if base := _name(model):
@@ -284,11 +288,11 @@ def base_metadata(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _class_of(model: PreTrainedModel) -> str:
-    return type(model).__name__.removeprefix("FSDP")  # fully_shard changes the class, and its name so
+    return type(model).__name__.removeprefix("FSDP")  # fully_shard puts FSDP before the class's name
 
 
 def _check_base(model: PreTrainedModel, folder: Path) -> None:
-    """A folder that stands for the base and the adapter is not the base's own, and names a base that can be found."""
+    """Refuse a folder for base and adapter that is the base's own, or names a base which cannot be found."""
     base = _name(model)
     if base and folder.exists() and os.path.exists(base) and os.path.samefile(base, folder):
         raise FileExistsError(f"{folder}: the base model lies there and would lose its config; save to another folder.")
@@ -301,7 +305,7 @@ def _check_base(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _name(model: PreTrainedModel) -> str:
-    """Of the base, or its path; empty where it has none, or one that is no text in UTF-8."""
+    """Return the name of the base, or its path; empty where it has none, or one that is no text in UTF-8."""
     name = str(model.name_or_path or "")
     try:
         name.encode()
@@ -312,7 +316,7 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def model_card(model: PreTrainedModel) -> str:
-    """A README for the hub: what the adapter is, what it needs, how it is used."""
+    """Write a README for the hub: what the adapter is, what it needs, how it is used."""
     base, there = _name(model), adapters(model)
     methods = {name: method_of(adapter.spec) or adapter.spec.frame for name, adapter in there.items()}
     rows = [
@@ -351,7 +355,7 @@ def model_card(model: PreTrainedModel) -> str:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors under their names in the model's `state_dict`."""
+    """Return the trained tensors under their names in the model's `state_dict`."""
     found: dict[str, Tensor] = {}
     for name, adapter in adapters(model).items():
         found |= {f"{name}.theta_d": adapter.theta_d} | (adapter.heads() if adapter.kept_heads is None else {})
@@ -359,7 +363,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 class PretrainedMethods:
-    """The attributes `save_pretrained` and `push_to_hub` of a model; `remove` gives it back those of its class."""
+    """A handle of a model's `save_pretrained` and `push_to_hub`; `remove` restores those of its class."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -367,7 +371,7 @@ class PretrainedMethods:
             vars(model)[method.__name__] = functools.partial(method, model)
 
     def remove(self) -> None:
-        """Called as the last adapter is detached, too."""
+        """Restore the class's methods; this is also called as the last adapter is detached."""
         if len(adapters(self.model)) == 1:
             for method in (save_pretrained, push_to_hub):
                 vars(self.model).pop(method.__name__, None)
@@ -376,9 +380,9 @@ class PretrainedMethods:
 class Checkpoints:
     """The hooks of a model's `load_state_dict` for a trainer's checkpoint, which holds the trained tensors only.
 
-    Its θ_d means nothing under another P, so the spec in it must be the adapter's; nor between other singular vectors
-    than it was trained between, so the adapter takes the checkpoint's: another SVD may give other signs. The frozen
-    weights are not missed.
+    Its θ_d means nothing under another P, so the spec in it must be the adapter's. It also means nothing between other
+    singular vectors, so the adapter takes the checkpoint's: another SVD may give other signs. The frozen weights do not
+    count as missing.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -392,15 +396,15 @@ class Checkpoints:
     def before(
         self, model: nn.Module, state_dict: dict[str, Any], prefix: str, beside: Mapping[str, Any], *_: Any
     ) -> None:
-        """Compare the specs, and take what stands between the trained numbers; θ_d gets the checkpoint's d, where it
-        grew or shrank after it was attached as it is here.
+        """Compare the specs, and take the frozen arrays of the checkpoint. θ_d gets the checkpoint's d, where it grew
+        or shrank after the adapter was attached as it is here.
 
         Args:
-            beside: what `_describe` put beside the state_dict of another model, such as sentence-transformers loads of
-                a checkpoint, to copy its values.
+            beside: what `_describe` put beside the state_dict of another model, such as sentence-transformers loads
+                from a checkpoint to copy its values.
 
         Raises:
-            MismatchError: the checkpoint is of another adapter, or incomplete; nothing has been loaded.
+            MismatchError: the checkpoint belongs to another adapter, or is incomplete; nothing has been loaded.
         """
         found_frozen: dict[str, Frozen | None] = {}
         saved = _take_specs(model, state_dict, prefix)
@@ -409,7 +413,7 @@ class Checkpoints:
         if not saved:
             specs = beside.get(BESIDE, {})
             state_dict |= {f"{prefix}{key}": tensor for key, tensor in beside.get(FROZEN, {}).items()}
-            if specs and getattr(model, "is_quantized", False):  # the other one's base is whole, and the same
+            if specs and getattr(model, "is_quantized", False):  # the other model's base is whole, and the same
                 self.partial = True
                 _leave_base(model, state_dict, prefix)
         there = adapters(model)
@@ -433,19 +437,21 @@ class Checkpoints:
                 there[name].chains.copy_(frozen)
 
     def after(self, model: nn.Module, keys: Any) -> None:
-        """Report only what is missing of the trained tensors."""
+        """Report only those trained tensors that are missing."""
         if self.partial:
             here, expected = self.prefix, {f"{self.prefix}{name}" for name in trained(model)}
             keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(here) or key in expected]
 
     def remove(self) -> None:
-        """As the handle of a hook."""
+        """Take the hooks off, as the handle of a hook does."""
         for handle in self.handles:
             handle.remove()
 
 
 def _values(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The trained tensors out of a state_dict, which a wrapper (torch.compile, DDP) may have put under longer names."""
+    """Return the trained tensors from a state_dict, which a wrapper (torch.compile, DDP) may have put under longer
+    names.
+    """
     live = trained(model)
     first = f"{next(iter(adapters(model)))}.theta_d"
     found = (key.removesuffix(first) for key in state_dict or () if f".{key}".endswith(f".{first}"))
@@ -454,7 +460,7 @@ def _values(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> 
 
 
 def _take_specs(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Adapter → the bytes of its spec, out of a checkpoint; a base may have tensors of that name, which stay."""
+    """Take the bytes of each adapter's spec out of a checkpoint; a base may have tensors of that name, which stay."""
     own = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
     names = [key.removeprefix(prefix).removesuffix(".theta_d") for key in state_dict if key.endswith(".theta_d")]
     return {
@@ -469,26 +475,26 @@ def _file_of(name: str) -> str:
 
 
 def _leave_base(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Take what is not trained out of a state_dict."""
+    """Remove what is not trained from a state_dict."""
     wanted = tuple(f"{prefix}{name}" for name in (*trained(model), *(f"{each}.{FROZEN}" for each in adapters(model))))
     for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(wanted)]:
         del state_dict[key]
 
 
 def _describe(model: nn.Module, _state_dict: dict[str, Any], _prefix: str, beside: dict[str, Any]) -> None:
-    """A hook of `state_dict`: what its values mean nothing without goes beside it, where PyTorch keeps versions."""
+    """Put what the values need beside them, where PyTorch keeps versions; this is a hook of `state_dict`."""
     there = adapters(model)
     beside[BESIDE] = {name: _identity(adapter.spec) for name, adapter in there.items()}
     beside[FROZEN] = _frozen(there)
 
 
 def _identity(spec: ProjectionSpec) -> dict[str, Any]:
-    """Everything that fixes P, in short."""
+    """Return all that fixes P, in short."""
     return spec.to_json() | {"layout": spec.layout.fingerprint[:16]}
 
 
 def _at_d(spec: ProjectionSpec, found: Mapping[str, Any]) -> ProjectionSpec:
-    """The spec at the d of a checkpoint, where that is all that tells them apart; else itself."""
+    """Return the spec at the d of a checkpoint, where they differ in nothing else; else the spec itself."""
     d, after = found.get("d"), spec
     if type(d) is int and 1 <= d <= spec.D:
         with contextlib.suppress(SpecError):
@@ -497,7 +503,7 @@ def _at_d(spec: ProjectionSpec, found: Mapping[str, Any]) -> ProjectionSpec:
 
 
 def _frozen(there: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """What a checkpoint keeps of the chains of adapters, by names that begin with theirs."""
+    """Return the frozen arrays that a checkpoint keeps of adapters, by names that begin with theirs."""
     return {
         f"{name}.{key}": _whole(key, tensor)
         for name, adapter in there.items()
@@ -506,14 +512,14 @@ def _frozen(there: Mapping[str, Adapter]) -> dict[str, Tensor]:
 
 
 def _take_frozen(adapter: Adapter, prefix: str, state_dict: dict[str, Any]) -> Frozen | None:
-    """The same of one adapter, out of a checkpoint; None where its method keeps nothing."""
+    """Take the frozen arrays of one adapter out of a checkpoint; None where its method keeps none."""
     keys = [key for key in state_dict if key.startswith(f"{prefix}{FROZEN}")]
     arrays = {key.removeprefix(prefix): state_dict.pop(key).cpu().numpy() for key in keys}
     return frozen_in_file("the checkpoint", adapter.spec, adapter.targets, arrays)
 
 
 def _whole(name: str, tensor: Tensor) -> Tensor:
-    """Gathered where it is a DTensor, in memory of its own."""
+    """Return a tensor in memory of its own, gathered where it is a DTensor."""
     if hasattr(tensor, "ds_shape") and tensor.shape != tensor.ds_shape:
         raise ValuesError(
             f"save_pretrained: {name}: its values are spread over processes by DeepSpeed's ZeRO-3; gather them: "

@@ -1,4 +1,4 @@
-"""Which layers of a transformers model are adapted, and which modules are its freshly made head."""
+"""Choice of the adapted layers of a transformers model, and of the modules that are its freshly made head."""
 
 import warnings
 from collections.abc import Iterable
@@ -31,22 +31,22 @@ QUERY_AND_VALUE: tuple[tuple[str, ...], ...] = (
     ("Wqkv",),  # MPT, ModernBERT
     ("qkv",),  # Swin-v2, BEiT
 )
-"""The endings that mean query and value; of each attention the first row counts of which it has every layer."""
+"""The endings that mean query and value; for each attention the first row counts of which it has every layer."""
 
 IN_PROJ = "in_proj"
 """The ending that counts in models without any of these: DeBERTa, Mamba."""
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "projector", "logits_proj")
-"""Names of a head in models that do not name their base model."""
+"""The names of a head in models that do not name their base model."""
 
 
 def select_targets(
     model: PreTrainedModel, targets: str | Iterable[str | Target] | None, exclude: str | Iterable[str] = ()
 ) -> tuple[Target, ...]:
-    """See `unilora_transformers.attach`.
+    """Return the targets that are selected; see `unilora_transformers.attach`.
 
     Raises:
-        TargetError: nothing selected, or a selected module is no linear layer.
+        TargetError: nothing is selected, or a selected module is no linear layer.
     """
     selection = _query_and_value(model) if targets is None else targets
     found = find_targets(model, selection, exclude=exclude, to_target=_chosen_target, all_linear=_is_linear)
@@ -56,10 +56,10 @@ def select_targets(
 
 
 def to_target(name: str, module: nn.Module) -> Target:
-    """The `Target` of a linear layer or a Conv1D.
+    """Make the `Target` of a linear layer or a Conv1D.
 
     Raises:
-        TargetError: another kind of module.
+        TargetError: the module is of another kind.
     """
     if isinstance(module, Conv1D):
         width, height = module.weight.shape
@@ -68,7 +68,7 @@ def to_target(name: str, module: nn.Module) -> Target:
 
 
 def task_heads(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the modules beside the base model, which a task adds freshly made; none in a language model."""
+    """Return the names of the modules that a task adds freshly made to the base model; none in a language model."""
     if model.get_output_embeddings() is not None:
         return ()
     base = getattr(model, model.base_model_prefix, None)
@@ -83,7 +83,7 @@ def task_heads(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _chosen_target(name: str, module: nn.Module) -> Target:
-    """What was asked for by name may be an embedding, too."""
+    """Make the target of a module that was chosen by name, which may be an embedding, too."""
     return embedding_target(name, module) if isinstance(module, nn.Embedding) else to_target(name, module)
 
 
@@ -92,7 +92,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _query_and_value(model: PreTrainedModel) -> list[str]:
-    """The layers of every attention in every part of a model."""
+    """Return the query and value layers of every attention in every part of a model."""
     linear = [name for name, module in model.named_modules() if _is_linear(module)]
     layers: dict[str, dict[str, str]] = {}
     for name in linear:
@@ -114,7 +114,7 @@ def _query_and_value(model: PreTrainedModel) -> list[str]:
 
 
 def _warn_of_parts(model: PreTrainedModel, found: Iterable[str], linear: Iterable[str]) -> None:
-    """Name the models inside a model that have linear layers, and none that is found."""
+    """Warn of the models inside a model that have linear layers, and none that is found."""
     parts = [name for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)]
     missed = [
         part
@@ -130,7 +130,7 @@ def _warn_of_parts(model: PreTrainedModel, found: Iterable[str], linear: Iterabl
 
 
 def _query_and_value_blocks(target: Target) -> list[Target]:
-    """GPT-2's c_attn computes q, k and v side by side, or k and v: a target each for q and v."""
+    """Return a target for q and one for v of GPT-2's c_attn, which computes q, k and v side by side, or k and v."""
     width, blocks = target.in_features, target.out_features // target.in_features
     if not target.module.endswith("c_attn") or target.out_features not in (2 * width, 3 * width):
         return [target]
