@@ -187,7 +187,7 @@ def test_planted_results_are_caught(monkeypatch):
 
 # ---- figures without a source ----------------------------------------------------------------------------------------
 
-SOURCE = re.compile(r"(?:benchmarks|demo|tests)/\w|nox -s \w|the paper|[Pp]ublished")
+SOURCE = re.compile(r"(?:benchmarks|demo|examples|tests)/\w|nox -s \w|the paper|[Pp]ublished")
 FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?: (?:s|ms|µs|seconds|minutes|points|KB|MB|GB)\b)|(?<![\w.])\d+\.\d+ ?%")
 DECIMAL = re.compile(r"^[*\s]*\d+\.\d{1,3}(?!\d)")
 
