@@ -3,30 +3,24 @@
 import argparse
 import functools
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
-from unilora_cli import distributed
 from unilora_cli.console import CommandError
 from unilora_cli.lengths import fit_length
-from unilora_cli.task import Task
-from unilora_core import SpecError
+from unilora_cli.training import distributed
 from unilora_core.frames import Sizes
 from unilora_core.methods import plan_spec
 from unilora_core.schema import shown
-from unilora_torch import Growth
 
 __all__ = [
     "Shares",
     "adapter_options",
     "check_classes",
-    "check_growth",
     "check_method",
     "check_tokens",
     "checkpoint_activations",
@@ -55,49 +49,43 @@ def adapter_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def loader(
     examples: Any, arguments: argparse.Namespace, collate: Callable | None = None, *, shuffle: bool = False
 ) -> DataLoader:
-    """Batches of examples; the order of shuffled ones follows from the seed."""
-    generator = torch.Generator().manual_seed(arguments.seed)
-    order = RandomSampler(examples, generator=generator) if shuffle else SequentialSampler(examples)
+    """Batches of examples; the order of shuffled ones follows from the seed, and from the number of the epoch."""
     return DataLoader(
         examples,
-        batch_sampler=Shares(order, arguments.batch_size),
+        batch_sampler=Shares(len(examples), arguments.batch_size, arguments.seed if shuffle else None),
         collate_fn=functools.partial(_collated, collate or default_collate),
         num_workers=arguments.workers,
-        worker_init_fn=functools.partial(_seed_worker, distributed.rank()),
-        generator=generator,
     )
 
 
 class Shares(Sampler[list[int]]):
     """This process's shares of the batches: of n processes, the first has examples 0, n, 2n … of each batch.
 
-    A batch has ``size`` examples for each process. All processes draw the same order, and so take as many steps; in the
+    A batch has ``size`` examples for each process. All processes have the same order, and so take as many steps; in the
     last batch a share may be smaller than the others, or empty.
+
+    Attributes:
+        seed: of the order; None: the examples' own.
+        epoch: another order for each.
     """
 
-    def __init__(self, order: RandomSampler | SequentialSampler, size: int):
-        self.order, self.whole = order, size * distributed.processes()
+    def __init__(self, count: int, size: int, seed: int | None = None):
+        self.count, self.whole, self.seed, self.epoch = count, size * distributed.processes(), seed, 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, rank, processes = list(self.order), distributed.rank(), distributed.processes()
-        for start in range(0, len(order), self.whole):
+        order, rank, processes = list(range(self.count)), distributed.rank(), distributed.processes()
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed((self.seed + 2**32 * self.epoch) % 2**63)
+            order = torch.randperm(self.count, generator=generator).tolist()
+        for start in range(0, self.count, self.whole):
             yield order[start : start + self.whole][rank::processes]
 
     def __len__(self) -> int:
-        return math.ceil(len(self.order) / self.whole)
+        return math.ceil(self.count / self.whole)
 
 
 def _collated(collate: Callable, examples: list[Any]) -> Any:
     return collate(examples) if examples else {}
-
-
-def _seed_worker(rank: int, _worker: int) -> None:
-    """Other random numbers in the workers of other processes than the first: all have the same generator."""
-    if rank:
-        seed = (torch.initial_seed() + 7919 * rank) % 2**63
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
 
 
 def checkpoint_activations(model: nn.Module, name: str) -> None:
@@ -126,19 +114,6 @@ def check_method(arguments: argparse.Namespace) -> None:
     width = math.lcm(2**10, *whole)  # which they divide
     if width <= 2**15:  # of wider layers no weight may have all entries, so that is left to the model's own
         plan_spec([("layer", Sizes(width, width))], options=options, **fields)
-
-
-def check_growth(task: Task, grow_to: int | None) -> None:
-    """Refuse a --grow-to that cannot be, before training.
-
-    Raises:
-        CommandError: the method's P does not nest, or it is less than twice d, or more than D.
-    """
-    if grow_to is not None:
-        try:
-            Growth(task.adapter, grow_to)
-        except SpecError as error:
-            raise CommandError(f"--grow-to {grow_to}: {error}") from error
 
 
 def check_classes(arguments: argparse.Namespace, count: int) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from unilora_cli import checkpoint, distributed, loop
-from unilora_cli.adapting import check_growth, check_method, checkpoint_activations
+from unilora_cli.adapting import check_method, checkpoint_activations
 from unilora_cli.console import CommandError, one_line, path_of, say, table
 from unilora_cli.loading import prepare
-from unilora_cli.plan import plan_of, rows_of
-from unilora_cli.report import ADAPTER, Recorder
+from unilora_cli.models import readable_errors
 from unilora_cli.task import Task
+from unilora_cli.training import checkpoints, distributed, settings, trainer
+from unilora_cli.training.plan import plan_of, rows_of
+from unilora_cli.training.recorder import ADAPTER, Recorder
 from unilora_core import __version__
 from unilora_core.files import try_files
 
@@ -28,53 +29,40 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError("--fp16 and --bf16 exclude each other; where a recipe sets one, take it back: --no-bf16.")
     about = _about(arguments)
     with distributed.started(arguments.device) as device:
+        if arguments.fp16 and device.type == "cpu":
+            raise CommandError(f"--fp16 is for GPUs, and this run is on {device}; say --bf16, or neither.")
         about["settings"]["processes"] = distributed.processes()
         arguments.device = str(device)
         _train(arguments, about)
 
 
 def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
+    settings.check_more(dict(arguments.trainer_arg))
     check_method(arguments)
     folder = distributed.from_first(lambda: _output_folder(arguments))
-    resumed = None
-    if arguments.resume:
-        resumed = distributed.from_first(lambda: checkpoint.read(folder))
-        checkpoint.check_settings(resumed, about["settings"], folder)
+    resumed = distributed.from_first(lambda: checkpoints.read(folder)) if arguments.resume else None
+    run = resumed[1] if resumed else None
+    if run:
+        checkpoints.check_settings(run, about["settings"], folder)
     device = torch.device(arguments.device)
     _seed(arguments.seed)
     task = importlib.import_module(f"unilora_cli.{arguments.kind}").task(arguments)
-    if resumed:
-        checkpoint.check_task(resumed, task, folder)
-    _seed(arguments.seed + distributed.rank())
+    if run:
+        checkpoints.check_task(run, task, folder)
     if not getattr(task.model, "is_quantized", False):  # that one is where it was loaded to
         task.model.to(device)
-    half = prepare(task.model, task.adapter)
+    how = settings.settings_of(arguments, half=prepare(task.model, task.adapter))
     _save_memory_or_time(task, arguments)
-    settings = loop.Settings(
-        lora_rate=arguments.lora_rate,
-        head_rate=arguments.head_rate,
-        epochs=arguments.epochs,
-        warmup=arguments.warmup,
-        schedule=arguments.schedule,
-        device=device,
-        precision=torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 or half else None,
-        max_steps=arguments.max_steps,
-        theta_rate=arguments.theta_rate,
-        weight_decay=arguments.weight_decay,
-        accumulate=arguments.accumulate,
-        max_grad_norm=arguments.max_grad_norm,
-        patience=arguments.patience,
-        grow_to=arguments.grow_to,
-    )
-    check_growth(task, arguments.grow_to)
-    plan = plan_of(task, settings)
-    say("plan\n" + table(rows_of(task, plan, settings)) + "\n\ntraining")
-    with Recorder(folder, task, {**about, "plan": plan, **task.facts}, arguments.keep, resumed) as recorder:
+    trainer.growth_of(task, how.grow_to)
+    plan = plan_of(task, how)
+    say("plan\n" + table(rows_of(task, plan, how)) + "\n\ntraining")
+    with Recorder(folder, task, {**about, "plan": plan, **task.facts}, arguments.keep, run) as recorder:
+        with readable_errors("the Trainer takes no such options"):
+            trains = trainer.AdapterTrainer(task, how, recorder, run)
+        _seed(arguments.seed + distributed.rank())  # after the Trainer, which gives all processes the same
         try:
-            if task.before and not resumed:
-                recorder.epoch(0, 0, loop.evaluate(task, settings))
-            loop.fit(task, settings, recorder, resumed)
-            loop.conclude(task, settings, recorder)
+            trainer.fit(trains, how.patience, resumed)
+            trainer.conclude(trains)
         except torch.OutOfMemoryError as error:
             recorder.failed("out of memory")
             raise CommandError(

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import unilora_transformers
 from unilora_cli.adapting import adapter_options, check_tokens, fit_length, length_note, loader, longest
@@ -15,10 +15,10 @@ from unilora_cli.data_lm import IGNORED, Language, encode_corpora
 from unilora_cli.data_text import pad
 from unilora_cli.generation import exact_match
 from unilora_cli.loading import check_available, loaded
-from unilora_cli.metrics import PERPLEXITY, Metric, chosen
 from unilora_cli.models import Base, config_of, readable_errors, tokenizer
 from unilora_cli.packing import check_packing
 from unilora_cli.task import Batch, Scores, Task
+from unilora_cli.training.metrics import PERPLEXITY, Metric, chosen
 
 __all__ = ["score", "task"]
 
@@ -55,6 +55,7 @@ def task(arguments: argparse.Namespace) -> Task:
         train=loader(data.train, arguments, collate, shuffle=True),
         held_out=loader(data.held_out, arguments, collate),
         score=score,
+        count=count,
         metrics=metrics,
         before=True,
         notes=[length_note(length, arguments.length), *data.notes],
@@ -67,7 +68,12 @@ def score(model: nn.Module, batch: Batch) -> Scores:
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORED
     logits, labels = logits[:, :-1][counted].float(), labels[counted]
-    return Scores(F.cross_entropy(logits, labels), len(labels))
+    return Scores(F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels)), len(labels))
+
+
+def count(labels: Tensor) -> int:
+    """How many tokens have a label."""
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 def _exact_match(data: Language, arguments: argparse.Namespace, tokens: Any) -> Metric:

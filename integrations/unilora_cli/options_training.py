@@ -137,6 +137,17 @@ def training_arguments(group: Any, default: Defaults) -> None:
         "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, mps, or auto; with torchrun cuda or cpu"
     )
     group.add_argument("--workers", type=natural, metavar="N", default=0, help="processes that read data")
+    group.add_argument(
+        "--report-to", type=names, metavar="NAMES", help="trackers to write to, as well: tensorboard, wandb, mlflow, …"
+    )
+    group.add_argument(
+        "--trainer-arg",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of transformers' TrainingArguments, such as lr_scheduler_type=polynomial (repeat)",
+    )
 
 
 def memory_arguments(group: Any) -> None:

@@ -1,4 +1,4 @@
-"""Task: what the training loop knows of a model and its data, whatever they are."""
+"""Task: what training knows of a model and its data, whatever they are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from unilora_cli.metrics import Metric
 from unilora_cli.models import Base
+from unilora_cli.training.metrics import Metric
 from unilora_torch import Adapter
 
 __all__ = ["Batch", "Scores", "Task"]
@@ -23,7 +23,7 @@ class Scores:
     """What one batch gave.
 
     Attributes:
-        loss: (), the mean over ``count``, differentiable.
+        loss: (), the mean over ``count``, differentiable; 0 where nothing counts.
         count: examples, or tokens of a language model.
         predicted: (examples,), what the model makes of each: a class or a number; or (examples, several), its first
             guesses, best first; None for a language model.
@@ -41,6 +41,7 @@ class Task:
     Attributes:
         train, held_out: batches; the latter in a fixed order.
         score: model and batch → `Scores`.
+        count: the labels of a batch → how much counts in it, as `Scores` has it.
         metrics: what is reported beside the loss; ``--keep best`` goes by the first.
         before: whether to evaluate before training too.
         notes: lines about the data for the printed plan.
@@ -60,5 +61,6 @@ class Task:
     before: bool = False
     notes: list[tuple[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    count: Callable[[Tensor], int] = len
     test: DataLoader | None = None
     look: Callable[[Callable[[Tensor], Tensor], Path], list[str]] | None = None

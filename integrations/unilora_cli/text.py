@@ -17,9 +17,9 @@ from unilora_cli.adapting import (
 )
 from unilora_cli.data_text import encode, load_texts, pad
 from unilora_cli.loading import check_available, loaded
-from unilora_cli.metrics import CLASSES, NUMBERS, chosen
 from unilora_cli.models import Base, pad_with, readable_errors, tokenizer
 from unilora_cli.task import Batch, Scores, Task
+from unilora_cli.training.metrics import CLASSES, NUMBERS, chosen
 
 __all__ = ["score", "task"]
 

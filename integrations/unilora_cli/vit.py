@@ -13,9 +13,9 @@ from unilora_cli import augmentation, pictures
 from unilora_cli.adapting import adapter_options, check_classes, loader
 from unilora_cli.console import say
 from unilora_cli.data_images import Images, ImageSet, Part, load_images
-from unilora_cli.metrics import CLASSES, TOP_5
 from unilora_cli.models import Base, build, readable_errors
 from unilora_cli.task import Batch, Scores, Task
+from unilora_cli.training.metrics import CLASSES, TOP_5
 
 __all__ = ["score", "task"]
 

@@ -25,7 +25,8 @@ def test_outputs_exist_and_parse(trained, kind):
     measure = "perplexity" if kind == "lm" else "accuracy"
     assert metrics["status"] == "finished"
     assert [int(row["step"]) for row in rows] == list(range(1, metrics["plan"]["steps"] + 1))
-    assert all(float(row["loss"]) > 0 and float(row["rate"]) > 0 for row in rows)
+    assert all(float(row["loss"]) > 0 for row in rows)
+    assert all(float(row["rate"]) > 0 for row in rows[1:])  # a warm-up of transformers begins at 0
     assert {"loss", "train_loss", "epoch", "step", measure} == set(metrics["final"])
     assert metrics["bytes"]["adapter"] == (folder / "adapter.safetensors").stat().st_size
     assert metrics["settings"]["epochs"] == 2
@@ -36,7 +37,8 @@ def test_outputs_exist_and_parse(trained, kind):
 def test_the_file_gives_the_same_model_again(trained, parsed, base_of, kind):
     import importlib
 
-    from unilora_cli import loop, models
+    from unilora_cli import models
+    from unilora_cli.training import evaluating
 
     folder, line = trained(kind)
     task = importlib.import_module(f"unilora_cli.{kind}").task(parsed(*line))
@@ -46,11 +48,8 @@ def test_the_file_gives_the_same_model_again(trained, parsed, base_of, kind):
     model, _ = models.build(base)
     models.load_adapter(base, model, file)
     task.model = model
-    import torch
-
-    settings = loop.Settings(1e-3, 1e-3, 1, 0.0, "linear", torch.device("cpu"))
     final = json.loads((folder / "metrics.json").read_text())["final"]
-    for name, value in loop.evaluate(task, settings).items():
+    for name, value in evaluating.evaluate(task).items():
         assert value == pytest.approx(final[name], rel=1e-5)
 
 
@@ -181,30 +180,50 @@ def test_ctrl_c_exits_with_130(unilora, bert, tsv, monkeypatch):
     assert json.loads(Path("run/metrics.json").read_text())["status"] == "stopped: interrupted"
 
 
-def test_frozen_batch_normalisation_stays(images, parsed):
+def test_frozen_batch_normalisation_stays(unilora, images, monkeypatch):
+    """Its statistics are those of the base after training, as no adapter file holds them."""
+    from unilora_cli.training import trainer
+
+    models, fit = [], trainer.fit
+
+    def spy(trains, *arguments):
+        models.append({name: tensor.clone() for name, tensor in trains.model.state_dict().items()})
+        fit(trains, *arguments)
+        models.append(trains.model.state_dict())
+
+    monkeypatch.setattr(trainer, "fit", spy)
+    words = ("--model", "test_resnet", "--no-pretrained", "--data", images, "--device", "cpu", "--max-steps", 2)
+    result = unilora("finetune", "vit", *words, "--out", "run")
+    assert result.code == 0, result.err
+    before, after = models
+    statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    assert statistics
+    assert all(before[name].equal(after[name]) for name in statistics)
+
+
+def test_normalisation_that_trains_moves():
     from torch import nn
 
-    from unilora_cli import loop
+    from unilora_cli.training.trainer import still_norms
 
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout())
     model[0].requires_grad_(False)
-    loop._train_mode(model)
-    assert [module.training for module in model] == [False, True, True, True]
+    assert still_norms(model) == [model[0]]
 
 
-def test_the_schedule_rises_then_falls_to_zero():
-    import torch
-
-    from unilora_cli import loop
-
-    for schedule in ("linear", "cosine"):
-        part = loop._curve(100, loop.Settings(1, 1, 1, 0.1, schedule, torch.device("cpu")))
-        values = [part(step) for step in range(101)]
-        assert values[0] == pytest.approx(1 / 11)
-        assert values[10] == max(values) == 1
-        assert values[:11] == sorted(values[:11])
-        assert values[10:] == sorted(values[10:], reverse=True)
-        assert values[100] == pytest.approx(0)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_schedule_rises_then_falls_to_zero(unilora, bert, tsv, schedule):
+    words = ("--model", bert, "--data", tsv, "--device", "cpu", "--epochs", 6, "--batch-size", 6, "--warmup", 0.2)
+    assert unilora("finetune", "text", *words, "--schedule", schedule, "--out", "run").code == 0
+    with Path("run/metrics.csv").open() as file:
+        rates = [float(row["rate"]) for row in csv.DictReader(file)]
+    plan = json.loads(Path("run/metrics.json").read_text())["plan"]
+    rise = round(0.2 * plan["steps"])
+    assert rates[0] == 0
+    assert rates[rise] == max(rates) == pytest.approx(plan["theta_rate"], rel=1e-5)
+    assert rates[: rise + 1] == sorted(rates[: rise + 1])
+    assert rates[rise:] == sorted(rates[rise:], reverse=True)
+    assert rates[-1] < 0.05 * max(rates)
 
 
 # ---- what goes wrong beside the adapter, or after it is trained ------------------------------------------------------
@@ -219,7 +238,7 @@ def short(unilora, bert, tsv):
 
 def at_epoch(monkeypatch, number, action):
     """Do this after the evaluation of an epoch, before anything is written."""
-    from unilora_cli import report
+    from unilora_cli.training import recorder as report
 
     begin = report.Recorder.epoch
 
@@ -234,7 +253,7 @@ def at_epoch(monkeypatch, number, action):
 def test_an_evaluation_that_fails_does_not_lose_the_epoch(short, monkeypatch):
     import torch
 
-    from unilora_cli import loop
+    from unilora_cli.training import evaluating
 
     seen = []
 
@@ -242,7 +261,7 @@ def test_an_evaluation_that_fails_does_not_lose_the_epoch(short, monkeypatch):
         seen.append(task.adapter.theta_d.detach().clone())
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(loop, "evaluate", fails)
+    monkeypatch.setattr(evaluating, "evaluate", fails)
     result = short()
     assert result.code == 1
     assert "evaluation failed; the adapter is in run/adapter.safetensors\n" in result.out
@@ -252,7 +271,7 @@ def test_an_evaluation_that_fails_does_not_lose_the_epoch(short, monkeypatch):
 
 @pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'matplotlib'"), OSError(28, "No space left")])
 def test_a_picture_that_cannot_be_drawn_costs_nothing_else(short, monkeypatch, error):
-    from unilora_cli import report
+    from unilora_cli.training import recorder as report
 
     def fails(*_):
         raise error
@@ -301,7 +320,9 @@ def test_an_adapter_that_finds_no_place_is_kept_elsewhere(short, monkeypatch):
 
 def test_what_cannot_be_written_beside_the_adapter_ends_no_training(short, monkeypatch):
     """A disk that has room for the adapter only, and none for the state of the run."""
-    from unilora_cli import checkpoint, outputs, report
+    from unilora_cli import outputs
+    from unilora_cli.training import checkpoints
+    from unilora_cli.training import recorder as report
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -312,7 +333,7 @@ def test_what_cannot_be_written_beside_the_adapter_ends_no_training(short, monke
         begin(recorder, fresh)
         recorder._file.close()
         recorder._file = Full()
-        for module in (checkpoint, outputs, report):
+        for module in (checkpoints, outputs, report):
             monkeypatch.setattr(module, "write_file", full)
 
     class Full:
@@ -324,13 +345,13 @@ def test_what_cannot_be_written_beside_the_adapter_ends_no_training(short, monke
     assert result.out.count("metrics.csv cannot be written (No space left on device); going on") == 1
     for name in ("metrics.csv", "metrics.json", "summary.csv", "loss.png"):
         assert f"{name} (No space left on device)" in result.err
-    assert "training.pt" not in result.err
+    assert "training (" not in result.err
     assert "epoch 2" in result.out
     assert read_adapter("run/adapter.safetensors").spec.d
 
 
 def test_nobody_has_to_read_what_is_printed(short, monkeypatch):
-    from unilora_cli import report
+    from unilora_cli.training import recorder as report
 
     def closed(_):
         raise BrokenPipeError(32, "Broken pipe")
@@ -591,9 +612,9 @@ def test_values_that_nothing_could_hold(unilora, words, message):
 
 def test_a_base_that_no_file_can_state_is_refused_before_training(short, monkeypatch):
     """The adapter is saved and read once before the work that it is saved after."""
-    from unilora_cli import loop
+    from unilora_cli.training import trainer
 
-    monkeypatch.setattr(loop, "fit", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer, "fit", lambda *_: pytest.fail("it trained"))
     result = short("--model-arg", "pad_token_id=-7")
     assert result.code == 1
     assert "base_arguments.pad_token_id: expected 0" in result.err

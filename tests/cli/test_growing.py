@@ -25,7 +25,7 @@ def text(unilora, bert, tsv):
 @pytest.fixture
 def held_out(monkeypatch):
     """held_out(losses, at): these losses, whatever there is; where one is None, the run is interrupted."""
-    from unilora_cli import loop
+    from unilora_cli.training import evaluating
 
     def told(losses):
         there = iter(losses)
@@ -35,7 +35,7 @@ def held_out(monkeypatch):
                 raise Interrupted
             return {"loss": loss, "accuracy": 1 - loss}
 
-        monkeypatch.setattr(loop, "evaluate", evaluate)
+        monkeypatch.setattr(evaluating, "evaluate", evaluate)
 
     return told
 

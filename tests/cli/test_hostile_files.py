@@ -456,7 +456,7 @@ def test_hostile_records_are_one_line(unilora, tmp_path, bert, case):
 def interrupted(unilora, images, vit_model, monkeypatch):
     """The words of a run that was interrupted after its first epoch; its state is in run/training.pt."""
     pytest.importorskip("timm")
-    from unilora_cli import report
+    from unilora_cli.training import recorder as report
 
     words = ("finetune", "vit", *vit_model, "--data", images, "--device", "cpu", "--batch-size", 8, "--out", "run")
     save_state = report.Recorder.checkpoint
@@ -534,7 +534,7 @@ def test_files_of_a_run_keep_the_links_that_lead_to_them(unilora, trained, image
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without room is wanted")
 def test_a_line_that_finds_no_room_names_its_file(unilora, images, vit_model, tmp_path, monkeypatch):
     pytest.importorskip("timm")
-    from unilora_cli import report
+    from unilora_cli.training import recorder as report
 
     begin = report.Recorder._open
 

@@ -180,7 +180,8 @@ def test_data_of_torchvision_that_cannot_be_used(load, folder, tmp_path):
 
 
 def test_the_test_data_are_scored_with_the_adapter_that_is_kept(unilora, vit_model, parsed, base_of, folder):
-    from unilora_cli import loop, vit
+    from unilora_cli import vit
+    from unilora_cli.training import evaluating
 
     line = ("finetune", "vit", *vit_model, "--data", folder, "--keep", "best", "--epochs", 3, "--batch-size", 8)
     line += ("--head-rate", 0.5, "--device", "cpu", "--out", "run")
@@ -193,8 +194,7 @@ def test_the_test_data_are_scored_with_the_adapter_that_is_kept(unilora, vit_mod
     task.model, _ = models.build(base)
     models.load_adapter(base, task.model, "run/adapter.safetensors")
     task.held_out = task.test
-    settings = loop.Settings(1e-3, 1e-3, 1, 0.0, "linear", torch.device("cpu"))
-    for name, value in loop.evaluate(task, settings).items():
+    for name, value in evaluating.evaluate(task).items():
         assert value == pytest.approx(metrics()["test"][name], rel=1e-5)
 
 

@@ -254,7 +254,7 @@ def test_answers_of_a_batch_are_those_of_single_prompts(llama, tokenizer):
 def test_exact_match_counts_right_answers(tokenizer):
     from unilora_cli import generation
     from unilora_cli.data_lm import Prompt
-    from unilora_cli.metrics import Outcome
+    from unilora_cli.training.metrics import Outcome
 
     class Echo(torch.nn.Module):
         """Writes its last token again."""

@@ -256,10 +256,10 @@ class Interrupted(KeyboardInterrupt):
 @pytest.fixture
 def interrupted(monkeypatch):
     """interrupted(run): what the run gives that is interrupted in its second epoch."""
-    from unilora_cli import loop
+    from unilora_cli.training import evaluating
 
     def during(run):
-        evaluate, calls = loop.evaluate, []
+        evaluate, calls = evaluating.evaluate, []
 
         def once(*arguments):
             calls.append(1)
@@ -267,9 +267,9 @@ def interrupted(monkeypatch):
                 raise Interrupted
             return evaluate(*arguments)
 
-        monkeypatch.setattr(loop, "evaluate", once)
+        monkeypatch.setattr(evaluating, "evaluate", once)
         result = run()
-        monkeypatch.setattr(loop, "evaluate", evaluate)
+        monkeypatch.setattr(evaluating, "evaluate", evaluate)
         return result
 
     return during

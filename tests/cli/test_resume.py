@@ -46,8 +46,8 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(launch, wor
         step = STEPS * epoch + rng.randint(1, STEPS - 1)
         (killed,) = launch(*words, *more, *resume, kill_at=step)
         assert killed.code == -9, killed.err
-        assert (tmp_path / "run" / "training.pt").exists()
-        for number, name in enumerate(("training.pt", "metrics.json", "metrics.csv", "adapter.safetensors")):
+        assert list((tmp_path / "run" / "training").glob("checkpoint-*/run.json"))
+        for number, name in enumerate(("run.json", "metrics.json", "metrics.csv", "adapter.safetensors")):
             left = tmp_path / "run" / f".unilora-{number:016x}"  # as a process leaves it that is killed in a write
             left.mkdir()
             (left / name).write_bytes(b"a part of a fi")
@@ -55,22 +55,22 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(launch, wor
     (last,) = launch(*words, *more, "--resume")
     assert last.code == 0, last.err
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    assert not (tmp_path / "run" / "training.pt").exists()
+    assert not (tmp_path / "run" / "training").exists()
     assert not list((tmp_path / "run").glob(".unilora-*"))
 
 
 def test_the_test_above_can_fail(launch, words, tmp_path):
     """With another state of NumPy's generator, mixup draws other numbers."""
-    torch = pytest.importorskip("torch")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     words = [*words, "--epochs", 2]
     assert launch(*words)[0].code == 0
     (tmp_path / "run").rename(tmp_path / "whole")
     assert launch(*words, kill_at=STEPS + 2)[0].code == -9
-    state = torch.load(tmp_path / "run" / "training.pt", weights_only=True)
-    assert state["epoch"] == 1
-    kind, keys, *place = state["generators"][0]["numpy"]
-    state["generators"][0]["numpy"] = (kind, keys[::-1], *place)
-    torch.save(state, tmp_path / "run" / "training.pt")
+    file = tmp_path / "run" / "training" / f"checkpoint-{STEPS}" / "rng_state.pth"
+    with transformers.trainer_utils.safe_globals():
+        state = torch.load(file, weights_only=True)
+    kind, keys, *place = state["numpy"]
+    torch.save(state | {"numpy": (kind, keys[::-1].copy(), *place)}, file)
     assert launch(*words, "--resume")[0].code == 0
     whole, parts = (outcome(tmp_path / name)[-1]["metrics.csv"].split() for name in ("whole", "run"))
     assert whole[: STEPS + 1] == parts[: STEPS + 1]
@@ -78,19 +78,19 @@ def test_the_test_above_can_fail(launch, words, tmp_path):
 
 
 def test_a_run_that_is_killed_after_its_last_step_only_writes_what_is_missing(unilora, words, monkeypatch):
-    from unilora_cli import loop
+    from unilora_cli.training import trainer
 
     assert unilora(*words, "--max-steps", 8).code == 0
     Path("run").rename("whole")
-    conclude = loop.conclude
+    conclude = trainer.conclude
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "conclude", interrupt)
+    monkeypatch.setattr(trainer, "conclude", interrupt)
     assert unilora(*words, "--max-steps", 8).code == 130
-    monkeypatch.setattr(loop, "conclude", conclude)
-    monkeypatch.setattr(loop, "_gradient", interrupt)
+    monkeypatch.setattr(trainer, "conclude", conclude)
+    monkeypatch.setattr(trainer.AdapterTrainer, "training_step", interrupt)
     result = unilora(*words, "--max-steps", 8, "--resume")
     assert result.code == 0, result.err
     assert outcome(Path("run")) == outcome(Path("whole"))

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from unilora_cli import distributed
 from unilora_cli.console import number
-from unilora_cli.loop import Settings, parameter_groups, steps_of
 from unilora_cli.task import Task
+from unilora_cli.training import distributed
+from unilora_cli.training.settings import Settings, parameter_groups, steps_of
 from unilora_core import ProjectionSpec, rates
 from unilora_core.methods import method_of
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from unilora_cli.console import CommandError, one_line
 from unilora_cli.loading import device_of
 
-__all__ = ["add_up", "from_first", "gathered", "only_first", "processes", "rank", "started"]
+__all__ = ["average", "from_first", "gathered", "only_first", "processes", "rank", "started"]
 
 T = TypeVar("T")
 
@@ -69,14 +69,12 @@ def _device_of_process(name: str) -> torch.device:
     return own
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
-    """Put the sum over all processes in the place of each tensor; they travel as one vector."""
-    if processes() == 1:
-        return
+def average(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over all processes in the place of each tensor; they travel as one vector."""
     sums = torch.cat([tensor.flatten() for tensor in tensors])
     with _others():
         dist.all_reduce(sums)
-    for tensor, part in zip(tensors, sums.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(tensors, (sums / processes()).split([each.numel() for each in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from unilora_cli import checkpoint
 from unilora_cli.console import CommandError, number, one_line, say, table
-from unilora_cli.distributed import only_first
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
 from unilora_cli.task import Task
+from unilora_cli.training import checkpoints
+from unilora_cli.training.distributed import only_first
 from unilora_core import ProjectionSpec, read_adapter
 from unilora_core.files import write_file
 from unilora_core.header import SETTINGS, read_header
@@ -41,17 +41,17 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, task: Task, about: Mapping[str, Any], keep: str, resumed: Mapping[str, Any] | None = None
+        self, folder: Path, task: Task, about: Mapping[str, Any], keep: str, resumed: checkpoints.Run | None = None
     ):
         self.folder, self.task, self.about, self.keep = folder, task, dict(about), keep
-        self.epochs: list[dict[str, Any]] = list(resumed["epochs"]) if resumed else []
-        self.losses: list[tuple[int, float, float]] = list(resumed["losses"]) if resumed else []
+        self.epochs: list[dict[str, Any]] = list(resumed.epochs) if resumed else []
+        self.losses: list[tuple[int, float, float]] = list(resumed.losses) if resumed else []
         self.test: dict[str, float] = {}
         self.also_written = ["metrics.csv", "summary.csv", "metrics.json", "loss.png"]
-        self.skipped = resumed["skipped"] if resumed else 0
+        self.skipped = resumed.skipped if resumed else 0
         self.stopped_early = ""
         self.unwritten: dict[str, str] = {}
-        self.began = time.perf_counter() - (resumed["seconds"] if resumed else 0)
+        self.began = time.perf_counter() - (resumed.seconds if resumed else 0)
         self._since = len(self.losses)
         self._file: IO[str] | None = None
         self._open(fresh=not resumed)
@@ -60,8 +60,8 @@ class Recorder:
     def _open(self, fresh: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if fresh:  # --overwrite: an old adapter must not pass for this run's
-            for name in (ADAPTER, checkpoint.FILE):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / ADAPTER).unlink(missing_ok=True)
+            checkpoints.forget(self.folder)
             _try(self)
         self._begin_steps()
 
@@ -158,13 +158,12 @@ class Recorder:
         return max(rows, key=lambda row: -math.inf if math.isnan(row[metric.name]) else sign * row[metric.name])
 
     @only_first
-    def checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Write down what ``--resume`` needs after this epoch."""
-        losses = [list(row) for row in self.losses]
-        known = {"epochs": self.epochs, "losses": losses, "skipped": self.skipped, "seconds": self._seconds()}
-        made_for = checkpoint.made_for(self.about["settings"], self.task.adapter.spec)
-        with self.beside(checkpoint.FILE):
-            checkpoint.write(self.folder, {**state, **known, **made_for})
+    def checkpoint(self, step: int, growth: Mapping[str, Any]) -> None:
+        """Write down what ``--resume`` needs beside the Trainer's own checkpoint of this step."""
+        known = {"epochs": self.epochs, "losses": self.losses, "skipped": self.skipped, "seconds": self._seconds()}
+        made_for = checkpoints.made_for(self.about["settings"], self.task.adapter.spec)
+        with self.beside(checkpoints.FOLDER):
+            checkpoints.write(self.folder, {"step": step, "growth": growth, **known, **made_for})
 
     @only_first
     def save(self) -> None:
@@ -190,10 +189,9 @@ class Recorder:
         with self.beside("loss.png"):
             _draw(self.folder / "loss.png", self.losses, self.epochs, self.task.metrics[0].name)
         self.write("finished")
-        with contextlib.suppress(OSError):
-            (self.folder / checkpoint.FILE).unlink()
+        checkpoints.forget(self.folder)
         say("\nresult\n" + table(_summary(self)))
-        self.unwritten.pop(checkpoint.FILE, None)  # which is of no use any more
+        self.unwritten.pop(checkpoints.FOLDER, None)  # which is of no use any more
         if self.unwritten:
             lost = "; ".join(f"{what} ({why})" for what, why in self.unwritten.items())
             raise CommandError(f"the adapter is in {self.folder / ADAPTER}, but this could not be written: {lost}.")

@@ -1,0 +1,68 @@
+"""The scores of a model on data: the exact mean loss over all that counts, and the task's metrics."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unilora_cli.console import CommandError, one_line
+from unilora_cli.task import Task
+from unilora_cli.training import distributed
+from unilora_cli.training.metrics import Outcome
+
+__all__ = ["evaluate", "readable"]
+
+
+def evaluate(task: Task, precision: Callable[[], AbstractContextManager] = contextlib.nullcontext) -> dict[str, float]:
+    """Mean loss over the held-out data, and the task's metrics; the same in all processes.
+
+    Args:
+        precision: the autocast that the model runs in.
+    """
+    task.model.eval()
+    total, count, predicted, labels = 0.0, 0, [], []
+    with torch.no_grad():
+        for batch in filter(None, _on_device(task)):
+            with precision():
+                scores = task.score(task.model, batch)
+            total += scores.loss.item() * scores.count
+            count += scores.count
+            if scores.predicted is not None:
+                predicted.append(scores.predicted.float().cpu().numpy())
+                labels.append(batch["labels"].cpu().numpy())
+        mine = (np.concatenate(found) if found else np.empty(0) for found in (predicted, labels))
+        totals, counts, guesses, truths = zip(*distributed.gathered((total, count, *mine)), strict=True)
+        outcome = Outcome(task.model, sum(totals) / max(sum(counts), 1), _interleaved(guesses), _interleaved(truths))
+        with precision():
+            scored = {"loss": outcome.loss} | {metric.name: metric.of(outcome) for metric in task.metrics}
+    return distributed.from_first(lambda: scored)  # what is decided by them must be the same everywhere
+
+
+def _on_device(task: Task) -> Iterator[dict[str, Tensor]]:
+    device = task.adapter.theta_d.device
+    for batch in readable(task.held_out):
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def readable(batches: Any) -> Iterator[dict[str, Tensor]]:
+    """The batches. An error from a process that reads data comes with that process's traceback, which is left out."""
+    try:
+        yield from batches
+    except CommandError as error:
+        raise CommandError(one_line(str(error).strip().splitlines()[-1].removeprefix(PREFIX))) from error
+
+
+PREFIX = f"{CommandError.__module__}.{CommandError.__qualname__}: "
+
+
+def _interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """What the processes have of examples 0, n, 2n …; 1, n+1 …; in the order of the examples."""
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        if len(part):  # the last ones may have none, without a shape
+            whole[rank :: len(parts)] = part
+    return whole
