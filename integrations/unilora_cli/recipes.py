@@ -17,8 +17,8 @@ __all__ = ["FOLDER", "fill_in", "run", "shipped"]
 
 FOLDER = Path(__file__).with_name("recipes")
 HEADER = ("task", "about")
-NOT_SETTINGS = ("help", "debug", "recipe", "model_arg", "method_arg", "trainer_arg", "report_to")
-NOT_SETTINGS += ("out", "overwrite", "resume")
+NOT_SETTINGS = {"help", "debug", "recipe", "model_arg", "method_arg", "trainer_arg"}
+NOT_SETTINGS |= {"report_to", "out", "overwrite", "resume"}
 """What belongs to one run, not to an experiment."""
 
 

@@ -192,8 +192,8 @@ def test_frozen_batch_normalisation_stays(unilora, images, monkeypatch):
         models.append(trains.model.state_dict())
 
     monkeypatch.setattr(trainer, "fit", spy)
-    words = ("--model", "test_resnet", "--no-pretrained", "--data", images, "--device", "cpu", "--max-steps", 2)
-    result = unilora("finetune", "vit", *words, "--out", "run")
+    words = ("--model", "test_resnet", "--no-pretrained", "--model-arg", "zero_init_last=false", "--data", images)
+    result = unilora("finetune", "vit", *words, "--device", "cpu", "--max-steps", 2, "--out", "run")
     assert result.code == 0, result.err
     before, after = models
     statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]

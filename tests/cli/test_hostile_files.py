@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -454,59 +455,79 @@ def test_hostile_records_are_one_line(unilora, tmp_path, bert, case):
 
 @pytest.fixture
 def interrupted(unilora, images, vit_model, monkeypatch):
-    """The words of a run that was interrupted after its first epoch; its state is in run/training.pt."""
+    """The words of a run that was interrupted after its first epoch; its state is in run/training/checkpoint-3."""
     pytest.importorskip("timm")
     from unilora_cli.training import recorder as report
 
     words = ("finetune", "vit", *vit_model, "--data", images, "--device", "cpu", "--batch-size", 8, "--out", "run")
     save_state = report.Recorder.checkpoint
 
-    def stop(recorder, state):
-        save_state(recorder, state)
-        if state["epoch"] == 1:
+    def stop(recorder, step, growth):
+        save_state(recorder, step, growth)
+        if step:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(report.Recorder, "checkpoint", stop)
         assert unilora(*words).code == 130
+    shutil.copytree("run", "kept")
     return words
 
 
 STRANGE = (None, 1, "x", [], {}, [1], {"a": 1}, float("nan"), [[1, 2]], [{}], ["x", 1, 2])
 
 
-def test_a_strange_state_of_a_run_is_one_line(unilora, interrupted, tmp_path):
-    import torch
+def refused(unilora, words):
+    """Whether the run is not gone on with; then that is said in a line."""
+    result = unilora(*words, "--resume")
+    if result.code:
+        assert "run" in one_line(result)
+    return bool(result.code)
 
-    path = tmp_path / "run/training.pt"
-    whole = torch.load(path, weights_only=True)
+
+def test_a_strange_state_of_a_run_is_one_line(unilora, interrupted, tmp_path):
+    path = tmp_path / "run/training/checkpoint-3/run.json"
+    whole = json.loads(path.read_text())
     tries = [whole | {name: value} for name in whole for value in STRANGE]
     tries += [{key: value for key, value in whole.items() if key != name} for name in whole]
-    tries += [whole | {"more": 1}, whole | {"spec": DEEP}, whole | {"spec": '{"seed": 0}'}, [], 1, {1: 2}]
-    trained = whole["trained"]
-    tries += [
-        whole | {"trained": trained | {"theta_d": value}} for value in (torch.zeros(()), trained["theta_d"] / 0, 1)
-    ]
-    generators = whole["generators"][0]
-    tries += [
-        whole | {"generators": [generators | {name: value}]}
-        for name in ("torch", "numpy", "python", "order")
-        for value in (*STRANGE, torch.zeros(3))
-    ]
-    refused = 0
+    tries += [whole | {"more": 1}, whole | {"spec": DEEP}, whole | {"spec": {"seed": 0}}, [], 1]
+    tries += [whole | {"files": ["none.pt"]}, whole | {"files": ["../../metrics.json/x"]}]
+    count = 0
     for contents in tries:
-        torch.save(contents, path)
-        result = unilora(*interrupted, "--resume", "--max-steps", 3)
-        if result.code:
-            assert "run" in one_line(result) or "training.pt" in result.err
-            refused += 1
-    assert refused > len(tries) - 20  # numbers such as seconds = 1 are as good as others
+        path.write_text(json.dumps(contents))
+        count += refused(unilora, interrupted)
+        restore(tmp_path / "run", path, whole)
+    assert count > len(tries) - 20  # numbers such as seconds = 1 are as good as others
 
 
-def test_the_state_of_a_run_is_no_program(unilora, interrupted, tmp_path):
-    (tmp_path / "run/training.pt").write_bytes(pickle.dumps(Mark()))
-    assert "cannot read run/training.pt" in one_line(unilora(*interrupted, "--resume"))
+def restore(run, path, whole):
+    """As the run was, if one of the tries was gone on with, and ended."""
+    if not path.exists():
+        shutil.rmtree(run)
+        shutil.copytree(run.with_name("kept"), run)
+    path.write_text(json.dumps(whole))
+
+
+def test_strange_tensors_of_a_run_are_one_line(unilora, interrupted, tmp_path):
+    """What the Trainer wrote: the generators, the optimiser, the schedule, and its own state."""
+    import torch
+
+    place = tmp_path / "run/training/checkpoint-3"
+    names = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    for name in names:
+        before = (place / name).read_bytes()
+        for contents in (b"", b"x" * 100, before[:200], pickle.dumps(Mark())):
+            (place / name).write_bytes(contents)
+            assert refused(unilora, interrupted), name
+        (place / name).write_bytes(before)
+    for name in names[:2]:
+        before = (place / name).read_bytes()
+        for contents in STRANGE:
+            torch.save(contents, place / name)
+            assert refused(unilora, interrupted), (name, contents)
+        (place / name).write_bytes(before)
     assert not (tmp_path / "RAN").exists()
+    assert not refused(unilora, interrupted)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------

@@ -61,14 +61,13 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(launch, wor
 
 def test_the_test_above_can_fail(launch, words, tmp_path):
     """With another state of NumPy's generator, mixup draws other numbers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
     words = [*words, "--epochs", 2]
     assert launch(*words)[0].code == 0
     (tmp_path / "run").rename(tmp_path / "whole")
     assert launch(*words, kill_at=STEPS + 2)[0].code == -9
     file = tmp_path / "run" / "training" / f"checkpoint-{STEPS}" / "rng_state.pth"
-    with transformers.trainer_utils.safe_globals():
-        state = torch.load(file, weights_only=True)
+    state = torch.load(file, weights_only=False)
     kind, keys, *place = state["numpy"]
     torch.save(state | {"numpy": (kind, keys[::-1].copy(), *place)}, file)
     assert launch(*words, "--resume")[0].code == 0

@@ -354,7 +354,7 @@ class Run(Writer):
 
     name = "unilora finetune"
     numbered = False
-    inside = frozenset({FILE, "metrics.csv", "metrics.json", "summary.csv", "loss.png", "training.pt"})
+    inside = frozenset({FILE, "metrics.csv", "metrics.json", "summary.csv", "loss.png", "training"})
 
     def prepare(self) -> None:
         import tokenizers
@@ -399,10 +399,16 @@ class Run(Writer):
         def adapter() -> None:
             read_adapter(place / FILE)
 
+        def checkpoints() -> None:
+            for said in (place / "training").glob("checkpoint-*/run.json"):  # the others are halves, and passed over
+                for name in json.loads(said.read_text())["files"]:
+                    if name.endswith((".pt", ".pth")):
+                        torch.load(said.with_name(name), weights_only=False)
+
         checks: dict[str, Callable[[], Any]] = {
             FILE: adapter,
             "metrics.json": lambda: json.loads((place / "metrics.json").read_text()),
-            "training.pt": lambda: torch.load(place / "training.pt", weights_only=True),
+            "training": checkpoints,
             "metrics.csv": lambda: _whole_csv(place / "metrics.csv"),
             "summary.csv": lambda: _whole_csv(place / "summary.csv"),
             "loss.png": lambda: _whole_png(place / "loss.png"),

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ OPTIONS = {
 }
 """Options of the Trainer → those of this command that set them."""
 
-OURS = ("eval_", "save_", "logging_", "dataloader_", "include_", "do_", "push_to_hub", "hub_")
-OURS += ("auto_find_batch_size", "batch_eval_metrics", "data_seed", "disable_tqdm", "enable_jit_checkpoint")
-OURS += ("full_determinism", "greater_is_better", "ignore_data_skip", "label_names", "length_column_name", "local_rank")
-OURS += ("parallelism_config", "prediction_loss_only", "remove_unused_columns", "restore_callback_states")
-OURS += ("train_sampling_strategy",)
+OURS = re.compile(
+    "(eval|save|logging|dataloader|include|do|hub)_|push_to_hub|auto_find|batch_eval|data_seed|disable_tqdm|enable_jit|"
+    "greater_is|ignore_data|label_names|length_column|local_rank|parallelism|prediction_loss|remove_unused|"
+    "restore_callback|train_sampling"
+)
 """Beginnings of the names of options that would have no effect: reading, scoring and saving are this command's."""
 
 
@@ -113,7 +114,7 @@ def check_more(given: dict[str, Any]) -> None:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or "listed at TrainingArguments of transformers"
             raise CommandError(f"--trainer-arg {name}: the Trainer has no such option; the nearest are {near}.")
-        if name.startswith(OURS):
+        if OURS.match(name):
             raise CommandError(f"--trainer-arg {name}: without effect here; reading, scoring and saving are unilora's.")
 
 

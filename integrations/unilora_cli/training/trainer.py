@@ -38,6 +38,8 @@ class AdapterTrainer(Trainer):
     DeepSpeed, where asked for, do it their own way.)
     """
 
+    control: Any
+
     def __init__(self, task: Task, settings: Settings, recorder: Recorder, run: checkpoints.Run | None):
         self.task, self.recorder = task, recorder
         self.growth = growth_of(task, settings.grow_to)
