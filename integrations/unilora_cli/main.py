@@ -36,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("unilora: interrupted\n")
         return 130
-    except (UniLoraError, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in EXTRAS:
-            raise
+    except Exception as error:  # a library's, too: its traceback is for --debug
         if debug:
             sys.stderr.write(printable(traceback.format_exc()))
         sys.stderr.write(f"unilora: error{_process()}: {_message(error)}\n")
@@ -88,10 +86,12 @@ def _process() -> str:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").split(".")[0]
+    package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in EXTRAS:
         what = "peft" if package == "peft" else "unilora[cli]"
         return f"this needs {package}, which is not installed: pip install '{what}'"
     if isinstance(error, OSError) and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    return one_line(error)
+    if isinstance(error, (UniLoraError, OSError)):
+        return one_line(error)
+    return f"{type(error).__name__}: {one_line(error)} (not foreseen; --debug shows where)"

@@ -1,7 +1,8 @@
 """The scores of a model on data: the exact mean loss over all that counts, and the task's metrics."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,9 +35,10 @@ def evaluate(task: Task, precision: Callable[[], AbstractContextManager] = conte
             if scores.predicted is not None:
                 predicted.append(scores.predicted.float().cpu().numpy())
                 labels.append(batch["labels"].cpu().numpy())
-        mine = (np.concatenate(found) if found else np.empty(0) for found in (predicted, labels))
-        totals, counts, guesses, truths = zip(*distributed.gathered((total, count, *mine)), strict=True)
-        outcome = Outcome(task.model, sum(totals) / max(sum(counts), 1), _interleaved(guesses), _interleaved(truths))
+        totals, counts, *found = zip(*distributed.gathered((total, count, predicted, labels)), strict=True)
+        flat = (list(itertools.chain.from_iterable(each)) for each in found)
+        arrays = [np.concatenate(each) if each else np.empty(0) for each in flat]
+        outcome = Outcome(task.model, sum(totals) / max(sum(counts), 1), *arrays)
         with precision():
             scored = {"loss": outcome.loss} | {metric.name: metric.of(outcome) for metric in task.metrics}
     return distributed.from_first(lambda: scored)  # what is decided by them must be the same everywhere
@@ -57,12 +59,3 @@ def readable(batches: Any) -> Iterator[dict[str, Tensor]]:
 
 
 PREFIX = f"{CommandError.__module__}.{CommandError.__qualname__}: "
-
-
-def _interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """What the processes have of examples 0, n, 2n …; 1, n+1 …; in the order of the examples."""
-    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-    for rank, part in enumerate(parts):
-        if len(part):  # the last ones may have none, without a shape
-            whole[rank :: len(parts)] = part
-    return whole

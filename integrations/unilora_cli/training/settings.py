@@ -17,41 +17,14 @@ from unilora_cli.task import Task
 
 __all__ = ["Settings", "parameter_groups", "settings_of", "steps_of", "trainer_arguments"]
 
-OPTIONS = {
-    "output_dir": "--out",
-    "num_train_epochs": "--epochs",
-    "max_steps": "--max-steps",
-    "per_device_train_batch_size": "--batch-size",
-    "per_device_eval_batch_size": "--batch-size",
-    "gradient_accumulation_steps": "--accumulate",
-    "learning_rate": "--lora-rate",
-    "warmup_steps": "--warmup",
-    "warmup_ratio": "--warmup",
-    "weight_decay": "--weight-decay",
-    "max_grad_norm": "--max-grad-norm",
-    "bf16": "--bf16",
-    "fp16": "--fp16",
-    "seed": "--seed",
-    "use_cpu": "--device",
-    "report_to": "--report-to",
-    "resume_from_checkpoint": "--resume",
-    "load_best_model_at_end": "--keep best",
-    "metric_for_best_model": "--metric",
-    "torch_compile": "--compile",
-    "torch_compile_backend": "--compile",
-    "activation_checkpointing": "--gradient-checkpointing",
-    "gradient_checkpointing": "--gradient-checkpointing",
-    "dataloader_num_workers": "--workers",
-    "label_smoothing_factor": "--smoothing (of vit)",
-}
-"""Options of the Trainer → those of this command that set them."""
-
 OURS = re.compile(
-    "(eval|save|logging|dataloader|include|do|hub)_|push_to_hub|auto_find|batch_eval|data_seed|disable_tqdm|enable_jit|"
-    "greater_is|ignore_data|label_names|length_column|local_rank|parallelism|prediction_loss|remove_unused|"
-    "restore_callback|train_sampling"
+    "(eval|save|logging|dataloader|include|do|hub|per_device|warmup|torch_compile|(gradient|activation)_check)_?.*|"
+    "output_dir|num_train_epochs|max_steps|max_grad_norm|gradient_accumulation_steps|learning_rate|weight_decay|bf16|fp16|"
+    "seed|data_seed|use_cpu|report_to|push_to_hub|resume_from.*|load_best.*|metric_for.*|greater_is.*|label_.*|auto_find.*|"
+    "batch_eval.*|disable_tqdm|enable_jit.*|ignore_data.*|length_col.*|local_rank|parallelism.*|prediction_loss.*|"
+    "average_tokens.*|remove_unused.*|restore_callback.*|train_sampling.*"
 )
-"""Beginnings of the names of options that would have no effect: reading, scoring and saving are this command's."""
+"""Options of the Trainer that are set by this command's own, or have no effect: it reads, scores and saves itself."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +78,15 @@ def check_more(given: dict[str, Any]) -> None:
     """Refuse what is no option of the Trainer, and those that the command sets itself.
 
     Raises:
-        CommandError: it names the option to say instead, or the nearest ones.
+        CommandError: it names the option, and the nearest ones.
     """
     known = [each.name for each in fields(TrainingArguments) if each.init]
     for name in given:
-        if name in OPTIONS:
-            raise CommandError(f"--trainer-arg {name}: say {OPTIONS[name]}.")
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or "listed at TrainingArguments of transformers"
             raise CommandError(f"--trainer-arg {name}: the Trainer has no such option; the nearest are {near}.")
-        if OURS.match(name):
-            raise CommandError(f"--trainer-arg {name}: without effect here; reading, scoring and saving are unilora's.")
+        if OURS.fullmatch(name):
+            raise CommandError(f"--trainer-arg {name}: unilora sets this itself; --help lists its own options.")
 
 
 def trainer_arguments(settings: Settings, steps: int, folder: Path, before: bool) -> TrainingArguments:

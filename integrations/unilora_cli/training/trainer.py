@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -67,7 +66,8 @@ class AdapterTrainer(Trainer):
         """The batches of a step, and what counts in them and in those of the other processes."""
         batches = list(evaluating.readable(itertools.islice(epoch_iterator, num_batches)))
         count = sum(self.task.count(batch["labels"]) for batch in batches if batch)
-        return batches, max(1, sum(distributed.gathered(count)))
+        counts = self.accelerator.reduce(torch.tensor(float(count), device=device))
+        return batches, counts.clamp(min=1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -141,7 +141,7 @@ def fit(trainer: AdapterTrainer, patience: int | None, resumed: tuple[Path, chec
 
     Raises:
         TrainingError: see `Guard.check`.
-        CommandError: the state cannot be gone on with, another process is gone, or the Trainer fails.
+        CommandError: the state cannot be gone on with, or another process is gone.
     """
     place = str(resumed[0]) if resumed and resumed[1].step else None
     if resumed and place:
@@ -153,20 +153,13 @@ def fit(trainer: AdapterTrainer, patience: int | None, resumed: tuple[Path, chec
     elif not resumed:
         trainer.recorder.checkpoint(0, {})
     try:
-        trainer.train(resume_from_checkpoint=place)
-    except (UniLoraError, OSError, ModuleNotFoundError, torch.OutOfMemoryError):
-        raise
+        with distributed.gone():
+            trainer.train(resume_from_checkpoint=place)
     except Exception as error:
-        still = resumed and trainer.state.global_step in (0, resumed[1].step)  # no step has been taken since
-        raise CommandError(_why(error, place if still else None)) from error
-
-
-def _why(error: Exception, place: str | None) -> str:
-    """In words, what has ended the Trainer; ``place``: the checkpoint that it was about to go on from."""
-    if distributed.processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"another process of this run is gone; see its message ({one_line(error, 120)})"
-    what = f"cannot go on from {place}" if place else "the Trainer cannot go on (--debug shows where)"
-    return f"{what}: {type(error).__name__}: {one_line(error, 400)}"
+        begun = resumed and trainer.state.global_step not in (0, resumed[1].step)
+        if not place or begun or isinstance(error, (UniLoraError, torch.OutOfMemoryError)):
+            raise
+        raise CommandError(f"cannot go on from {place}: {type(error).__name__}: {one_line(error, 400)}") from error
 
 
 def conclude(trainer: AdapterTrainer) -> None:
