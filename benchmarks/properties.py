@@ -11,8 +11,8 @@ import re
 
 from common import DOCS, RESULTS, SMOKE, parser, table
 
-from unilora_cli.analyze import draw_support, table_of, write_figures
-from unilora_cli.analyze_cases import made_up, planned
+from unilora_cli.commands.analyze import draw_support, table_of, write_figures
+from unilora_cli.commands.analyze_cases import made_up, planned
 from unilora_core import analyze
 
 PAGE = DOCS / "properties.md"

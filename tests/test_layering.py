@@ -128,7 +128,10 @@ def test_what_is_no_reading_is_not_caught():
 
 
 def test_the_command_starts_light():
-    sources = {path.stem: path.read_text("utf-8") for path in FOLDERS["unilora_cli"].glob("*.py")}
+    paths = {
+        path.relative_to(FOLDERS["unilora_cli"]).with_suffix(""): path for path in FOLDERS["unilora_cli"].rglob("*.py")
+    }
+    sources = {".".join(name.parts): path.read_text("utf-8") for name, path in paths.items()}
     assert loaded_at_once(sources) <= COMMAND
 
 

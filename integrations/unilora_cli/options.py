@@ -58,7 +58,7 @@ checks it; loads no framework.
   unilora inspect adapter.safetensors --json | jq .theta_d
 """
     parser = command(
-        commands, "inspect", "show what an adapter file holds", details, examples, "unilora_cli.inspect:run"
+        commands, "inspect", "show what an adapter file holds", details, examples, "unilora_cli.commands.inspect:run"
     )
     parser.add_argument("file", metavar="FILE", help="adapter.safetensors")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -80,7 +80,7 @@ The base model is needed, because the file holds one vector and not the layers.
   unilora convert peft/ --model roberta-base --kind text --to unilora adapter.safetensors
 """
     purpose = "turn an adapter into another format, or another format into an adapter"
-    parser = command(commands, "convert", purpose, details, examples, "unilora_cli.convert:run")
+    parser = command(commands, "convert", purpose, details, examples, "unilora_cli.commands.convert:run")
     parser.add_argument("source", metavar="SOURCE", help="adapter file, or a PEFT folder")
     parser.add_argument("out", metavar="OUT", help="folder, or adapter file, to write")
     parser.add_argument("--to", required=True, choices=("lora", "peft-unilora", "unilora"), help="the format of OUT")
@@ -106,7 +106,7 @@ stops them. Reads the config and the names of the tensors; loads no framework.
   unilora check lora/ --engine vllm   # exit code 1 if vLLM would not serve it
 """
     purpose = "say which serving engines take a LoRA folder"
-    parser = command(commands, "check", purpose, details, examples, "unilora_cli.check:run")
+    parser = command(commands, "check", purpose, details, examples, "unilora_cli.commands.check:run")
     parser.add_argument("folder", metavar="FOLDER", help="a LoRA folder, as `unilora convert --to lora` writes it")
     parser.add_argument("--engine", choices=ENGINES, help="end with an error if this one would not serve it")
 
@@ -125,7 +125,7 @@ With --onnx a timm model is written as FOLDER/model.onnx, too: images in, logits
   unilora merge runs/flowers/adapter.safetensors --out merged/ --onnx
 """
     purpose = "write the base model with the adapter merged into its weights"
-    parser = command(commands, "merge", purpose, details, examples, "unilora_cli.merge:run")
+    parser = command(commands, "merge", purpose, details, examples, "unilora_cli.commands.merge:run")
     parser.add_argument("file", metavar="FILE", help="adapter.safetensors")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--onnx", action="store_true", help="for a timm model: write model.onnx beside the weights")
@@ -154,7 +154,7 @@ Without --model no framework is loaded. Writes analysis.csv, with every figure, 
   unilora analyze --model roberta-base --kind text --method uni-lora,lora-xs
 """
     purpose = "measure what the projection of each method is: global, uniform, isometric, cheap"
-    parser = command(commands, "analyze", purpose, details, examples, "unilora_cli.analyze:run")
+    parser = command(commands, "analyze", purpose, details, examples, "unilora_cli.commands.analyze:run")
     parser.add_argument("file", nargs="?", metavar="FILE", help="an adapter file: its P, for its targets")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write into")
     _method_arguments(parser.add_argument_group("methods"))

@@ -94,7 +94,7 @@ def _task(
     tasks: Any, kind: str, purpose: str, details: str, examples: str, writes: str = ""
 ) -> tuple[argparse.ArgumentParser, Any]:
     about = details + WRITES + writes.lstrip("\n")
-    parser = command(tasks, kind, purpose, about, examples, "unilora_cli.finetune:run")
+    parser = command(tasks, kind, purpose, about, examples, "unilora_cli.commands.finetune:run")
     parser.usage = (
         f"unilora finetune {kind} --model NAME --data DATA [options]\n"
         f"       unilora finetune {kind} --recipe NAME [options]"

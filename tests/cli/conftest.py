@@ -72,7 +72,7 @@ def parsed():
 @pytest.fixture
 def base_of(parsed):
     """base_of(file, *words): the base model of an adapter file, as `unilora merge` finds it with these words."""
-    from unilora_cli.models import remembered
+    from unilora_cli.tasks.models import remembered
     from unilora_core import read_adapter
     from unilora_core.header import read_header
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 
-import unilora_cli.finetune
-import unilora_cli.pictures
-import unilora_cli.vit  # noqa: F401
+import unilora_cli.commands.finetune
+import unilora_cli.tasks.pictures
+import unilora_cli.tasks.vit  # noqa: F401
 from unilora_cli.main import main
 
 

@@ -161,7 +161,7 @@ def test_a_file_that_states_what_cannot_be_is_refused_in_one_line(unilora, adapt
 
 
 def test_all_says_which_methods_it_leaves_out(unilora, monkeypatch):
-    from unilora_cli import analyze_cases
+    from unilora_cli.commands import analyze_cases
 
     monkeypatch.setattr(analyze_cases, "PATIENCE", 0)
     result = unilora("analyze", *SMALL, "--option", "length=5")
@@ -173,8 +173,8 @@ def test_all_says_which_methods_it_leaves_out(unilora, monkeypatch):
 
 def test_the_page_shows_what_is_measured():
     """What is not noisy, for the methods that are quick to look at."""
-    from unilora_cli.analyze import table_of
-    from unilora_cli.analyze_cases import ALL, made_up, planned
+    from unilora_cli.commands.analyze import table_of
+    from unilora_cli.commands.analyze_cases import ALL, made_up, planned
 
     page = Path(__file__).parents[2].joinpath("docs", "properties.md").read_text("utf-8")
     lines = page.partition("<!-- small")[2].partition("<!-- end -->")[0].splitlines()

@@ -42,8 +42,8 @@ def letters():
 @pytest.fixture
 def learn(letters, parsed, tmp_path):
     """learn(template, record, *words): the text of a chat that is trained on, the text that has a loss, the notes."""
-    from unilora_cli.data_corpus import read_corpora
-    from unilora_cli.data_lm import encode_corpora
+    from unilora_cli.data.corpus import read_corpora
+    from unilora_cli.data.language import encode_corpora
 
     def run(template, record, *words):
         letters.chat_template = template
@@ -129,7 +129,7 @@ def test_forms_of_one_chat(learn, form):
 
 def test_a_table_of_calls_has_no_arguments_of_other_calls(letters, parsed, tmp_path):
     """Arrow gives each call the arguments of all, with None."""
-    from unilora_cli.data_corpus import read_corpora
+    from unilora_cli.data.corpus import read_corpora
 
     other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
     rows = [{"messages": [USER, {"role": "assistant", "tool_calls": [call]}]} for call in (CALL, other)]
@@ -217,8 +217,8 @@ def test_other_columns_are_named(learn):
 
 
 def test_ends_that_are_cut_off_are_counted(tokenizer, parsed, tmp_path):
-    from unilora_cli.data_corpus import read_corpora
-    from unilora_cli.data_lm import encode_corpora
+    from unilora_cli.data.corpus import read_corpora
+    from unilora_cli.data.language import encode_corpora
 
     rows = [{"prompt": "the film was", "response": "very good " * n} for n in (1, 9, 2, 9)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -280,7 +280,7 @@ def test_records_that_cannot_be_used(refused, case):
 
 def test_records_of_several_forms_are_refused(parsed, tmp_path):
     from unilora_cli.console import CommandError
-    from unilora_cli.data_corpus import read_corpora
+    from unilora_cli.data.corpus import read_corpora
 
     rows = [{"messages": [USER, ANSWER]}, {"text": "a story"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -243,8 +243,8 @@ def test_texts_of_records_are_joined(lm, sentences, tmp_path):
 
 
 def test_prompt_and_response(tokenizer, parsed, tmp_path):
-    from unilora_cli.data_corpus import read_corpora
-    from unilora_cli.data_lm import encode_corpora
+    from unilora_cli.data.corpus import read_corpora
+    from unilora_cli.data.language import encode_corpora
 
     rows = [{"prompt": "the film was", "response": " very good"}, {"prompt": "the plot " * 20, "response": "bad"}] * 3
     path = write(tmp_path / "a.jsonl", rows)
@@ -267,7 +267,7 @@ def test_prompt_and_response(tokenizer, parsed, tmp_path):
 
 
 def test_prompts_are_parted_from_responses(tmp_path, parsed):
-    from unilora_cli.data_corpus import read_corpora
+    from unilora_cli.data.corpus import read_corpora
 
     rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}, {"instruction": "Go.", "input": "", "output": "!"}]
     train, _ = read_corpora(parsed("finetune", "lm", "--model", "m", "--data", write(tmp_path / "a.jsonl", rows)))

@@ -125,7 +125,7 @@ def test_an_error_in_all_processes_names_each(launch, words):
 
 
 def test_shares_are_parts_of_the_same_batches(monkeypatch):
-    from unilora_cli import adapting
+    from unilora_cli.tasks import adapting
     from unilora_cli.training import distributed
 
     def batches(rank, processes, size):

@@ -92,7 +92,7 @@ def test_debug_shows_the_traceback(unilora, tmp_path):
 
 def adapted(base_of, file, *words):
     """The base model of a file with the adapter in it."""
-    from unilora_cli import models
+    from unilora_cli.tasks import models
 
     base = base_of(file, *words)
     model, _ = models.build(base)
@@ -307,7 +307,7 @@ PEFT_LIKE = ("--grouping", "numpy-shuffle", "--start", "paper")
 @pytest.mark.parametrize("kind", ["text", "lm"])
 def test_convert_to_lora_gives_the_same_logits_in_peft(unilora, trained, base_of, kind, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
-    from unilora_cli import models
+    from unilora_cli.tasks import models
 
     file = trained(kind)[0] / ADAPTER
     result = unilora("convert", file, "--to", "lora", "lora")

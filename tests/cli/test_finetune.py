@@ -37,11 +37,11 @@ def test_outputs_exist_and_parse(trained, kind):
 def test_the_file_gives_the_same_model_again(trained, parsed, base_of, kind):
     import importlib
 
-    from unilora_cli import models
+    from unilora_cli.tasks import models
     from unilora_cli.training import evaluating
 
     folder, line = trained(kind)
-    task = importlib.import_module(f"unilora_cli.{kind}").task(parsed(*line))
+    task = importlib.import_module(f"unilora_cli.tasks.{kind}").task(parsed(*line))
     file = folder / "adapter.safetensors"
     base = base_of(file)
     assert base == task.base
@@ -146,7 +146,7 @@ def test_an_adapter_is_not_overwritten_unasked(unilora, bert, tsv):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(unilora, bert, tsv, monkeypatch):
     import torch
 
-    from unilora_cli import text
+    from unilora_cli.tasks import text
 
     scored, calls = text.score, []
 
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(unilora
 
 
 def test_ctrl_c_exits_with_130(unilora, bert, tsv, monkeypatch):
-    from unilora_cli import text
+    from unilora_cli.tasks import text
 
     def interrupt(model, batch):
         raise KeyboardInterrupt
@@ -405,7 +405,7 @@ def test_a_length_is_the_longest_that_runs(name):
     import torch
     import transformers
 
-    from unilora_cli.adapting import fit_length, length_note
+    from unilora_cli.tasks.adapting import fit_length, length_note
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     sizes |= {"vocab_size": 64, "max_position_embeddings": 66, "pad_token_id": 1}
@@ -427,7 +427,7 @@ def test_a_length_is_the_longest_that_runs(name):
 def test_a_model_without_positions_takes_what_is_wanted():
     import transformers
 
-    from unilora_cli.adapting import fit_length
+    from unilora_cli.tasks.adapting import fit_length
 
     for config in (transformers.XLNetConfig(d_model=32, n_head=4, n_layer=1), transformers.MambaConfig()):
         assert fit_length(config, 5000) == 5000
@@ -486,7 +486,7 @@ def test_a_wrong_option_of_the_method_is_said_before_anything_is_read(unilora, k
     ],
 )
 def test_options_that_some_model_may_have_are_not_refused_beforehand(parsed, words):
-    from unilora_cli.adapting import check_method
+    from unilora_cli.tasks.adapting import check_method
 
     check_method(parsed("finetune", "text", "--model", "x", "--data", "y", *words))
 
@@ -496,7 +496,7 @@ LABELS = ["²", "٣", "1_000", "+1", "1e3", "True", "nan", "9" * 400, "-0", "½"
 
 @pytest.mark.parametrize("ending", ["tsv", "jsonl"])
 def test_any_word_is_a_class(parsed, tmp_path, ending):
-    from unilora_cli.data_text import load_texts
+    from unilora_cli.data.texts import load_texts
 
     write_labels(tmp_path / f"a.{ending}", LABELS * 2)
     texts = load_texts(parsed("finetune", "text", "--model", "x", "--data", tmp_path / f"a.{ending}"))
@@ -521,7 +521,7 @@ def write_labels(path, labels):
 @pytest.mark.parametrize("label", [*(label for label in LABELS if label not in ("+1", "1e3", "-0")), "", "inf"])
 def test_what_is_no_number_is_no_label_of_a_regression(parsed, tmp_path, ending, label):
     from unilora_cli.console import CommandError
-    from unilora_cli.data_text import load_texts
+    from unilora_cli.data.texts import load_texts
 
     write_labels(tmp_path / f"a.{ending}", ["1", " 2.5 ", "1e3", "-0", ".5", label])
     with pytest.raises(CommandError, match="record 6: expected a number as the label, got"):
@@ -530,7 +530,7 @@ def test_what_is_no_number_is_no_label_of_a_regression(parsed, tmp_path, ending,
 
 def test_true_is_no_number(parsed, tmp_path):
     from unilora_cli.console import CommandError
-    from unilora_cli.data_text import load_texts
+    from unilora_cli.data.texts import load_texts
 
     write_labels(tmp_path / "a.jsonl", [1, 2, True])
     with pytest.raises(CommandError, match="record 3: expected a number as the label, got True"):

@@ -192,7 +192,7 @@ def test_a_file_names_a_model_or_a_folder(unilora, tmp_path, kind):
 
 
 def test_names_of_timm_and_of_the_hub_are_taken():
-    from unilora_cli.models import HUB, TIMM
+    from unilora_cli.tasks.models import HUB, TIMM
 
     for name in ("vit_base_patch16_224.augreg_in21k", "hf-hub:timm/vit", "hf_hub:timm/vit@v1", "a/b", "HF-HUB:a/b@x/y"):
         assert TIMM.fullmatch(name)

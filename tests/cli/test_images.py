@@ -16,8 +16,8 @@ timm = pytest.importorskip("timm")
 datasets = pytest.importorskip("datasets")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
-models = pytest.importorskip("unilora_cli.models")
-sources = pytest.importorskip("unilora_cli.data_image_sources")
+models = pytest.importorskip("unilora_cli.tasks.models")
+sources = pytest.importorskip("unilora_cli.data.image_sources")
 CommandError = models.CommandError
 
 pytestmark = pytest.mark.usefixtures("data_cache")
@@ -43,7 +43,7 @@ def settings(parsed):
 @pytest.fixture
 def load(settings):
     """load(*words): the images that the arguments name."""
-    from unilora_cli.data_images import load_images
+    from unilora_cli.data.images import load_images
 
     return lambda *words: load_images(settings(*words))
 
@@ -180,7 +180,7 @@ def test_data_of_torchvision_that_cannot_be_used(load, folder, tmp_path):
 
 
 def test_the_test_data_are_scored_with_the_adapter_that_is_kept(unilora, vit_model, parsed, base_of, folder):
-    from unilora_cli import vit
+    from unilora_cli.tasks import vit
     from unilora_cli.training import evaluating
 
     line = ("finetune", "vit", *vit_model, "--data", folder, "--keep", "best", "--epochs", 3, "--batch-size", 8)
@@ -520,7 +520,7 @@ def tiny():
 @pytest.fixture
 def transforms(settings, tiny):
     """transforms(*words): those that the arguments ask for."""
-    from unilora_cli.augmentation import transforms as made
+    from unilora_cli.tasks.augmentation import transforms as made
 
     return lambda *words: made(tiny, settings("--model-arg", "img_size=32", *words))
 
@@ -575,7 +575,7 @@ def batch_of(n):
 
 @pytest.mark.parametrize("n", [1, 4, 5])
 def test_images_are_mixed_in_pairs_with_their_labels(settings, n):
-    from unilora_cli.augmentation import mixing
+    from unilora_cli.tasks.augmentation import mixing
 
     examples, smoothing = batch_of(n), 0.1
     np.random.seed(7)
@@ -593,7 +593,7 @@ def test_images_are_mixed_in_pairs_with_their_labels(settings, n):
 
 
 def test_cutmix_gives_each_image_a_piece_of_another(settings):
-    from unilora_cli.augmentation import mixing
+    from unilora_cli.tasks.augmentation import mixing
 
     examples = batch_of(6)
     np.random.seed(3)
@@ -608,8 +608,8 @@ def test_cutmix_gives_each_image_a_piece_of_another(settings):
 
 
 def test_the_loss_of_mixed_labels_and_of_plain_ones(settings, tiny):
-    from unilora_cli.augmentation import mixing
-    from unilora_cli.vit import score
+    from unilora_cli.tasks.augmentation import mixing
+    from unilora_cli.tasks.vit import score
 
     x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 1])
     tiny.eval()
@@ -696,7 +696,7 @@ def test_a_folder_that_holds_a_model(tmp_path, tiny):
 
 
 def test_drop_path_reaches_the_model(settings):
-    from unilora_cli.vit import _model_options
+    from unilora_cli.tasks.vit import _model_options
 
     options = _model_options(settings("--drop-path", 0.3, "--drop", 0.1, "--model-arg", "img_size=32"))
     assert options == {"img_size": 32, "drop_path_rate": 0.3, "drop_rate": 0.1}

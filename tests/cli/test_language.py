@@ -44,8 +44,8 @@ def write(path, rows):
 
 
 def encoded(parsed, tokenizer, path, length, *words):
-    from unilora_cli.data_corpus import read_corpora
-    from unilora_cli.data_lm import encode_corpora
+    from unilora_cli.data.corpus import read_corpora
+    from unilora_cli.data.language import encode_corpora
 
     arguments = parsed("finetune", "lm", "--model", "m", "--data", path, *words)
     return encode_corpora(*read_corpora(arguments), arguments, tokenizer, length)
@@ -97,7 +97,7 @@ def test_chats_that_cannot_be_used(unilora, llama, tmp_path):
 
 
 def test_what_is_wrong_with_the_data_is_said_before_the_model_loads(unilora, llama, tmp_path, monkeypatch):
-    from unilora_cli import lm
+    from unilora_cli.tasks import lm
 
     monkeypatch.setattr(lm, "loaded", lambda *_: pytest.fail("the model was loaded"))
     path = write(tmp_path / "a.jsonl", [{"question": "the film", "answer": "very good"}] * 3)
@@ -134,7 +134,7 @@ def examples_of(lengths, vocabulary=16):
 
 
 def test_every_example_is_packed_once_and_the_blocks_are_full(tokenizer):
-    from unilora_cli.packing import pack
+    from unilora_cli.data.packing import pack
 
     examples = examples_of([5, 3, 8, 2, 2, 4, 1, 7])
     blocks = pack(examples, 8, -100)
@@ -178,9 +178,9 @@ def decoder(name, **more):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_loss_and_gradients_are_those_of_single_examples(name):
-    from unilora_cli.data_text import pad
-    from unilora_cli.lm import score
-    from unilora_cli.packing import check_packing, pack
+    from unilora_cli.data.packing import check_packing, pack
+    from unilora_cli.data.texts import pad
+    from unilora_cli.tasks.lm import score
 
     model, examples = decoder(name, **ARCHITECTURES[name]), examples_of([7, 3, 5, 6, 2])
     model.config.use_cache = False
@@ -202,7 +202,7 @@ def test_a_model_that_sees_past_its_example_is_refused():
     import transformers
 
     from unilora_cli.console import CommandError
-    from unilora_cli.packing import check_packing
+    from unilora_cli.data.packing import check_packing
 
     torch.manual_seed(0)
     config = transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=16, initializer_range=0.5)
@@ -234,7 +234,7 @@ def test_packing_from_the_command_line(unilora, llama, dialogues):
     ],
 )
 def test_the_final_number(text, number):
-    from unilora_cli.generation import final_number
+    from unilora_cli.tasks.generation import final_number
 
     assert final_number(text) == (None if number is None else Decimal(number))
 
@@ -242,7 +242,7 @@ def test_the_final_number(text, number):
 def test_answers_of_a_batch_are_those_of_single_prompts(llama, tokenizer):
     import transformers
 
-    from unilora_cli.generation import _answers
+    from unilora_cli.tasks.generation import _answers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
     rows = [example["input_ids"] for example in examples_of([7, 2, 4])]
@@ -252,8 +252,8 @@ def test_answers_of_a_batch_are_those_of_single_prompts(llama, tokenizer):
 
 
 def test_exact_match_counts_right_answers(tokenizer):
-    from unilora_cli import generation
-    from unilora_cli.data_lm import Prompt
+    from unilora_cli.data.language import Prompt
+    from unilora_cli.tasks import generation
     from unilora_cli.training.metrics import Outcome
 
     class Echo(torch.nn.Module):

@@ -48,7 +48,7 @@ def theta(folder):
 @pytest.mark.parametrize("kind", ["text", "vit"])
 @pytest.mark.parametrize("method", FRAMES)
 def test_a_run_and_what_becomes_of_its_file(trained, unilora, base_of, tmp_path, kind, method):
-    from unilora_cli import models
+    from unilora_cli.tasks import models
 
     folder, _ = trained(kind, "--method", method, *FRAMES[method], "--epochs", 6)
     plan, file = metrics(folder)["plan"], folder / "adapter.safetensors"

@@ -12,7 +12,7 @@ pytest.importorskip("timm")
 pytest.importorskip("datasets")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
-pictures = pytest.importorskip("unilora_cli.pictures")
+pictures = pytest.importorskip("unilora_cli.tasks.pictures")
 
 
 def found(classes, labels, predicted, probability=None):
@@ -109,8 +109,8 @@ def test_without_a_mistake_there_is_no_sheet(tmp_path):
 
 
 def test_predictions_are_those_of_the_model_in_order(images, tmp_path):
-    from unilora_cli.data_image_sources import FolderImages
-    from unilora_cli.data_images import ImageSet, Part
+    from unilora_cli.data.image_sources import FolderImages
+    from unilora_cli.data.images import ImageSet, Part
 
     source = FolderImages(images / "val")
     part = Part(source, [7, 2, 11, 0, 5])

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 datasets = pytest.importorskip("datasets")
-records = pytest.importorskip("unilora_cli.data_records")
+records = pytest.importorskip("unilora_cli.data.records")
 CommandError = records.CommandError
 
 pytestmark = pytest.mark.usefixtures("data_cache")
@@ -20,8 +20,8 @@ TABLE = "text,label\na b,x\nc,y\ne,x\nf,y\n"
 @pytest.fixture
 def read(parsed, tmp_path):
     """read(name, contents, *words): the texts of a language model, or, of ``label`` too, the labelled texts."""
-    from unilora_cli.data_corpus import read_corpora
-    from unilora_cli.data_text import load_texts
+    from unilora_cli.data.corpus import read_corpora
+    from unilora_cli.data.texts import load_texts
 
     def run(name, contents, *words, kind="lm"):
         path = tmp_path / name
@@ -157,7 +157,7 @@ def test_two_spellings_of_a_class_are_one(read, parsed, tmp_path):
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
 @pytest.mark.parametrize(("written", "asked"), [(COMPOSED, APART), (APART, COMPOSED)])
 def test_two_spellings_of_a_column_are_one(parsed, tmp_path, name, written, asked):
-    from unilora_cli.data_corpus import read_corpora
+    from unilora_cli.data.corpus import read_corpora
 
     rows, path = [{written: "a", "label": "b"}] * 3, tmp_path / name
     table = datasets.Dataset.from_list(rows)

@@ -117,7 +117,7 @@ def scored(tmp_path, sentences):
 
 
 def test_a_regression_learns_and_its_file_gives_the_same_model_again(unilora, bert, scored, parsed, base_of):
-    from unilora_cli import models, text
+    from unilora_cli.tasks import models, text
     from unilora_cli.training import evaluating
 
     line = ("finetune", "text", "--model", bert, "--data", scored, "--eval-data", scored, "--regression")
@@ -373,8 +373,8 @@ def test_gradient_checkpointing_of_timm_changes_no_number(vit):
 def test_a_model_without_gradient_checkpointing(name):
     import timm
 
-    from unilora_cli.adapting import checkpoint_activations
     from unilora_cli.console import CommandError
+    from unilora_cli.tasks.adapting import checkpoint_activations
 
     model = timm.create_model(name) if name.startswith("pit") else torch.nn.Linear(2, 2)
     with pytest.raises(CommandError, match=f"^--gradient-checkpointing: timm has none for {name}; leave it out"):

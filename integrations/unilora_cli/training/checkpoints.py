@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError
-from unilora_cli.task import Task
+from unilora_cli.tasks.task import Task
 from unilora_core import CorruptFileError, ProjectionSpec
 from unilora_core.files import write_file
 from unilora_core.schema import parse_json, read_json, shown, typed

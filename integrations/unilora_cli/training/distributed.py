@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from unilora_cli.console import CommandError, one_line
-from unilora_cli.loading import device_of
+from unilora_cli.tasks.loading import device_of
 
 __all__ = ["average", "from_first", "gathered", "gone", "only_first", "processes", "rank", "started"]
 

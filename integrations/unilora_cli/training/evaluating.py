@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unilora_cli.console import CommandError, one_line
-from unilora_cli.task import Task
+from unilora_cli.tasks.task import Task
 from unilora_cli.training import distributed
 from unilora_cli.training.metrics import Outcome
 

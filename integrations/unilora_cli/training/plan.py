@@ -3,7 +3,7 @@
 from typing import Any
 
 from unilora_cli.console import number
-from unilora_cli.task import Task
+from unilora_cli.tasks.task import Task
 from unilora_cli.training import distributed
 from unilora_cli.training.settings import Settings, parameter_groups, steps_of
 from unilora_core import ProjectionSpec, rates

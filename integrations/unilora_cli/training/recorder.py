@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from unilora_cli.console import CommandError, number, one_line, say, table
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
-from unilora_cli.task import Task
+from unilora_cli.tasks.task import Task
 from unilora_cli.training import checkpoints
 from unilora_cli.training.distributed import only_first
 from unilora_core import ProjectionSpec, read_adapter

@@ -12,8 +12,8 @@ import torch
 from transformers import TrainingArguments
 
 from unilora_cli.console import CommandError
-from unilora_cli.models import readable_errors
-from unilora_cli.task import Task
+from unilora_cli.tasks.models import readable_errors
+from unilora_cli.tasks.task import Task
 
 __all__ = ["Settings", "parameter_groups", "settings_of", "steps_of", "trainer_arguments"]
 

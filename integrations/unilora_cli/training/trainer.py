@@ -16,8 +16,8 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from unilora_cli.console import CommandError, one_line
-from unilora_cli.models import readable_errors
-from unilora_cli.task import Task
+from unilora_cli.tasks.models import readable_errors
+from unilora_cli.tasks.task import Task
 from unilora_cli.training import checkpoints, distributed, evaluating
 from unilora_cli.training.recorder import ADAPTER, Recorder
 from unilora_cli.training.settings import Settings, parameter_groups, steps_of, trainer_arguments

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from unilora_cli.chat import chat_tokens, fitted, left_out
 from unilora_cli.console import CommandError
-from unilora_cli.data_corpus import Corpus
-from unilora_cli.data_records import draw, seen, split_off
-from unilora_cli.packing import pack
+from unilora_cli.data.corpus import Corpus
+from unilora_cli.data.packing import pack
+from unilora_cli.data.records import draw, seen, split_off
+from unilora_cli.data.templates import chat_tokens, fitted, left_out
 
 __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from unilora_cli.console import CommandError
-from unilora_cli.data_chats import Chat
-from unilora_cli.models import readable_errors
+from unilora_cli.data.chats import Chat
+from unilora_cli.tasks.models import readable_errors
 from unilora_core.schema import shown
 
 __all__ = ["chat_tokens", "check_template", "fitted", "left_out"]

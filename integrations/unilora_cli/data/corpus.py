@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, path_of
-from unilora_cli.data_chats import CHATS, OPTIONS, Chat, read_chat, without_none
-from unilora_cli.data_records import load_tables, nfc, opened, suffix
+from unilora_cli.data.chats import CHATS, OPTIONS, Chat, read_chat, without_none
+from unilora_cli.data.records import load_tables, nfc, opened, suffix
 from unilora_core.schema import shown
 
 __all__ = ["Corpus", "read_corpora"]

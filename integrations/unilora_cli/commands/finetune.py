@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from unilora_cli.adapting import check_method, checkpoint_activations
 from unilora_cli.console import CommandError, one_line, path_of, say, table
-from unilora_cli.loading import prepare
-from unilora_cli.models import readable_errors
-from unilora_cli.task import Task
+from unilora_cli.tasks.adapting import check_method, checkpoint_activations
+from unilora_cli.tasks.loading import prepare
+from unilora_cli.tasks.models import readable_errors
+from unilora_cli.tasks.task import Task
 from unilora_cli.training import checkpoints, distributed, settings, trainer
 from unilora_cli.training.plan import plan_of, rows_of
 from unilora_cli.training.recorder import ADAPTER, Recorder
@@ -46,7 +46,7 @@ def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
         checkpoints.check_settings(run, about["settings"], folder)
     device = torch.device(arguments.device)
     _seed(arguments.seed)
-    task = importlib.import_module(f"unilora_cli.{arguments.kind}").task(arguments)
+    task = importlib.import_module(f"unilora_cli.tasks.{arguments.kind}").task(arguments)
     if run:
         checkpoints.check_task(run, task, folder)
     if not getattr(task.model, "is_quantized", False):  # that one is where it was loaded to

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from unilora_cli.console import CommandError
-from unilora_cli.lengths import fit_length
+from unilora_cli.tasks.lengths import fit_length
 from unilora_cli.training import distributed
 from unilora_core.frames import Sizes
 from unilora_core.methods import plan_spec

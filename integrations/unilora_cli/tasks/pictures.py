@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unilora_cli.data_images import ImageSet
+from unilora_cli.data.images import ImageSet
 from unilora_cli.outputs import blank_figure, write_csv, write_png
 from unilora_core.errors import printable
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unilora_cli.console import CommandError
-from unilora_cli.data_records import Tables, class_notes, column, draw, load_tables, nfc, seen, split_off
+from unilora_cli.data.records import Tables, class_notes, column, draw, load_tables, nfc, seen, split_off
 from unilora_core.schema import shown
 
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]

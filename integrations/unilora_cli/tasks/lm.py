@@ -7,17 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unilora_transformers
-from unilora_cli.adapting import adapter_options, check_tokens, fit_length, length_note, loader, longest
-from unilora_cli.chat import check_template
 from unilora_cli.console import CommandError
-from unilora_cli.data_corpus import read_corpora
-from unilora_cli.data_lm import IGNORED, Language, encode_corpora
-from unilora_cli.data_text import pad
-from unilora_cli.generation import exact_match
-from unilora_cli.loading import check_available, loaded
-from unilora_cli.models import Base, config_of, readable_errors, tokenizer
-from unilora_cli.packing import check_packing
-from unilora_cli.task import Batch, Scores, Task
+from unilora_cli.data.corpus import read_corpora
+from unilora_cli.data.language import IGNORED, Language, encode_corpora
+from unilora_cli.data.packing import check_packing
+from unilora_cli.data.templates import check_template
+from unilora_cli.data.texts import pad
+from unilora_cli.tasks.adapting import adapter_options, check_tokens, fit_length, length_note, loader, longest
+from unilora_cli.tasks.generation import exact_match
+from unilora_cli.tasks.loading import check_available, loaded
+from unilora_cli.tasks.models import Base, config_of, readable_errors, tokenizer
+from unilora_cli.tasks.task import Batch, Scores, Task
 from unilora_cli.training.metrics import PERPLEXITY, Metric, chosen
 
 __all__ = ["score", "task"]

@@ -102,7 +102,7 @@ def of_model(arguments: argparse.Namespace) -> Targets:
         CommandError: there is no such model.
         TargetError: nothing to adapt.
     """
-    from unilora_cli.models import Base, build
+    from unilora_cli.tasks.models import Base, build
     from unilora_torch.chains import sizes_of
     from unilora_torch.frozen import frozen_of
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unilora_cli.console import CommandError, one_line
-from unilora_cli.data_records import nfc, some
+from unilora_cli.data.records import nfc, some
 from unilora_core.schema import shown
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unilora_cli.analyze_cases import Case, made_up, of_file, of_model, planned
+from unilora_cli.commands.analyze_cases import Case, made_up, of_file, of_model, planned
 from unilora_cli.console import CommandError, number, path_of, say, table
 from unilora_cli.outputs import blank_figure, write_csv, write_png
 from unilora_core import analyze

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from unilora_cli.console import CommandError
-from unilora_cli.models import readable_errors
+from unilora_cli.tasks.models import readable_errors
 
 __all__ = ["Mixing", "Transforms", "mixing", "transforms"]
 

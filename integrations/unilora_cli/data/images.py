@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from unilora_cli.console import CommandError, path_of
-from unilora_cli.data_image_sources import (
+from unilora_cli.data.image_sources import (
     FolderImages,
     ImageSource,
     TableImages,
@@ -24,7 +24,7 @@ from unilora_cli.data_image_sources import (
     reason,
     undecodable,
 )
-from unilora_cli.data_records import (
+from unilora_cli.data.records import (
     HELD_OUT,
     Tables,
     class_notes,
@@ -36,7 +36,7 @@ from unilora_cli.data_records import (
     some,
     split_off,
 )
-from unilora_cli.models import readable_errors
+from unilora_cli.tasks.models import readable_errors
 
 __all__ = ["ImageSet", "Images", "Part", "load_images"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, path_of, say
-from unilora_cli.models import Base, build, load_adapter, remembered
+from unilora_cli.tasks.models import Base, build, load_adapter, remembered
 from unilora_core import read_adapter
 from unilora_core.engines import check, read_lora
 from unilora_core.files import try_files

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from unilora_cli.models import Base
+from unilora_cli.tasks.models import Base
 from unilora_cli.training.metrics import Metric
 from unilora_torch import Adapter
 

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from unilora_cli.console import CommandError
-from unilora_cli.data_lm import Prompt
+from unilora_cli.data.language import Prompt
 from unilora_cli.training.metrics import Metric, Outcome
 
 __all__ = ["exact_match", "final_number"]

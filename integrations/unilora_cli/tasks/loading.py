@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unilora_cli.console import CommandError, one_line
-from unilora_cli.models import Base, build, readable_errors
+from unilora_cli.tasks.models import Base, build, readable_errors
 from unilora_torch import Adapter
 
 __all__ = ["check_available", "device_of", "loaded", "prepare"]

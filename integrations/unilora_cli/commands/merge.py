@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from unilora_cli.console import CommandError, path_of, say
-from unilora_cli.models import AUTO, Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
+from unilora_cli.tasks.models import AUTO, Base, build, config_of, load_adapter, readable_errors, remembered, tokenizer
 from unilora_core import read_adapter
 from unilora_core.files import new_folder, try_folder
 from unilora_core.header import read_header

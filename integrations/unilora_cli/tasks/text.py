@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import unilora_transformers
-from unilora_cli.adapting import (
+from unilora_cli.data.texts import encode, load_texts, pad
+from unilora_cli.tasks.adapting import (
     adapter_options,
     check_classes,
     check_tokens,
@@ -15,10 +16,9 @@ from unilora_cli.adapting import (
     loader,
     longest,
 )
-from unilora_cli.data_text import encode, load_texts, pad
-from unilora_cli.loading import check_available, loaded
-from unilora_cli.models import Base, pad_with, readable_errors, tokenizer
-from unilora_cli.task import Batch, Scores, Task
+from unilora_cli.tasks.loading import check_available, loaded
+from unilora_cli.tasks.models import Base, pad_with, readable_errors, tokenizer
+from unilora_cli.tasks.task import Batch, Scores, Task
 from unilora_cli.training.metrics import CLASSES, NUMBERS, chosen
 
 __all__ = ["score", "task"]

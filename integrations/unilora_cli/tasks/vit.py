@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unilora_timm
-from unilora_cli import augmentation, pictures
-from unilora_cli.adapting import adapter_options, check_classes, loader
 from unilora_cli.console import say
-from unilora_cli.data_images import Images, ImageSet, Part, load_images
-from unilora_cli.models import Base, build, readable_errors
-from unilora_cli.task import Batch, Scores, Task
+from unilora_cli.data.images import Images, ImageSet, Part, load_images
+from unilora_cli.tasks import augmentation, pictures
+from unilora_cli.tasks.adapting import adapter_options, check_classes, loader
+from unilora_cli.tasks.models import Base, build, readable_errors
+from unilora_cli.tasks.task import Batch, Scores, Task
 from unilora_cli.training.metrics import CLASSES, TOP_5
 
 __all__ = ["score", "task"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from unilora_cli.console import CommandError, path_of
-from unilora_cli.models import readable_errors
+from unilora_cli.tasks.models import readable_errors
 from unilora_core.schema import shown
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""What `unilora` does, a module for each subcommand."""
