@@ -96,7 +96,7 @@ def test_several_processes_that_are_killed_and_resumed(launch, words, tmp_path):
 
 def test_the_processes_draw_different_random_numbers(launch, words, tmp_path):
     assert [result.code for result in launch(*words, "--batch-size", 2, processes=2, kill_at=7)] == [-9, -9]
-    (place,) = (tmp_path / "run" / "training").glob("checkpoint-6")
+    (place,) = (tmp_path / "run" / "unilora-training").glob("checkpoint-6")
     generators = [torch.load(place / f"rng_state_{rank}.pth", weights_only=False) for rank in range(2)]
     for name in ("cpu", "python", "numpy"):
         one, other = (str(generator[name]) for generator in generators)

@@ -345,7 +345,7 @@ def test_what_cannot_be_written_beside_the_adapter_ends_no_training(short, monke
     assert result.out.count("metrics.csv cannot be written (No space left on device); going on") == 1
     for name in ("metrics.csv", "metrics.json", "summary.csv", "loss.png"):
         assert f"{name} (No space left on device)" in result.err
-    assert "training (" not in result.err
+    assert "unilora-training (" not in result.err
     assert "epoch 2" in result.out
     assert read_adapter("run/adapter.safetensors").spec.d
 

@@ -455,7 +455,7 @@ def test_hostile_records_are_one_line(unilora, tmp_path, bert, case):
 
 @pytest.fixture
 def interrupted(unilora, images, vit_model, monkeypatch):
-    """The words of a run that was interrupted after its first epoch; its state is in run/training/checkpoint-3."""
+    """The words of a run that was interrupted after its first epoch, of three steps."""
     pytest.importorskip("timm")
     from unilora_cli.training import recorder as report
 
@@ -486,7 +486,7 @@ def refused(unilora, words):
 
 
 def test_a_strange_state_of_a_run_is_one_line(unilora, interrupted, tmp_path):
-    path = tmp_path / "run/training/checkpoint-3/run.json"
+    path = tmp_path / "run/unilora-training/checkpoint-3/run.json"
     whole = json.loads(path.read_text())
     tries = [whole | {name: value} for name in whole for value in STRANGE]
     tries += [{key: value for key, value in whole.items() if key != name} for name in whole]
@@ -512,7 +512,7 @@ def test_strange_tensors_of_a_run_are_one_line(unilora, interrupted, tmp_path):
     """What the Trainer wrote: the generators, the optimiser, the schedule, and its own state."""
     import torch
 
-    place = tmp_path / "run/training/checkpoint-3"
+    place = tmp_path / "run/unilora-training/checkpoint-3"
     names = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json")
     for name in names:
         before = (place / name).read_bytes()

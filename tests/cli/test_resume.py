@@ -46,7 +46,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(launch, wor
         step = STEPS * epoch + rng.randint(1, STEPS - 1)
         (killed,) = launch(*words, *more, *resume, kill_at=step)
         assert killed.code == -9, killed.err
-        assert list((tmp_path / "run" / "training").glob("checkpoint-*/run.json"))
+        assert list((tmp_path / "run" / "unilora-training").glob("checkpoint-*/run.json"))
         for number, name in enumerate(("run.json", "metrics.json", "metrics.csv", "adapter.safetensors")):
             left = tmp_path / "run" / f".unilora-{number:016x}"  # as a process leaves it that is killed in a write
             left.mkdir()
@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(launch, wor
     (last,) = launch(*words, *more, "--resume")
     assert last.code == 0, last.err
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    assert not (tmp_path / "run" / "training").exists()
+    assert not (tmp_path / "run" / "unilora-training").exists()
     assert not list((tmp_path / "run").glob(".unilora-*"))
 
 
@@ -66,7 +66,7 @@ def test_the_test_above_can_fail(launch, words, tmp_path):
     assert launch(*words)[0].code == 0
     (tmp_path / "run").rename(tmp_path / "whole")
     assert launch(*words, kill_at=STEPS + 2)[0].code == -9
-    file = tmp_path / "run" / "training" / f"checkpoint-{STEPS}" / "rng_state.pth"
+    file = tmp_path / "run" / "unilora-training" / f"checkpoint-{STEPS}" / "rng_state.pth"
     state = torch.load(file, weights_only=False)
     kind, keys, *place = state["numpy"]
     torch.save(state | {"numpy": (kind, keys[::-1].copy(), *place)}, file)

@@ -272,7 +272,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(request, kind, monkeypatch):
     assert torch.equal(theta("parts"), theta("whole"))
     without_time = [[{**row, "seconds": 0} for row in results(name)["epochs"]] for name in ("parts", "whole")]
     assert without_time[0] == without_time[1]
-    assert not Path("parts/training").exists()
+    assert not Path("parts/unilora-training").exists()
     assert "there is no interrupted run to --resume in it" in run(*words, "parts", "--resume").err
 
 
@@ -300,7 +300,9 @@ def test_a_resume_that_does_not_fit_is_refused_and_changes_nothing(text, unilora
         result = text("--out", "run", "--resume", *words)
         assert result.code == 1
         assert message in result.err
-    (place,) = [path.parent for path in Path("run/training").glob("checkpoint-*/run.json") if "-0/" not in str(path)]
+    (place,) = [
+        path.parent for path in Path("run/unilora-training").glob("checkpoint-*/run.json") if "-0/" not in str(path)
+    ]
     whole = (place / "run.json").read_text()
     (place / "run.json").write_text(whole.replace('"seed": 0', '"seed": 7'))
     assert "has a projection with seed = 7, this one 0; is --model what it was?" in text("--out", "run", "--resume").err

@@ -354,7 +354,7 @@ class Run(Writer):
 
     name = "unilora finetune"
     numbered = False
-    inside = frozenset({FILE, "metrics.csv", "metrics.json", "summary.csv", "loss.png", "training"})
+    inside = frozenset({FILE, "metrics.csv", "metrics.json", "summary.csv", "loss.png", "unilora-training"})
 
     def prepare(self) -> None:
         import tokenizers
@@ -400,7 +400,9 @@ class Run(Writer):
             read_adapter(place / FILE)
 
         def checkpoints() -> None:
-            for said in (place / "training").glob("checkpoint-*/run.json"):  # the others are halves, and passed over
+            for said in (place / "unilora-training").glob(
+                "checkpoint-*/run.json"
+            ):  # the others are halves, and passed over
                 for name in json.loads(said.read_text())["files"]:
                     if name.endswith((".pt", ".pth")):
                         torch.load(said.with_name(name), weights_only=False)
@@ -408,7 +410,7 @@ class Run(Writer):
         checks: dict[str, Callable[[], Any]] = {
             FILE: adapter,
             "metrics.json": lambda: json.loads((place / "metrics.json").read_text()),
-            "training": checkpoints,
+            "unilora-training": checkpoints,
             "metrics.csv": lambda: _whole_csv(place / "metrics.csv"),
             "summary.csv": lambda: _whole_csv(place / "summary.csv"),
             "loss.png": lambda: _whole_png(place / "loss.png"),

@@ -1,6 +1,6 @@
 """The state of an interrupted run, which `--resume` goes on from: the Trainer's checkpoints, and what they belong to.
 
-They lie in ``training/`` in the output folder, one for each of the last two epochs, and go when the run ends. In each
+They lie in ``unilora-training/`` in the output folder, one for each of the last two epochs, and go when the run ends.
 ``run.json`` is written last: a checkpoint without it is half of one, left by a run that was killed, and is passed over.
 """
 
@@ -19,7 +19,7 @@ from unilora_core.schema import parse_json, read_json, shown, typed
 
 __all__ = ["FOLDER", "Run", "check_settings", "check_task", "forget", "made_for", "read", "write"]
 
-FOLDER, FILE = "training", "run.json"
+FOLDER, FILE = "unilora-training", "run.json"
 
 FREE = {"out", "overwrite", "resume", "recipe", "device", "workers", "compile", "gradient_checkpointing", "report_to"}
 """Arguments that may change between a run and its continuation: they say how to compute, not what."""

@@ -85,6 +85,8 @@ def check_more(given: dict[str, Any]) -> None:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or "listed at TrainingArguments of transformers"
             raise CommandError(f"--trainer-arg {name}: the Trainer has no such option; the nearest are {near}.")
+        if name.startswith(("fsdp", "deepspeed")):
+            raise CommandError(f"--trainer-arg {name}: only in Python so far; docs/training.md says how.")
         if OURS.fullmatch(name):
             raise CommandError(f"--trainer-arg {name}: unilora sets this itself; --help lists its own options.")
 

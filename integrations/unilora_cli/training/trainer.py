@@ -33,8 +33,7 @@ class AdapterTrainer(Trainer):
     """A Trainer whose loss is the exact mean over all that counts in a step, in all its batches and processes.
 
     Several processes add up the gradient of a step once, after the last backward pass: it is d numbers and those of the
-    head. So the model needs no wrapper, d can grow, and a process may have no example in the last batch. (FSDP and
-    DeepSpeed, where asked for, do it their own way.)
+    head. So the model needs no wrapper, d can grow, and a process may have no example in the last batch.
     """
 
     control: Any
@@ -53,10 +52,8 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # which says that `compute_loss` divides by all that counts
         self.still = still_norms(task.model)
-        self.adds_up = distributed.processes() > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if self.adds_up:
-            prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # without a wrapper
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # without a wrapper
 
     def get_train_dataloader(self) -> DataLoader:
         """The task's batches, as they are: in each process its own."""
@@ -84,7 +81,7 @@ class AdapterTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = torch.zeros((), device=self.args.device)
-        if self.adds_up and self.accelerator.sync_gradients:
+        if distributed.processes() > 1 and self.accelerator.sync_gradients:
             for parameter in self.guard.trained:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             distributed.average([parameter.grad for parameter in self.guard.trained])
