@@ -48,7 +48,7 @@ def started(device: str) -> Iterator[torch.device]:
         )
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     try:
-        own = PartialState(cpu=on_cpu).device if on_cpu else device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        own = torch.device("cpu") if on_cpu else device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         PartialState(cpu=on_cpu)
     except (RuntimeError, ValueError) as error:
         why = one_line(error, 200)

@@ -46,9 +46,11 @@ class AdapterTrainer(Trainer):
         optimizer, options = self.get_optimizer_cls_and_kwargs(args, task.model)
         options |= {"params": groups, "weight_decay": settings.weight_decay}
         self.guard = Guard([p for group in groups for p in group["params"]], recorder, bool(run and run.step))
-        watch = Watch(recorder, self.guard, self.growth, settings.patience)
+        self.watch = Watch(recorder, self.guard, self.growth, settings.patience)
         data = {"train_dataset": task.train.dataset, "eval_dataset": task.held_out.dataset}
-        super().__init__(task.model, args, **data, optimizer_cls_and_kwargs=(optimizer, options), callbacks=[watch])
+        super().__init__(
+            task.model, args, **data, optimizer_cls_and_kwargs=(optimizer, options), callbacks=[self.watch]
+        )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # which says that `compute_loss` divides by all that counts
         self.still = still_norms(task.model)
@@ -157,6 +159,8 @@ def fit(trainer: AdapterTrainer, patience: int | None, resumed: tuple[Path, chec
         if not place or begun or isinstance(error, (UniLoraError, torch.OutOfMemoryError)):
             raise
         raise CommandError(f"cannot go on from {place}: {type(error).__name__}: {one_line(error, 400)}") from error
+    finally:
+        trainer.watch.bar.close()
 
 
 def conclude(trainer: AdapterTrainer) -> None:

@@ -130,7 +130,3 @@ class Watch(TrainerCallback):
         distributed.gathered(None)  # all have written their parts
         if checkpoints.FOLDER not in self.recorder.unwritten:
             self.recorder.checkpoint(state.global_step, self.growth.state_dict() if self.growth else {})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **there: Any) -> None:
-        """Take the bar away."""
-        self.bar.close()
