@@ -307,7 +307,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(text, interrupted, monkeypatch, 
 def test_a_resume_with_another_method_is_refused(text, interrupted):
     words = ("--method", "vera", "--rank", 4, "--out", "run")
     assert interrupted(lambda: text(*words)).code == 130
-    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     for more, message in {
         ("--method", "tied-lora"): "run: the interrupted run has method = vera, this one tied-lora; --resume with the",
         ("--method-arg", "initial=0.5"): "has method_arg = [], this one [('initial', 0.5)]; --resume with the same arg",
@@ -316,4 +316,4 @@ def test_a_resume_with_another_method_is_refused(text, interrupted):
         result = text(*words, "--resume", *more)
         assert (result.code, result.err.count("\n")) == (1, 1)
         assert message in result.err
-    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before

@@ -81,7 +81,7 @@ def test_a_value_that_the_trainer_does_not_take_is_one_line(text, options):
 def test_what_a_library_raises_is_one_line(text, monkeypatch):
     from unilora_cli.training.trainer import AdapterTrainer
 
-    def fails(*_):
+    def fails(*_, **__):
         raise ValueError("as deep in a library")
 
     monkeypatch.setattr(AdapterTrainer, "compute_loss", fails)
