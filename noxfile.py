@@ -116,7 +116,7 @@ def timm(session: nox.Session) -> None:
 @nox.session
 def cli(session: nox.Session) -> None:
     """The command `unilora`."""
-    session.install("--compile-bytecode", ".[cli,onnx]", ONNX_RUNTIME, PEFT, "bitsandbytes>=0.49", *PYTEST)
+    session.install("--compile-bytecode", ".[cli,onnx,gguf]", ONNX_RUNTIME, PEFT, "bitsandbytes>=0.49", *PYTEST)
     pytest(session, "tests/cli", *TOP_LEVEL)
 
 
@@ -250,6 +250,13 @@ def docs(session: nox.Session) -> None:
     pages = [str(path.resolve()) for path in (Path("README.md"), Path("docs"))]
     session.chdir(session.create_tmp())  # some blocks write an adapter where they run
     session.run("pytest", "--markdown-docs", "-m", "markdown-docs", *pages, env=CPU)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """The pages and the API reference as a site, in site/; every warning, a broken link among them, fails it."""
+    session.install("mkdocs-material>=9.6", "mkdocstrings-python>=1.16", "ruff>=0.9")  # ruff formats signatures
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

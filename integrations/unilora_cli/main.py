@@ -15,8 +15,21 @@ from unilora_core.errors import printable
 
 __all__ = ["build_parser", "main", "parse"]
 
-EXTRAS = ("torch", "timm", "transformers", "datasets", "matplotlib", "PIL", "tqdm", "sklearn", "scipy", "tomli", "peft")
-"""What a subcommand may miss; the extra ``unilora[cli]`` has all but peft, which converting needs at times."""
+EXTRAS = (
+    "torch",
+    "timm",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "PIL",
+    "tqdm",
+    "sklearn",
+    "scipy",
+    "tomli",
+    "peft",
+    "gguf",
+)
+"""What a subcommand may miss; the extra ``unilora[cli]`` has all but the last two, which converting needs at times."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +101,7 @@ def _process() -> str:
 def _message(error: Exception) -> str:
     package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if package in EXTRAS:
-        what = "peft" if package == "peft" else "unilora[cli]"
+        what = {"peft": "peft", "gguf": "unilora[gguf]"}.get(package, "unilora[cli]")
         return f"this needs {package}, which is not installed: pip install '{what}'"
     if isinstance(error, OSError) and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)

@@ -69,6 +69,7 @@ def add_convert(commands: Any) -> None:
     details = """
   --to lora          a PEFT LoRA folder: the factors A and B exactly; for PEFT, vLLM, llama.cpp, ... With --engine,
                      only what that engine would serve is written.
+  --to gguf          a GGUF LoRA, which llama.cpp loads beside the base's GGUF file (needs the package gguf)
   --to peft-unilora  a PEFT Uni-LoRA folder (for adapters with grouping numpy-shuffle and start paper)
   --to unilora       from a PEFT Uni-LoRA folder to an adapter file
 The base model is needed, because the file holds one vector and not the layers.
@@ -76,14 +77,16 @@ The base model is needed, because the file holds one vector and not the layers.
     examples = """
   unilora convert adapter.safetensors --to lora lora/
   unilora convert adapter.safetensors --to lora --engine vllm lora/
+  unilora convert adapter.safetensors --to gguf lora.gguf
   unilora convert adapter.safetensors --model roberta-base --kind text --to peft-unilora peft/
   unilora convert peft/ --model roberta-base --kind text --to unilora adapter.safetensors
 """
     purpose = "turn an adapter into another format, or another format into an adapter"
     parser = command(commands, "convert", purpose, details, examples, "unilora_cli.commands.convert:run")
     parser.add_argument("source", metavar="SOURCE", help="adapter file, or a PEFT folder")
-    parser.add_argument("out", metavar="OUT", help="folder, or adapter file, to write")
-    parser.add_argument("--to", required=True, choices=("lora", "peft-unilora", "unilora"), help="the format of OUT")
+    parser.add_argument("out", metavar="OUT", help="folder or file to write")
+    formats = ("lora", "gguf", "peft-unilora", "unilora")
+    parser.add_argument("--to", required=True, choices=formats, help="the format of OUT")
     lora = parser.add_argument_group("with --to lora")
     lora.add_argument("--engine", choices=ENGINES, help="the engine that will serve it")
     lora.add_argument(

@@ -94,5 +94,5 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("save_gguf needs the package gguf: pip install gguf.") from error
+        raise ModuleNotFoundError("save_gguf needs the package gguf: pip install gguf.", name="gguf") from error
     return gguf

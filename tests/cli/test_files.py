@@ -333,6 +333,17 @@ def test_convert_to_peft_and_back(unilora, trained, kind, base_of):
     torch.testing.assert_close(logits(adapted(base_of, "back.safetensors"), x), logits(adapted(base_of, file), x))
 
 
+def test_convert_to_gguf(unilora, trained):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    file = trained("lm")[0] / ADAPTER
+    result = unilora("convert", file, "--to", "gguf", "lora.gguf")
+    assert result.code == 0, result.err
+    assert "→ lora.gguf (gguf): " in result.out
+    names = [tensor.name for tensor in gguf.GGUFReader("lora.gguf").tensors]
+    assert "blk.0.attn_q.weight.lora_a" in names
+    assert len(names) == 2 * len(json.loads(read_adapter(file).metadata["targets"]))
+
+
 def test_convert_refuses_what_it_cannot_do(unilora, trained, tmp_path, small):
     text, vit = trained("text")[0] / ADAPTER, trained("vit")[0] / ADAPTER
     (tmp_path / "folder").mkdir()
@@ -343,6 +354,7 @@ def test_convert_refuses_what_it_cannot_do(unilora, trained, tmp_path, small):
         (tmp_path / "folder", "out", "--to", "unilora"): "folder/adapter_config.json: no such file; give a LoRA folder",
         (text, "out", "--to", "peft-unilora"): "numpy-shuffle",
         (vit, "out", "--to", "peft-unilora"): "for a timm model use --to lora",
+        (vit, "out", "--to", "gguf"): "--to gguf is for transformers models",
         (text, "out", "--to", "peft-unilora", "--engine", "vllm"): "--engine and --rank go with --to lora",
         (text, "out", "--to", "lora", "--rank", 2): "expected rank ≥ 16",
     }

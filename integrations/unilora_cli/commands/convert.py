@@ -34,23 +34,27 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.to != "lora" and (arguments.engine or arguments.rank):
         raise CommandError(f"--engine and --rank go with --to lora, not with --to {arguments.to}.")
     out = path_of(arguments.out)
-    try_files(*([out] if source.is_dir() else [out / WEIGHTS, out / CONFIG]))
+    try_files(*([out] if source.is_dir() or arguments.to == "gguf" else [out / WEIGHTS, out / CONFIG]))
     (_from_peft if source.is_dir() else _from_file)(source, arguments)
 
 
 def _from_file(source: Path, arguments: argparse.Namespace) -> None:
     base = remembered(read_header(source, read_adapter(source)), arguments)
-    if arguments.to == "peft-unilora" and base.kind == "vit":
-        raise CommandError("PEFT's Uni-LoRA folders are for transformers models; for a timm model use --to lora.")
+    if arguments.to in ("peft-unilora", "gguf") and base.kind == "vit":
+        raise CommandError(f"--to {arguments.to} is for transformers models; for a timm model use --to lora.")
     model, _ = build(base)
     adapter = load_adapter(base, model, source, arguments.any_rank)
     if arguments.to == "lora":
         adapter.export_lora(arguments.out, base_model=base.name, rank=arguments.rank, engine=arguments.engine)
+    elif arguments.to == "gguf":
+        from unilora_transformers import save_gguf
+
+        save_gguf(adapter, arguments.out)
     else:
         from unilora_transformers import save_peft
 
         save_peft(adapter, arguments.out)
-    _report(arguments, adapter, Path(arguments.out) / WEIGHTS)
+    _report(arguments, adapter, Path(arguments.out) / ("" if arguments.to == "gguf" else WEIGHTS))
     if arguments.to == "lora":
         found = check(arguments.out)
         say(f"served by: {', '.join(name for name, reasons in found.items() if not reasons) or 'no engine'}")
