@@ -51,6 +51,11 @@ def test_every_library_has_a_page():
     assert {path.stem for path in (ROOT / "docs" / "reference").glob("*.md")} == set(PACKAGES)
 
 
+def test_the_site_and_the_package_name_one_repository():
+    said = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), flags=re.M)
+    assert f"\nrepo_url: {said[1]}\n" in (ROOT / "mkdocs.yml").read_text("utf-8")
+
+
 def test_paths_of_contributing_exist():
     found = paths((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
     assert len(found) > 30
