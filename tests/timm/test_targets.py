@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from packaging.version import Version
 
 import unilora_timm
 from unilora_core import TargetError
@@ -79,6 +80,8 @@ def test_words_patterns_and_endings(tiny, targets, expected):
     ],
 )
 def test_words_mean_the_same_in_other_families(tiny, name, changes, targets, first, count):
+    if name == "resnet50_clip" and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("timm's own get_classifier fails on this model before 1.0.31")
     model = tiny(name, **changes)
     found = find_targets(model, targets)
     assert (found[0].name, len(found)) == (first, count)
