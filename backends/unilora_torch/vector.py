@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unilora_core import ProjectionSpec, SpecError, TargetError, ValuesError
+from unilora_core.header import BaseIdentity
 from unilora_torch.base import identity
 from unilora_torch.calls import Handle
 from unilora_torch.chains import Chains, Frozen, product
@@ -53,6 +54,10 @@ class Vector(nn.Module):
     """
 
     theta_d: nn.Parameter
+    spec: ProjectionSpec
+    targets: tuple[Target, ...]
+    modules_to_save: tuple[str, ...]
+    base: BaseIdentity | None
     projection: Projection
     placed: torch.device | None
 
