@@ -1,4 +1,4 @@
-"""What a frame keeps beside the pieces of each target: drawn from the seed, or made of the weights."""
+"""The arrays that a frame keeps beside the pieces of each target: drawn from the seed, or made of the weights."""
 
 import os
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ Frozen = tuple[Arrays, ...]
 
 
 def frozen_of_seed(spec: ProjectionSpec, targets: tuple[Target, ...]) -> Frozen:
-    """Name → array of each target; what is equal is one array."""
+    """Draw the frozen arrays of each target by name; what is equal is one array."""
     made: dict[Sizes, Arrays] = {}
     known: dict[tuple[Any, ...], Array] = {}
     for target in targets:
@@ -37,7 +37,7 @@ def frozen_of_seed(spec: ProjectionSpec, targets: tuple[Target, ...]) -> Frozen:
 
 
 def frozen_of_weights(spec: ProjectionSpec, targets: tuple[Target, ...], leaves: Mapping[str, Any]) -> Frozen:
-    """Name → array of each target (layers, …), float32.
+    """Make the frozen arrays of each target of its weights: by name, (layers, …), float32.
 
     Raises:
         TargetError: a leaf is a shape without values.
@@ -49,7 +49,7 @@ def frozen_of_weights(spec: ProjectionSpec, targets: tuple[Target, ...], leaves:
 
 
 def _matrices(target: Target, leaf: Any) -> list[Array]:
-    """What is adapted of each layer of a leaf: (out, in), float32."""
+    """Return what is adapted of each layer of a leaf: (out, in), float32."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TargetError(
             f"{target.path}: this method is made of the weight's values, and the tree has only its shape; give the "
@@ -70,7 +70,7 @@ def _stacked(layers: list[Arrays]) -> Arrays:
 
 
 def tensors_of(targets: tuple[Target, ...], frozen: Frozen) -> dict[str, np.ndarray]:
-    """What `frozen_in_file` reads: the extra tensors of a file, by layer."""
+    """Collect what `frozen_in_file` reads: the extra tensors of a file, by layer."""
     return {
         f"{FROZEN}{name}.{piece}": np.asarray(array[i])
         for target, arrays in zip(targets, frozen, strict=True)
@@ -82,7 +82,7 @@ def tensors_of(targets: tuple[Target, ...], frozen: Frozen) -> dict[str, np.ndar
 def frozen_in_file(
     where: str | os.PathLike, spec: ProjectionSpec, targets: tuple[Target, ...], tensors: Mapping[str, np.ndarray]
 ) -> Frozen:
-    """Name → array of each target (layers, …), float32, out of a file's tensors.
+    """Read the frozen arrays of each target by name, (layers, …), float32, out of a file's tensors.
 
     Raises:
         MismatchError: one is missing, or has another shape or dtype.

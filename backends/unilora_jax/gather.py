@@ -58,14 +58,14 @@ class Stack:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """How far apart in θ_D neighbours along these two axes are."""
+        """The distance in θ_D of neighbours along these two axes."""
         return (1, self.shape[1]) if self.transposed else (self.shape[1], 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Gathered:
-    """θ_d → every factor. A pytree: the arrays are its leaves, the rest is static.
+    """The function from θ_d to every factor. It is a pytree: the arrays are its leaves, the rest is static.
 
     Attributes:
         scale: (d,) float32, 1/√n_j.
@@ -84,7 +84,7 @@ class Gathered:
     members: Array | None
 
     def __call__(self, theta_d: Array, shardings: Mapping[Names, NamedSharding] | None = None) -> dict[Names, Array]:
-        """Names of each stack → its factors (layers, …), in the dtype of ``theta_d`` and differentiable in it.
+        """Compute the factors (layers, …) of each stack, by its names, in the dtype of ``theta_d``; differentiable in it.
 
         Args:
             shardings: of the stacks as they are gathered, on a mesh with explicit axes.
@@ -106,7 +106,7 @@ class Gathered:
         return table if sharding is None else jax.sharding.reshard(table, sharding)
 
     def _shaped(self, stack: Stack, numbers: Array) -> Array:
-        """With the factors' own shape; XLA takes the two transposes of B, here and where it is used, for none."""
+        """Give the numbers the shape of the factors; XLA takes the two transposes of B, here and in its use, for none."""
         shape = self.spec.layout.shapes[stack.names[0]]
         rows_first = numbers.swapaxes(1, 2) if stack.transposed else numbers
         return rows_first if shape == stack.shape else rows_first.reshape(-1, *shape)
@@ -147,7 +147,7 @@ def _summed(
     origin: Array | None,
     _members: Array | None,
 ) -> list[Array]:
-    """`project`, the gradient of which is summed over members."""
+    """Compute `project`, the gradient of which is summed over members."""
     return project(theta_d, groups, scale, origin)
 
 
@@ -167,7 +167,7 @@ _summed.defvjp(_forward, _backward)
 
 
 def _joined(spec: ProjectionSpec, bundles: tuple[Bundle, ...], y: list[Array]) -> Array:
-    """θ_D's own order of what lies as the factors do: (D,)."""
+    """Join in θ_D's own order what lies as the factors do: (D,)."""
     found: dict[str, Array] = {}
     for bundle, numbers in zip(bundles, y, strict=True):
         for stack, layers in zip(bundle, numbers, strict=True):
@@ -191,7 +191,7 @@ def _stack(spec: ProjectionSpec, names: Names, transposed: bool) -> Stack:
 def _laid(
     bundle: Bundle, table: Array | None, shardings: Mapping[Names, NamedSharding]
 ) -> Iterator[tuple[Bundle, Array | None, NamedSharding | None]]:
-    """The stacks of a bundle that lie alike on an explicit mesh, the table of these, and how it lies."""
+    """Give the stacks of a bundle that lie alike on an explicit mesh, the table of these, and how it lies."""
     alike: dict[NamedSharding | None, list[int]] = {}
     for i, stack in enumerate(bundle):
         alike.setdefault(shardings.get(stack.names), []).append(i)
@@ -202,7 +202,7 @@ def _laid(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _groups(spec: ProjectionSpec, bundle: Bundle, sharding: NamedSharding | None) -> Array:
-    """The groups of a bundle, elementwise from their positions."""
+    """Compute the groups of a bundle, elementwise from their positions."""
     like, of_segment = bundle[0], _grouping.ALGORITHMS[spec.grouping].kernel
     assert of_segment is not None  # see _has_kernel
     assert like.segment is not None
@@ -220,14 +220,14 @@ def _groups(spec: ProjectionSpec, bundle: Bundle, sharding: NamedSharding | None
 
 
 def _groups_of(spec: ProjectionSpec) -> Callable[[slice], np.ndarray]:
-    """The groups of a slice; all at once where one slice is about as much work as all."""
+    """Return what computes the groups of a slice; all at once where one slice is about as much work as all."""
     if spec.grouping in _grouping.ALGORITHMS:
         return lambda at: spec.groups(at.start, at.stop)
     return spec.groups().__getitem__
 
 
 def _table(spec: ProjectionSpec, bundle: Bundle, groups: Callable[[slice], np.ndarray]) -> Array:
-    """The groups of a bundle, made on the host: nothing has to be compiled for them."""
+    """Compute the groups of a bundle on the host: nothing has to be compiled for them."""
 
     def of_stack(stack: Stack) -> np.ndarray:
         table = np.stack([groups(spec.layout.slices[name]).reshape(stack.shape) for name in stack.names])
@@ -242,5 +242,5 @@ def _has_kernel(spec: ProjectionSpec, stack: Stack) -> bool:
 
 
 def _behind(sharding: NamedSharding | None) -> NamedSharding | None:
-    """The sharding of an array with one more axis in front."""
+    """Return the sharding of an array with one more axis in front."""
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))

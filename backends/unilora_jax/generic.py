@@ -18,7 +18,7 @@ from unilora_jax.projection import varying_as
 __all__ = ["Mapped", "mapped"]
 
 ENTRIES = 2**22
-"""So many numbers of P at a time, where P is generated."""
+"""How many numbers of P are held at a time, where P is generated."""
 
 EXACT = lax.Precision.HIGHEST
 """P is the same on every device: a GPU's matrix units would round it to 10 bits."""
@@ -29,7 +29,7 @@ Frozen = tuple[Array, ...]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Mapped:
-    """θ_d → every factor. A pytree: the arrays are its leaves, the rest is static.
+    """The function from θ_d to every factor. It is a pytree: the arrays are its leaves, the rest is static.
 
     Attributes:
         stacks: the names of factors of one shape that are used as one array.
@@ -43,7 +43,7 @@ class Mapped:
     origin: Array | None
 
     def __call__(self, theta_d: Array, _shardings: object = None) -> dict[Names, Array]:
-        """Names of each stack → its factors (layers, …), in the dtype of ``theta_d`` and differentiable in it.
+        """Compute the factors (layers, …) of each stack, by its names, in the dtype of ``theta_d``; differentiable in it.
 
         On a mesh every device has all of θ_D.
         """
@@ -73,7 +73,7 @@ def mapped(spec: ProjectionSpec, stacks: Iterable[Names]) -> Mapped:
 
 
 def _any(spec: ProjectionSpec, theta_d: Array, frozen: Frozen) -> Array:
-    """θ_D (D,)."""
+    """Compute θ_D (D,)."""
     if spec.map.rows is None:
         with jax.numpy_rank_promotion("allow"):  # the core broadcasts, whatever the user's own code may
             return spec.map.project(spec, theta_d, frozen, 0, spec.D)
@@ -99,7 +99,7 @@ _linear.defvjp(_forward, _backward)
 
 
 def _transpose(spec: ProjectionSpec, y: Array, frozen: Frozen) -> Array:
-    """Pᵀ y (d,)."""
+    """Compute Pᵀ y (d,)."""
     if spec.map.rows is None:
         assert spec.map.transpose is not None  # see _project
         with jax.numpy_rank_promotion("allow"):
@@ -115,12 +115,12 @@ def _transpose(spec: ProjectionSpec, y: Array, frozen: Frozen) -> Array:
 
 
 def _blocks(spec: ProjectionSpec) -> tuple[int, Array]:
-    """How many rows of P are generated at a time, and where each block of them begins."""
+    """Say how many rows of P are generated at a time, and where each block of them begins."""
     n = max(1, min(spec.D, ENTRIES // spec.d))
     return n, jnp.arange(0, spec.D, n, dtype=jnp.int32)
 
 
 def _rows(spec: ProjectionSpec, start: Array, n: int, like: Array) -> Array:
-    """n rows of P; those past the last are multiplied by nothing, or cut off."""
+    """Generate n rows of P; those past the last are multiplied by nothing, or cut off."""
     assert spec.map.rows is not None  # see _any
     return spec.map.rows(spec, start, n, jnp, None).astype(like.dtype)

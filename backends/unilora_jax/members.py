@@ -19,17 +19,17 @@ from unilora_jax.projection import slow_scatter, varying_as
 __all__ = ["preferred", "sums", "table_of"]
 
 TOGETHER = 64
-"""So many members of a group are summed one after the other; of larger groups the sums are added in order."""
+"""How many members of a group are summed one after the other; of larger groups the sums are added in order."""
 
 DETERMINISTIC = re.compile(r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)")
-"""Under these a scatter is a loop over positions (jax #17844)."""
+"""The flags under which a scatter is a loop over positions (jax #17844)."""
 
 Places = Callable[[Array], Array]
-"""k (n, 1) → the positions of the members k of each group: (n, d) int32, D where there is none."""
+"""The function from k (n, 1) to the positions of the members k of each group: (n, d) int32, D where there is none."""
 
 
 def preferred(platform: str, version: str, flags: str) -> bool:
-    """Whether Pᵀ is summed over members there: on CUDA, where the scatter is slow, or has to be deterministic.
+    """Say whether Pᵀ is summed over members there: on CUDA, where the scatter is slow, or has to be deterministic.
 
     Elsewhere the scatter wins: it reads y as it lies, and a gather of members reads it all over.
 
@@ -41,7 +41,7 @@ def preferred(platform: str, version: str, flags: str) -> bool:
 
 
 def sums(spec: ProjectionSpec, y: Array, table: Array | None) -> Array:
-    """Σ of y over each group: (d,) in the dtype of ``y``, (D,).
+    """Sum y over each group: (d,) in the dtype of ``y``, (D,).
 
     Args:
         table: what `table_of` gives; None for ``balanced`` of one segment, whose members are computed.
@@ -64,7 +64,7 @@ def sums(spec: ProjectionSpec, y: Array, table: Array | None) -> Array:
 
 
 def table_of(spec: ProjectionSpec) -> np.ndarray:
-    """The positions of each group, (most, d) int32; D where a group has fewer."""
+    """List the positions of each group, (most, d) int32; D where a group has fewer."""
     offsets, positions = spec.members()
     counts = np.diff(offsets)
     table = np.full((counts.max(), spec.d), spec.D, np.int32)
@@ -73,7 +73,7 @@ def table_of(spec: ProjectionSpec) -> np.ndarray:
 
 
 def _computed(spec: ProjectionSpec) -> Places:
-    """π⁻¹(j + k·d); a k beyond the last may not fit 32 bits times d, and is told by itself."""
+    """Compute π⁻¹(j + k·d); a k beyond the last may not fit 32 bits times d, and is told by itself."""
     pi, (least, more) = _grouping.permutation(problem_of(spec), 0), divmod(spec.D, spec.d)
     j = jnp.arange(spec.d, dtype=jnp.int32)[None]
 

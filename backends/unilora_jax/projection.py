@@ -26,7 +26,7 @@ SLOW = (0, 10, 2), (0, 11, 0)
 
 
 def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = None) -> Any:
-    """(θ_d·s)[g], differentiable in ``theta_d``, by reverse mode.
+    """Compute (θ_d·s)[g], differentiable in ``theta_d``, by reverse mode.
 
     Args:
         theta_d: (d,) floating point. Narrower floats than float32 are computed in float32.
@@ -47,7 +47,7 @@ def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = No
 
 
 def project_transpose(y: Any, groups: Any, scale: Array) -> Array:
-    """Pᵀ y: the sum of y over each group, times 1/√n_j.
+    """Compute Pᵀ y: the sum of y over each group, times 1/√n_j.
 
     Args:
         y: floating point, the shape of ``groups``; or the same pytree of such arrays.
@@ -73,14 +73,14 @@ def project_transpose(y: Any, groups: Any, scale: Array) -> Array:
 
 
 def here() -> tuple[str, str]:
-    """Where this process computes by default, "cpu", "cuda", …, and the version of jaxlib."""
+    """Say where this process computes by default, "cpu", "cuda", …, and the version of jaxlib."""
     backend = jax.extend.backend.get_backend()
     platform = "cuda" if "cuda" in backend.platform_version.lower() else backend.platform
     return platform, version("jaxlib")
 
 
 def slow_scatter(platform: str, version: str) -> str | None:
-    """What is to be said of the scatter-add of this jaxlib there, where it takes hundreds of times what it should."""
+    """Return the warning for the scatter-add of this jaxlib there, where it takes hundreds of times what it should."""
     numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
     if platform != "cuda" or not SLOW[0] <= numbers <= SLOW[1]:
         return None
@@ -93,7 +93,7 @@ def slow_scatter(platform: str, version: str) -> str | None:
 
 @functools.cache
 def _warn_of(what: str | None) -> None:
-    """Once in a process."""
+    """Warn, once in a process."""
     if what is not None:
         warnings.warn(what, stacklevel=3)
 
@@ -124,13 +124,13 @@ _project.defvjp(_forward, _backward)
 
 
 def explicit_sharding(x: Array) -> NamedSharding | None:
-    """The sharding that is part of x's type, where its mesh has explicit axes; gathers and scatters must be told it."""
+    """Return the sharding in x's type, where its mesh has explicit axes; gathers and scatters must be told it."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def varying_as(x: Array, arrays: Iterable[Any]) -> Array:
-    """Inside `shard_map`, x marked as different on each device, as one of the arrays is: then the gradient of θ_d is
+    """Mark x, inside `shard_map`, as different on each device, as one of the arrays is: then the gradient of θ_d is
     summed once, over d numbers.
     """
     axes = (
@@ -145,7 +145,7 @@ def _wide(x: Array) -> jnp.dtype:
 
 
 def check(x: Array, shape: tuple[int, ...], what: str) -> None:
-    """What is said of another type, shape or dtype; the text is the core's."""
+    """Refuse another type, shape or dtype; the text is the core's."""
     if not isinstance(x, jax.Array) or x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating):
         found = (
             f"{tuple(x.shape)} {x.dtype}" if isinstance(x, jax.Array) else f"a {type(x).__module__}.{type(x).__name__}"

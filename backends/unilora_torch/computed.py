@@ -41,7 +41,7 @@ class Computed(Projection):
 
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Computed":
-        """Make that of a spec, on the CPU."""
+        """Make P of a spec, on the CPU."""
         origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
         return cls(spec, torch.from_numpy(spec.scale()), origin, json.dumps(spec.to_json()))
 
@@ -63,7 +63,7 @@ class Computed(Projection):
 
 
 def kernels_for(spec: ProjectionSpec, device: torch.device) -> ModuleType | None:
-    """Triton's kernels, where they serve this spec there: one permutation, on CUDA."""
+    """Return Triton's kernels, where they serve this spec there: one permutation, on CUDA."""
     if device.type != "cuda" or spec.grouping not in ("balanced", "unnormalised"):
         return None
     one = ALGORITHMS["balanced"].segment(problem_of(spec)) >= spec.D and 2 * spec.d < 2**31
@@ -86,7 +86,7 @@ def _kernels() -> ModuleType | None:
 
 @torch.library.custom_op("unilora::project", mutates_args=())
 def _project(theta_d: Tensor, scale: Tensor, origin: Tensor | None, told: str, borders: Sequence[int]) -> Tensor:
-    """θ_d (…, d) → the numbers of slices of θ_D, whose borders are these: (…, n)."""
+    """Compute the numbers of slices of θ_D, whose borders these are, of θ_d (…, d): (…, n)."""
     spec, table, spans = _spec(told), scaled(theta_d, scale, origin), _spans(borders)
     if kernels := kernels_for(spec, table.device):
         out = table.new_empty((*table.shape[:-1], _length(borders)))
@@ -105,7 +105,7 @@ def _project_transpose(
     told: str,
     borders: Sequence[int],
 ) -> Tensor:
-    """The other way, y (…, n) → (…, d)."""
+    """Compute the transpose of these slices, of y (…, n): (…, d)."""
     spec, spans = _spec(told), _spans(borders)
     if spans == ((0, spec.D),) and (kernels := kernels_for(spec, y.device)):
         pi = kernels.permuted(spec, y.device)
@@ -120,7 +120,7 @@ def _project_transpose(
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps nothing of size D between the passes, and nothing among autograd's saved tensors, which are counted.
+    """Keep nothing of size D between the passes, and nothing among autograd's saved tensors, which are counted.
 
     Stands before the operators, whose own gradient `torch.func` cannot take.
     """
@@ -155,7 +155,7 @@ class _ProjectTranspose(_Linear):
 
 
 def _mapped(operator: Callable[..., Tensor], _: Any, axes: tuple, x: Tensor, *others: Any) -> tuple[Tensor, int]:
-    """The rule of `torch.vmap`: the first tensor alone is ever one of many."""
+    """Apply the rule of `torch.vmap`: the first tensor alone is ever one of many."""
     return operator(x.movedim(axes[0], 0), *others), 0
 
 
@@ -186,7 +186,7 @@ def _blocks(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _shifted(spec: ProjectionSpec, block: tuple[int, int], device: torch.device) -> Tensor:
-    """The groups of a block; those of factors that start at zero point into the second half of the table."""
+    """Compute the groups of a block; those of factors that start at zero point into the second half of the table."""
     first, last = block
     groups = groups_at(spec, first, last, device)
     for name, at in spec.layout.slices.items() if spec.start == "identity" else ():

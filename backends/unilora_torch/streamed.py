@@ -15,7 +15,7 @@ from unilora_core import ProjectionSpec
 __all__ = ["BLOCK", "Place", "groups_at", "streamed"]
 
 BLOCK = 2**20
-"""So many numbers of ΔW, or of θ_D, at a time: a few temporaries of 4 MB."""
+"""How many numbers of ΔW, or of θ_D, are computed at a time: a few temporaries of 4 MB."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Place:
     width: int
 
     def blocks(self, spec: ProjectionSpec, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of ΔW, and the groups (rows, width) of their numbers."""
+        """Compute rows of ΔW, and the groups (rows, width) of their numbers."""
         step = max(1, BLOCK // self.width)
         for first in range(0, self.height, step):
             rows = slice(first, min(first + step, self.height))
@@ -47,7 +47,7 @@ def groups_at(spec: ProjectionSpec, start: int, stop: int, device: torch.device)
 
 @torch.compiler.disable
 def streamed(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
-    """x·ΔWᵀ, differentiable in ``x`` and ``table``; computed in the dtype of ``x``.
+    """Compute x·ΔWᵀ, differentiable in ``x`` and ``table``; computed in the dtype of ``x``.
 
     Args:
         x: (…, width).

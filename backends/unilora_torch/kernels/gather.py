@@ -23,7 +23,7 @@ __all__ = ["Permuted", "permuted", "project", "project_transpose", "tiles"]
 
 BLOCK = 1024
 MEMBERS = 64
-"""So many members of a group are summed by one program; of larger groups the sums are added in order."""
+"""How many members of a group one program sums; of larger groups the sums are added in order."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Permuted:
 
 @functools.lru_cache(maxsize=64)
 def permuted(spec: ProjectionSpec, device: torch.device) -> Permuted:
-    """Make that of a spec whose positions are one segment."""
+    """Make the permutation of a spec whose positions are one segment."""
     pi = permutation(problem_of(spec), 0)
     keys, outside, before = (
         torch.tensor(part, dtype=torch.int32, device=device) for part in (pi.keys, pi.outside, pi.before)
@@ -92,7 +92,7 @@ def project(table: Tensor, pi: Permuted, programs: Tensor, out: Tensor) -> None:
 
 
 def project_transpose(y: Tensor, pi: Permuted, scale: Tensor) -> Tensor:
-    """Pᵀ y of all of θ_D: (d,) float32, summed in float32 in the order of `ProjectionSpec.members`.
+    """Compute Pᵀ y of all of θ_D: (d,) float32, summed in float32 in the order of `ProjectionSpec.members`.
 
     Args:
         y: (D,) float32, bfloat16 or float16, contiguous.

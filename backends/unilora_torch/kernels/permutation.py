@@ -8,7 +8,7 @@ __all__ = ["backwards", "forwards"]
 
 @triton.jit
 def _word(x, key):
-    """The low 30 bits of lowbias32(x ⊕ key)."""
+    """Compute the low 30 bits of lowbias32(x ⊕ key)."""
     w = (x ^ key).to(tl.uint32)
     w ^= w >> 16
     w *= 0x7FEB352D
@@ -20,7 +20,7 @@ def _word(x, key):
 
 @triton.jit
 def _inside(y, ends, size, WALKS: tl.constexpr):
-    """Where the walk ends that has come to y; ``ends`` are those of the few points outside."""
+    """Say where the walk ends that has come to y; ``ends`` are those of the few points outside."""
     if WALKS:
         over = y >= size
         y = tl.where(over, tl.load(ends + (y - size), mask=over, other=0), y)
@@ -29,7 +29,7 @@ def _inside(y, ends, size, WALKS: tl.constexpr):
 
 @triton.jit
 def forwards(p, keys, outside, a, b, size, WALKS: tl.constexpr):
-    """π(p): int32 in {0 … size-1}; keys: eight int32."""
+    """Compute π(p): int32 in {0 … size-1}; keys: eight int32."""
     left = p // b
     right = p - left * b
     for i in tl.static_range(4):
@@ -40,7 +40,7 @@ def forwards(p, keys, outside, a, b, size, WALKS: tl.constexpr):
 
 @triton.jit
 def backwards(q, keys, before, a, b, size, WALKS: tl.constexpr):
-    """π⁻¹(q)."""
+    """Compute π⁻¹(q)."""
     left = q // b
     right = q - left * b
     for i in tl.static_range(4):
