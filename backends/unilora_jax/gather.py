@@ -84,7 +84,7 @@ class Gathered:
     members: Array | None
 
     def __call__(self, theta_d: Array, shardings: Mapping[Names, NamedSharding] | None = None) -> dict[Names, Array]:
-        """Compute the factors (layers, …) of each stack, by its names, in the dtype of ``theta_d``; differentiable in it.
+        """Compute the factors (layers, …) of each stack, by its names, in the dtype of ``theta_d``, differentiably.
 
         Args:
             shardings: of the stacks as they are gathered, on a mesh with explicit axes.
@@ -106,7 +106,7 @@ class Gathered:
         return table if sharding is None else jax.sharding.reshard(table, sharding)
 
     def _shaped(self, stack: Stack, numbers: Array) -> Array:
-        """Give the numbers the shape of the factors; XLA takes the two transposes of B, here and in its use, for none."""
+        """Give the numbers the shape of the factors; XLA takes the two transposes of B, here and in use, for none."""
         shape = self.spec.layout.shapes[stack.names[0]]
         rows_first = numbers.swapaxes(1, 2) if stack.transposed else numbers
         return rows_first if shape == stack.shape else rows_first.reshape(-1, *shape)

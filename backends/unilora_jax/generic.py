@@ -43,7 +43,7 @@ class Mapped:
     origin: Array | None
 
     def __call__(self, theta_d: Array, _shardings: object = None) -> dict[Names, Array]:
-        """Compute the factors (layers, …) of each stack, by its names, in the dtype of ``theta_d``; differentiable in it.
+        """Compute the factors (layers, …) of each stack, by its names, in the dtype of ``theta_d``, differentiably.
 
         On a mesh every device has all of θ_D.
         """
