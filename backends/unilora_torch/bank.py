@@ -291,7 +291,7 @@ def _read(entries: Mapping[str, Entry], names: Iterable[Row], copies: int) -> Ba
     """Return what the rows of a batch need, from their names; see `Bank.rows`."""
     if isinstance(names, str) or not (rows := list(names)):
         raise ValuesError(f"Bank.rows: expected a list with a name for each row of the batch, got {names!r}.")
-    if not isinstance(copies, int) or copies < 1:
+    if not isinstance(copies, numbers.Integral) or copies < 1:
         raise ValuesError(f"Bank.rows: expected copies ≥ 1, got {copies!r}.")
     found: dict[str, Entry] = {}
     pairs: dict[Family, list[tuple[int, str, float]]] = {}
@@ -309,7 +309,7 @@ def _read(entries: Mapping[str, Entry], names: Iterable[Row], copies: int) -> Ba
     }
     layers = {target.module for family in pairs for target in family.targets}
     by_family = {family.number: _pairs(family, mine, found, len(rows)) for family, mine in pairs.items()}
-    return Batch(len(rows), copies, by_family, states, frozenset(layers | states.keys()), frozenset(pairs))
+    return Batch(len(rows), int(copies), by_family, states, frozenset(layers | states.keys()), frozenset(pairs))
 
 
 def _mixture(i: int, row: Row) -> Mapping[str, float]:

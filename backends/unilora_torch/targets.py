@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unilora_core import TargetError
 from unilora_core.header import TargetRow
+from unilora_core.layout import integer
 from unilora_core.selecting import given, matches
 from unilora_torch.replaced import convolves
 
@@ -62,6 +63,15 @@ class Target:
     transposed: bool = False
     parameter: str | None = None
     experts: int = 0
+
+    def __post_init__(self) -> None:
+        """Take the integers of any library for sizes."""
+        for name in ("in_features", "out_features", "first_row", "experts"):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, integer(value))
+            except TypeError:
+                raise TargetError(f"Target {self.name!r}: {name} must be an integer, got {value!r}.") from None
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -2,13 +2,16 @@
 
 import inspect
 
+import numpy as np
 import pytest
+import torch
 
 import unilora_torch
-from unilora_core import SpecError
+from unilora_core import SpecError, TargetError
 from unilora_core.frames import FRAMES
 from unilora_core.maps import MAPS
 from unilora_core.methods import MethodOptions, check_options
+from unilora_torch import Target
 from unilora_torch.options import AttachOptions, LoadOptions, check_attach
 
 OFFERED = {"targets", "exclude", "method", "modules_to_save", "model", "path"}
@@ -51,3 +54,15 @@ def test_options_of_a_grouping_that_takes_the_place_of_the_methods():
     check_options("vb-lora", ["topk"])
     with pytest.raises(SpecError, match="no option 'topk'"):
         check_options("vb-lora", ["topk"], "balanced")
+
+
+def test_sizes_of_any_library_are_integers(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 3))
+    target = Target("x", "0", np.int64(6), np.int32(3), np.int64(0))
+    assert all(type(size) is int for size in (target.in_features, target.out_features, target.first_row))
+    unilora_torch.attach(model, [target], rank=np.int64(2)).save(tmp_path / "a.safetensors")
+    bank = unilora_torch.Bank(torch.nn.Sequential(torch.nn.Linear(6, 3)))
+    with bank.rows([None], copies=np.int64(2)):
+        pass
+    with pytest.raises(TargetError, match=r"Target 'x': in_features must be an integer, got 6\.0\."):
+        Target("x", "0", 6.0, 3)
