@@ -261,13 +261,17 @@ def site(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The wheel, built through the sdist, ships the intended packages and imports in an empty environment."""
-    session.install("build[uv]>=1.2", *PYTEST)
+    """The wheel, built through the sdist, ships what is meant, imports alone, and shows its types to other programs."""
+    session.install("build[uv]>=1.2", "twine>=6.0", "mypy>=1.14", *PYTEST)
     folder = Path(session.create_tmp()) / "dist"
     shutil.rmtree(folder, ignore_errors=True)
     session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(folder))
     wheel = next(folder.glob("*.whl"))
+    session.run("twine", "check", "--strict", *map(str, folder.iterdir()))
     session.install(str(wheel))
+    program = str(Path("tests/build/program.py").resolve())
+    with session.chdir(folder):  # in the checkout mypy would find its folders, not what is installed
+        session.run("mypy", "--strict", "--config-file=", program)
     pytest(session, "tests/build", UNILORA_WHEEL=str(wheel))
 
 
