@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
@@ -56,6 +57,7 @@ def started(device: str) -> Iterator[torch.device]:
     with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext(), gone():
         yield own
     dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)  # or another run of this process would find no group
 
 
 @contextlib.contextmanager
