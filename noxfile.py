@@ -246,7 +246,7 @@ def mutation(session: nox.Session, package: str) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Every Python block of the README and of docs/ runs as it stands."""
-    session.install(".[cli,jax,onnx]", *JAX, "array-api-strict>=2.2", "pytest-markdown-docs>=0.6", *PYTEST)
+    session.install(".[cli,jax,onnx,gguf]", *JAX, "array-api-strict>=2.2", "pytest-markdown-docs>=0.6", *PYTEST)
     pages = [str(path.resolve()) for path in (Path("README.md"), Path("docs"))]
     session.chdir(session.create_tmp())  # some blocks write an adapter where they run
     session.run("pytest", "--markdown-docs", "-m", "markdown-docs", *pages, env=CPU)
