@@ -8,7 +8,6 @@ and JAX, also under ``jit`` and ``torch.compile``: ``+ - * ^ & <<``, ``>>`` foll
 non-negative numbers. A position past 2^31 is a pair (segment, offset) whose segment is a Python integer.
 """
 
-import collections
 import functools
 import itertools
 import math
@@ -387,7 +386,8 @@ def _each(fill: Callable[[int], None], shares: Sequence[int]) -> None:
         fill(first)
     if len(shares) > 1:
         with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-            collections.deque(pool.map(fill, shares[1:]), maxlen=0)
+            for _ in pool.map(fill, shares[1:]):  # what fails in a thread is raised here
+                pass
 
 
 def _pieces(start: int, stop: int, segment: int, block: int) -> Iterator[tuple[int, int, int]]:

@@ -22,7 +22,7 @@ from unilora_core import ProjectionSpec
 from unilora_core import grouping as _grouping
 from unilora_core.maps.gather import problem_of
 from unilora_jax.members import preferred, sums, table_of
-from unilora_jax.projection import here, project
+from unilora_jax.projection import here, project, wide_of
 
 __all__ = ["Gathered", "Names", "Stack", "gathered"]
 
@@ -158,7 +158,7 @@ def _forward(_spec: ProjectionSpec, _bundles: tuple[Bundle, ...], *inputs: Any) 
 
 def _backward(spec: ProjectionSpec, bundles: tuple[Bundle, ...], saved: tuple, y: list[Array]) -> tuple:
     scale, members = saved
-    wide = jnp.promote_types(y[0].dtype, jnp.float32)
+    wide = wide_of(y[0])
     summed = sums(spec, _joined(spec, bundles, y).astype(wide), members) * scale.astype(wide)
     return summed.astype(y[0].dtype), None, None, None, None
 

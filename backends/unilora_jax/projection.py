@@ -19,7 +19,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from unilora_core import ValuesError
 
-__all__ = ["check", "explicit_sharding", "here", "project", "project_transpose", "slow_scatter", "varying_as"]
+__all__ = [
+    "check",
+    "explicit_sharding",
+    "here",
+    "project",
+    "project_transpose",
+    "slow_scatter",
+    "varying_as",
+    "wide_of",
+]
 
 SLOW = (0, 10, 2), (0, 11, 0)
 """The first and the last jaxlib that compile a float32 scatter-add on CUDA to compare-and-swap (jax #38806)."""
@@ -42,7 +51,7 @@ def project(theta_d: Array, groups: Any, scale: Array, origin: Array | None = No
         ValuesError: ``theta_d`` has another shape than ``scale``, or is not floating point.
     """
     check(theta_d, scale.shape, "project: theta_d")
-    theta_D = _project(theta_d.astype(_wide(theta_d)), groups, scale, origin)
+    theta_D = _project(theta_d.astype(wide_of(theta_d)), groups, scale, origin)
     return jax.tree.map(lambda part: part.astype(theta_d.dtype), theta_D)
 
 
@@ -64,7 +73,7 @@ def project_transpose(y: Any, groups: Any, scale: Array) -> Array:
     for part, at in pairs:
         check(part, at.shape, "project_transpose: y")
     _warn_of(slow_scatter(*here()))
-    wide = _wide(pairs[0][0])
+    wide = wide_of(pairs[0][0])
     summed = jnp.zeros(scale.shape, wide)
     for part, at in reversed(pairs):  # a model's last gradients come first, and need not wait for the others
         whole = None if explicit_sharding(at) is None else PartitionSpec(None)
@@ -140,7 +149,8 @@ def varying_as(x: Array, arrays: Iterable[Any]) -> Array:
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-def _wide(x: Array) -> jnp.dtype:
+def wide_of(x: Array) -> jnp.dtype:
+    """Return the dtype that an array is computed in: its own, or float32 where that is wider."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 

@@ -4,7 +4,6 @@ jaxlib 0.10.2 to 0.11.0 compile a float32 scatter-add on CUDA to a loop of compa
 """
 
 import importlib.util
-import re
 import time
 from functools import partial
 from typing import Any
@@ -17,8 +16,6 @@ from unilora_core import Layout, ProjectionSpec
 
 POINTS = [(4000, 250)] if SMOKE else [(10_000_000, 625_000), (10_000_000, 65_536), (50_000_000, 524_288)]
 KINDS = ("cached",) if SMOKE else ("cached", "computed")
-SLOW = (0, 10, 2), (0, 11, 0)
-"""The first and the last jaxlib that swaps."""
 PATIENCE = 2.0
 """Seconds of one product beyond which it is measured twice, not twenty times."""
 
@@ -35,24 +32,19 @@ def transpose(D: int, d: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from unilora_jax.members import sums, table_of
     from unilora_jax.projection import project, project_transpose
 
     spec = ProjectionSpec(Layout([("m.A", (D,))]), d)
     groups, scale, theta = (jnp.asarray(make()) for make in (spec.groups, spec.scale, spec.init))
-    positions, more = jnp.asarray(spec.members()[1]), D % d
     y = jax.random.normal(jax.random.key(0), (D,))
-
-    def by_members(y: Any, positions: Any, scale: Any) -> Any:
-        gathered, n = y[positions], D // d
-        longer, rest = gathered[: more * (n + 1)], gathered[more * (n + 1) :]
-        return jnp.concatenate([longer.reshape(more, n + 1).sum(1), rest.reshape(-1, n).sum(1)]) * scale
 
     cases = {
         "copy": (lambda y: y + 1, y),
         "P": (project, theta, groups, scale),
         "Pᵀ, by unilora_jax": (project_transpose, y, groups, scale),
         "Pᵀ, .at[].add": (lambda y, g, s: jnp.zeros(d).at[g].add(y) * s, y, groups, scale),
-        "Pᵀ, by members": (by_members, y, positions, scale),
+        "Pᵀ, by members": (lambda y, table, s: sums(spec, y, table) * s, y, jnp.asarray(table_of(spec)), scale),
     }
     waited = {name: waiting(jax.jit(function), *arguments) for name, (function, *arguments) in cases.items()}
     longest = max(once(case) for case in waited.values())
@@ -98,5 +90,7 @@ def versions() -> dict[str, Any]:
     import jax
     import jaxlib
 
-    numbers = tuple(map(int, re.findall(r"\d+", jaxlib.__version__)[:3]))
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "slow_scatter": SLOW[0] <= numbers <= SLOW[1]}
+    from unilora_jax.projection import slow_scatter
+
+    slow = slow_scatter("cuda", jaxlib.__version__) is not None
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "slow_scatter": slow}

@@ -260,7 +260,7 @@ def test_parameters_that_do_not_fit(target, message):
 
 def test_a_layer_and_its_weight_cannot_both_be_adapted():
     both = [Target("a", "back", 9, 6), Target("b", "back", 9, 6, 0, False, "weight")]
-    with pytest.raises(TargetError, match=r"(a and b|b and a) adapt the same outputs of back"):
+    with pytest.raises(TargetError, match="a and b adapt the same outputs of back"):
         unilora_torch.attach(Model(), both)
 
 

@@ -168,7 +168,6 @@ def conclude(trainer: AdapterTrainer) -> None:
     task, recorder = trainer.task, trainer.recorder
     if task.test is None and task.look is None:
         return
-    distributed.gathered(None)  # the first process has written the file by now
     put_back(task, recorder.folder / ADAPTER)
     if task.test is not None:
         recorder.test = evaluating.evaluate(replace(task, held_out=task.test), trainer.accelerator.autocast)
