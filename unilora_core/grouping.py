@@ -192,14 +192,13 @@ def _balanced_sizes(problem: Problem) -> list[int]:
 
 def _balanced_counts(problem: Problem, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Return the sizes of the groups start … stop-1."""
-    groups = np.arange(start, problem.d if stop is None else stop)
     segments, rest = divmod(problem.D, length := _balanced_segment(problem))
-    return segments * _even(length, problem.d, groups) + _even(rest, problem.d, groups)
-
-
-def _even(size: int, d: int, groups: np.ndarray) -> np.ndarray:
-    least, more = divmod(size, d)
-    return least + (groups < more)
+    found = np.zeros((problem.d if stop is None else stop) - start, np.int64)
+    for times, size in ((segments, length), (1, rest)):
+        least, more = divmod(size, problem.d)
+        found += times * least
+        found[: max(more - start, 0)] += times
+    return found
 
 
 def wide(D: int, xp: ModuleType) -> Any:
@@ -368,10 +367,14 @@ def uniform(problem: Problem, bound: float) -> np.ndarray:
     """Return U(-bound, bound) at 2^24 equidistant points: (d,) float32, NumPy, from Threefry under a key of its own."""
     key = _words("init", problem, 0)[:2]
     values = np.empty(problem.d, np.float32)
-    for start in range(0, problem.d, BLOCK):
-        j = np.arange(start, min(start + BLOCK, problem.d)).astype(np.int32)
-        word, _ = threefry(key, 0 * j, j)
-        values[start : start + BLOCK] = ((shift(word, 8) + 0.5) / 2**23 - 1) * bound
+
+    def fill(first: int) -> None:
+        for start in range(first, last := min(first + SHARE, problem.d), BLOCK):
+            j = np.arange(start, min(start + BLOCK, last), dtype=np.int32)
+            word, _ = threefry(key, 0 * j, j)
+            values[start : start + len(j)] = ((shift(word, 8) + 0.5) / 2**23 - 1) * bound
+
+    _each(fill, range(0, problem.d, SHARE))
     return values
 
 
