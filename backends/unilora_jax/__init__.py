@@ -4,11 +4,13 @@ from unilora_jax.adapter import Adapter
 from unilora_jax.plan import load, plan
 from unilora_jax.projection import project, project_transpose
 from unilora_jax.sums import wrap
-from unilora_jax.targets import Target, find_targets, linear_target
+from unilora_jax.targets import Target, conv_target, embedding_target, find_targets, linear_target
 
 __all__ = [
     "Adapter",
     "Target",
+    "conv_target",
+    "embedding_target",
     "find_targets",
     "linear_target",
     "load",

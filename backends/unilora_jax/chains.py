@@ -93,9 +93,8 @@ class Chains:
         for path, (shape, roles, outputs, parts) in self.leaves.items():
             down = _joined([low_rank[part][0] for part in parts])
             up = _joined([_padded(part, outputs, low_rank[part][1]) for part in parts])
-            in_sizes = [size if role != "o" else 1 for size, role in zip(shape, roles, strict=True)]
             out_sizes = [size if role != "i" else 1 for size, role in zip(shape, roles, strict=True)]
-            found[path] = down.reshape(-1, *in_sizes), up.reshape(-1, *out_sizes)
+            found[path] = _spread(down, shape, parts[0]), up.reshape(-1, *out_sizes)
         return found
 
     def _pair(
@@ -160,6 +159,16 @@ def _joined(parts: list[Array]) -> Array:
     return jnp.moveaxis(jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0], 1, 0)
 
 
+def _spread(down: Array, shape: tuple[int, ...], target: Target) -> Array:
+    """Return A (r, layers, in) with the axes of the leaf after the rank, of size 1 where it has outputs."""
+    layers = shape[: target.stacked]
+    sizes = down.reshape(-1, *layers, *(shape[axis] for axis in target.inputs))
+    of_axis = {axis: 1 + len(layers) + i for i, axis in enumerate(target.inputs)}
+    ordered = sizes.transpose(*range(1 + len(layers)), *(of_axis[axis] for axis in sorted(target.inputs)))
+    outputs = [1 + axis for axis in range(len(layers), len(shape)) if axis not in of_axis]
+    return jnp.expand_dims(ordered, outputs)
+
+
 def _padded(target: Target, outputs: int, up: Array) -> Array:
     """Return Bᵀ (layers, r, out) with zeros for the outputs of the leaf that the target leaves alone."""
     after = outputs - target.first_row - target.out_features
@@ -177,7 +186,7 @@ def _laid(target: Target, leaf: Leaf, of_weight: NamedSharding | None) -> tuple[
         return None, None
     axes = dict(enumerate(of_weight.spec))
     layers = axes.pop(0) if target.stacked else None
-    ours = [axis for i, axis in axes.items() if i in target.inputs]
+    ours = [axes[i] for i in target.inputs]
     theirs = [axis for i, axis in axes.items() if i not in target.inputs]
     part = target.out_features < leaf.outputs
     last = None if any(ours[1:]) else ours[0], None if part or any(theirs[1:]) else theirs[0]

@@ -32,6 +32,7 @@ def _check_leaf_of(target: Target, shape: tuple[int, ...]) -> None:
     layers = shape[0] if target.stacked and shape else 1
     if (
         not set(target.inputs) < set(matrix)
+        or len(set(target.inputs)) < len(target.inputs)
         or (len(target.names), len(target.modules), target.in_features) != (layers, layers, width)
         or not 0 <= target.first_row < end <= height
     ):
@@ -42,13 +43,17 @@ def _check_leaf_of(target: Target, shape: tuple[int, ...]) -> None:
         )
 
 
+def _read(target: Target) -> tuple:
+    return target.inputs, target.stacked, target.table
+
+
 def _check_apart(targets: tuple[Target, ...]) -> None:
     """Refuse targets that overlap, or that read one leaf in two ways."""
     by_path: dict[str, list[Target]] = {}
     for target in targets:
         parts = by_path.setdefault(target.path, [])
         parts.append(target)
-        if (parts[0].inputs, parts[0].stacked) != (target.inputs, target.stacked):
+        if _read(parts[0]) != _read(target):
             raise TargetError(f"{target.names[0]} and {parts[0].names[0]} contract different axes of {target.path}.")
     for path, parts in by_path.items():
         check_apart(path, ((part.names[0], part.first_row, part.out_features) for part in parts))

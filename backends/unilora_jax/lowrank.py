@@ -1,16 +1,16 @@
 """The low-rank path in any JAX function: x·W becomes x·W + (x·U)·V wherever an adapted weight is contracted.
 
 The function is traced to a jaxpr, which is evaluated with a `LowRank` in the place of each adapted weight. Operations
-that only rearrange a weight (casts, transposes, slices, reshapes) rearrange the pair too, `dot_general` uses it, loops
-and branches pass it on; any other operation that reads an adapted weight is an error, as the update would be lost
-there.
+that only rearrange a weight (casts, transposes, slices, reshapes) rearrange the pair too, those of
+`unilora_jax.products` use it, loops and branches pass it on; any other operation that reads an adapted weight is an
+error, as the update would be lost there.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,35 +19,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unilora_core import TargetError
-from unilora_jax.projection import explicit_sharding
+from unilora_jax.products import PRODUCTS, LowRank, bind
 
-__all__ = ["LowRank", "evaluate"]
+__all__ = ["evaluate"]
 
 Shape = tuple[int, ...]
 Move = Callable[[Array], Array]
 """A function that rearranges U or V, without the rank."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LowRank:
-    """A weight and its update, W + Σ_k U_k·V_k.
-
-    Attributes:
-        weight: W, as the model holds it.
-        down: U, with the rank first, then the axes of W, of size 1 where W has an output.
-        up: V, with the rank first, then the axes of W, of size 1 where W has an input.
-        roles: the role of each axis of W: "i" is contracted with the input, "o" is an output, "l" counts layers, "1" is
-            new.
-        path, shape: the leaf's, for messages.
-    """
-
-    weight: Array
-    down: Array
-    up: Array
-    roles: str = field(metadata={"static": True})
-    path: str = field(metadata={"static": True})
-    shape: Shape = field(metadata={"static": True})
 
 
 def evaluate(closed: ClosedJaxpr, args: Sequence[Any], reached: set[str]) -> list[Any]:
@@ -84,97 +62,17 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], reached: set[
 def _adapted(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> Any:
     """Evaluate one equation with a `LowRank` among its operands."""
     name, weight = eqn.primitive.name, next(value for value in values if isinstance(value, LowRank))
-    if name == "dot_general":
+    if name in PRODUCTS:
         reached.add(weight.path)
-        return _dot_general(eqn, *values)
+        return PRODUCTS[name](eqn, *values)
     if name in CONTROL:
         return CONTROL[name](eqn, values, reached)
     if name in REARRANGE and not any(isinstance(value, LowRank) for value in values[1:]):
         return _rearranged(eqn, *values)
     raise TargetError(
-        f"{weight.path}: the model reads this weight in `{name}`{KNOWN_AS.get(name, '')}, through which there is no "
+        f"{weight.path}: the model reads this weight in `{name}`, through which there is no "
         "low-rank path. Exclude it, or use merge, which adds B·A to the weight itself."
     )
-
-
-KNOWN_AS = {"conv_general_dilated": " (a convolution)", "gather": " (a lookup, as in an embedding)"}
-"""The names by which users know a primitive."""
-
-
-# ---- the product ----------------------------------------------------------------------------------------------------
-
-
-def _dot_general(eqn: JaxprEqn, left: Any, right: Any) -> Array:
-    """Compute x·W + (x·U)·V; W may stand on either side."""
-    if isinstance(left, LowRank) and isinstance(right, LowRank):
-        raise TargetError(f"{left.path} and {right.path} are multiplied with each other; adapt one of them only.")
-    first = isinstance(left, LowRank)
-    w, x = (left, right) if first else (right, left)
-    axes = _axes(w, x.ndim, eqn.params["dimension_numbers"], first)
-    precision, dtype = eqn.params["precision"], jnp.promote_types(x.dtype, w.weight.dtype)
-    down, up = (
-        lax.squeeze(factor.astype(dtype), [1 + axis for axis in range(w.weight.ndim) if axis not in kept])
-        for factor, kept in ((w.down, axes.down), (w.up, axes.up))
-    )
-    lies = _hidden_sharding(x, axes)
-    hidden = jnp.einsum(x, axes.x, down, axes.down, axes.hidden, precision=precision, out_sharding=lies)
-    pair = (up, axes.up, hidden, axes.hidden) if first else (hidden, axes.hidden, up, axes.up)
-    how = {name: eqn.params[name] for name in ("precision", "preferred_element_type", "out_sharding")}
-    update = jnp.einsum(*pair, axes.output, **how)
-    base = _bind(eqn, *(side.weight if isinstance(side, LowRank) else side for side in (left, right)))
-    return base + update.astype(base.dtype)
-
-
-class _Axes(NamedTuple):
-    """The axes of each array of a product, by number, as `jnp.einsum` takes them."""
-
-    x: list[int]
-    down: list[int]
-    up: list[int]
-    hidden: list[int]
-    output: list[int]
-
-
-def _axes(w: LowRank, ndim: int, numbers: Any, first: bool) -> _Axes:
-    """Number every axis: those of W, those of x (of ``ndim`` axes) that it does not share with W, and the rank."""
-    contract, batch = numbers
-    (w_in, x_in), (w_batch, x_batch) = (contract, batch) if first else (contract[::-1], batch[::-1])
-    _check_roles(w, w_in)
-    of_w = list(range(w.weight.ndim))
-    of_x = [len(of_w) + axis for axis in range(ndim)]
-    for mine, its in [*zip(x_in, w_in, strict=True), *zip(x_batch, w_batch, strict=True)]:
-        of_x[mine] = its
-    rank = len(of_w) + ndim
-    layers = [axis for axis in of_w if w.roles[axis] == "l"]
-    x_free = [axis for axis in of_x if axis >= len(of_w)]
-    w_free = [axis for axis in of_w if axis not in w_in and axis not in w_batch]
-    return _Axes(
-        x=of_x,
-        down=[rank, *(axis for axis in of_w if axis in w_in or axis in layers)],
-        up=[rank, *(axis for axis in of_w if axis not in w_in)],
-        hidden=[*w_batch, *x_free, *(axis for axis in layers if axis not in w_batch), rank],
-        output=[*w_batch, *(w_free + x_free if first else x_free + w_free)],
-    )
-
-
-def _check_roles(w: LowRank, contracted: Sequence[int]) -> None:
-    """Refuse a contraction of other axes than the plan's inputs, or A and B would change places unseen."""
-    inputs = {axis for axis, role in enumerate(w.roles) if role == "i"}
-    if inputs - set(contracted) or any(w.roles[axis] in "ol" for axis in contracted):
-        moved = "" if w.weight.shape == w.shape else f", which the model made of the leaf {w.shape},"
-        raise TargetError(
-            f"{w.path}: the plan takes the axes {sorted(inputs)} of this weight {w.weight.shape}{moved} for its "
-            f"inputs, but the model contracts {sorted(contracted)}. Give the target as "
-            "unilora_jax.linear_target(path, leaf, inputs=(…,)), with the axes of the leaf that are inputs."
-        )
-
-
-def _hidden_sharding(x: Array, axes: _Axes) -> NamedSharding | None:
-    """Return the sharding of x·U on an explicit mesh: that of x, whole along the rank."""
-    if (sharding := explicit_sharding(x)) is None:
-        return None
-    lies = dict(zip(axes.x, sharding.spec, strict=True))
-    return NamedSharding(sharding.mesh, PartitionSpec(*(lies.get(axis) for axis in axes.hidden)))
 
 
 # ---- what only rearranges -------------------------------------------------------------------------------------------
@@ -182,7 +80,7 @@ def _hidden_sharding(x: Array, axes: _Axes) -> NamedSharding | None:
 
 def _rearranged(eqn: JaxprEqn, w: LowRank, *rest: Any) -> Any:
     """Apply the same operation to W, U and V."""
-    many, weight = eqn.primitive.multiple_results, _bind(eqn, w.weight, *rest)
+    many, weight = eqn.primitive.multiple_results, bind(eqn, w.weight, *rest)
     weight = weight[0] if many else weight
     roles, move = REARRANGE[eqn.primitive.name](w, eqn.params, weight.shape, rest)
     moved = replace(w, weight=weight, down=jax.vmap(move)(w.down), up=jax.vmap(move)(w.up), roles=roles)
@@ -256,6 +154,10 @@ def _axis_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return groups
 
 
+def _rev(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
+    return w.roles, lambda factor: lax.rev(factor, params["dimensions"])
+
+
 def _slice(w: LowRank, params: dict, *_: Any) -> tuple[str, Move]:
     starts, limits, strides = (params[name] for name in ("start_indices", "limit_indices", "strides"))
 
@@ -306,6 +208,7 @@ REARRANGE = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _expand,
     "reshape": _reshape,
+    "rev": _rev,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
 }
@@ -404,7 +307,3 @@ CONTROL = {
     "while": _while,
     "cond": _cond,
 }
-
-
-def _bind(eqn: JaxprEqn, *values: Any) -> Any:
-    return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))

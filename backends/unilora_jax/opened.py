@@ -1,6 +1,5 @@
 """A file that is matched with a tree of parameters: each row belongs to a leaf, or to a layer of a stacked leaf."""
 
-import contextlib
 import dataclasses
 import os
 from collections import Counter
@@ -12,7 +11,7 @@ from unilora_core.header import TargetRow
 from unilora_core.lora import BLOCKS, check_rank, largest_rank
 from unilora_core.schema import shown
 from unilora_jax.fitting import check_fits
-from unilora_jax.targets import Target, leaves_of, linear_target, nearest
+from unilora_jax.targets import TABLE, WEIGHTS, Target, leaves_of, linear_target, nearest, readings_of
 
 __all__ = ["Tree", "short", "targets_for", "tree_of"]
 
@@ -25,7 +24,7 @@ class Tree(NamedTuple):
         leaves: the leaves by path.
         rename: a function from a layer's name in the file to its name here.
         stacked: as in `plan`.
-        known: name of each layer → its weight, and which layer of the stack it is; more than one where names collide.
+        known: name of each layer → what its weight can be, and which layer of the stack it is.
     """
 
     where: str | os.PathLike
@@ -36,14 +35,12 @@ class Tree(NamedTuple):
 
 
 def tree_of(where: str | os.PathLike, params: Any, rename: Callable[[str], str], stacked: str) -> Tree:
-    """Return all matrices of a tree, by the layer that they belong to."""
+    """Return all that can be adapted in a tree, by the layer that it belongs to."""
     known: dict[str, list[tuple[Target, int]]] = {}
     leaves = leaves_of(params)
-    for path, leaf in leaves.items():
-        with contextlib.suppress(TargetError):  # a leaf that is no matrix belongs to no layer
-            weight = linear_target(path, leaf, stacked=stacked)
-            for i, name in enumerate(weight.names):
-                known.setdefault(name, []).append((weight, i))
+    for weight in readings_of(params, leaves, stacked):
+        for i, name in enumerate(weight.names):
+            known.setdefault(name, []).append((weight, i))
     return Tree(where, leaves, rename, stacked, known)
 
 
@@ -85,12 +82,13 @@ def _place_of(tree: Tree, row: TargetRow) -> tuple[Target, int]:
             f"{tree.where}: {short(row.name)} adapts the parameter {shown(row.parameter)} of a PyTorch module (the "
             "experts of a mixture, for example); the JAX backend reads adapters of layers only."
         )
-    weight, layer = _weight_of(tree, tree.rename(row.module))
+    weights = _weights_of(tree, tree.rename(row.module))
+    weight, layer = next((each for each in weights if _fits(row, each[0])), weights[0])
     if row.first_row < 0:
         raise MismatchError(
             f"{tree.where}: {weight.path}: expected a first row from 0 on, the file has {row.first_row}."
         )
-    if row.in_features != weight.in_features or row.first_row + row.out_features > weight.out_features:
+    if not _fits(row, weight):
         raise MismatchError(
             f"{tree.where}: {weight.path}: expected a layer of {row.in_features} inputs and at least "
             f"{row.first_row + row.out_features} outputs, the tree has {weight.in_features} and {weight.out_features}; "
@@ -99,25 +97,28 @@ def _place_of(tree: Tree, row: TargetRow) -> tuple[Target, int]:
     return weight, layer
 
 
-def _weight_of(tree: Tree, name: str) -> tuple[Target, int]:
+def _fits(row: TargetRow, weight: Target) -> bool:
+    return row.in_features == weight.in_features and row.first_row + row.out_features <= weight.out_features
+
+
+def _weights_of(tree: Tree, name: str) -> list[tuple[Target, int]]:
+    """Return what the weight of a layer can be, with the number of the layer in its stack."""
     if name not in tree.known:
         _check_layer(tree, name)
         raise MismatchError(
             f"{tree.where}: the tree has no matrix for the layer {shown(name)}; the nearest are "
             f"{nearest(tree.known, name)}. If it has another name here, say so: load(…, rename=…)."
         )
-    (weight, layer), *others = tree.known[name]
+    first, *others = dict.fromkeys(weight.path for weight, _ in tree.known[name])
     if others:
-        raise MismatchError(
-            f"{tree.where}: {weight.path} and {others[0][0].path} both are the layer {name!r}; rename one."
-        )
-    return weight, layer
+        raise MismatchError(f"{tree.where}: {first} and {others[0]} both are the layer {name!r}; rename one.")
+    return tree.known[name]
 
 
 def _check_layer(tree: Tree, name: str) -> None:
     """Raise an error that says what is wrong with the weight of a layer that is there, but cannot be adapted."""
     for path, leaf in tree.leaves.items():
-        if path.replace("/", ".") in (name, f"{name}.kernel", f"{name}.weight"):
+        if path.replace("/", ".") in (name, *(f"{name}.{last}" for last in (*WEIGHTS, TABLE))):
             linear_target(path, leaf, stacked=tree.stacked)
 
 

@@ -4,12 +4,14 @@ A leaf is known by its path, the keys joined by "/": ``layers/0/attn/q_proj/kern
 belongs to, in the dotted names of other frameworks: ``layers.0.attn.q_proj.A``.
 """
 
+import contextlib
 import difflib
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,12 +23,26 @@ from unilora_core import TargetError
 from unilora_core.frames import Sizes
 from unilora_core.selecting import given, matches
 
-__all__ = ["ALL_LINEAR", "Target", "find_targets", "leaves_of", "linear_target"]
+__all__ = [
+    "ALL_LINEAR",
+    "TABLE",
+    "WEIGHTS",
+    "Target",
+    "conv_target",
+    "embedding_target",
+    "find_targets",
+    "leaves_of",
+    "linear_target",
+    "readings_of",
+]
 
 ALL_LINEAR = "all-linear"
 
 WEIGHTS = ("kernel", "weight")
-"""The names by which a layer calls its matrix."""
+"""The names by which a layer calls its matrix or its kernel."""
+
+TABLE = "embedding"
+"""The name by which Flax's Embed calls its table."""
 
 NOT_LINEAR = r".*(embed|norm).*|ln(_.*|\d+)?|w[tp]e|(.*_)?head|classifier|score|logits(_dense)?"
 """The names of layers that ``"all-linear"`` leaves out: embeddings, norms, output heads."""
@@ -53,11 +69,12 @@ class Target:
         names: the prefixes of the factors (``name.A`` and ``name.B`` of a pair): one, or one for each layer of a
             stacked leaf.
         modules: the names of the layers, one for each of ``names``; the same, except for blocks of a fused layer.
-        in_features: the product of the sizes of the axes that the model contracts.
+        in_features: the product of the sizes of the axes that the model contracts; for an embedding, its vocabulary.
         out_features: how many of the leaf's outputs are adapted.
-        inputs: the axes of the leaf that the model contracts.
+        inputs: the axes of the leaf that the model contracts, in the order in which the columns of A count them.
         stacked: whether axis 0 of the leaf counts layers.
         first_row: where the adapted outputs start; not 0 for the k and v blocks of a fused qkv.
+        table: whether the model looks rows up in the leaf, and may also multiply by them, as a tied head does.
     """
 
     path: str
@@ -68,6 +85,7 @@ class Target:
     inputs: tuple[int, ...]
     stacked: bool = False
     first_row: int = 0
+    table: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -109,13 +127,15 @@ def find_targets(
             Flax's attention, except in layers whose own name or class says embedding, norm or output head
             (`NOT_LINEAR`, `OTHER_CLASSES`); or a regular expression that the whole path of a leaf must match; or a list
             of names, each of which selects the weights of the layers that it equals or that end in it (``"q_proj"``,
-            ``"attn/q_proj"``); or a list of `Target`, taken as it is.
+            ``"attn/q_proj"``); or a list of `Target`, taken as it is. What else is selected is read as a convolution
+            or an embedding where its class says so, in trees of modules; or where it has four axes or more, or is
+            called ``embedding``.
         exclude: a regular expression or a list of names, likewise, to remove from the selection.
         stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
 
     Raises:
-        TargetError: nothing is selected (the error lists the nearest paths), or a selected leaf is no matrix, or is
-            quantised.
+        TargetError: nothing is selected (the error lists the nearest paths), or a selected leaf is no matrix, kernel
+            or table, or is quantised.
     """
     if not isinstance(targets, str):
         targets = tuple(targets)
@@ -128,7 +148,8 @@ def find_targets(
     kept = [path for path in chosen if not _matches(path, exclude)]
     if not kept:
         raise TargetError(_no_match(targets, exclude, chosen, list(leaves)))
-    return tuple(linear_target(path, leaves[path], stacked=stacked) for path in kept)
+    classes = _classes(params)
+    return tuple(_reading(path, leaves[path], classes, stacked) for path in kept)
 
 
 def linear_target(
@@ -148,27 +169,98 @@ def linear_target(
         TargetError: the leaf is no floating-point array of JAX or NumPy, or has another number of axes.
     """
     check_leaf(path, leaf)
-    layer, last = _split(path)
-    prefix, heads = _stacked_prefix(layer, stacked), _heads(path)
+    _, last = _split(path)
+    prefix, heads = _stacked_prefix(path, stacked), _heads(path)
     axes = list(range(leaf.ndim))
     is_stacked = leaf.ndim > 2 and (prefix is not None or (heads is None and inputs is None))
     if is_stacked:
         axes.pop(0)
     if isinstance(inputs, tuple):
-        chosen = list(inputs)
+        chosen = inputs
     else:
         count = max(inputs or {2: 1, 3: heads}.get(len(axes)) or 0, 0)
-        chosen = axes[len(axes) - count :] if last == "weight" else axes[:count]
+        chosen = tuple(axes[len(axes) - count :] if last == "weight" else axes[:count])
     if not chosen or not set(chosen) < set(axes):
         raise TargetError(
             f"{path}: expected a matrix, or a stack of matrices with the layers in front, got shape {leaf.shape}; "
-            "exclude it (convolutions and embeddings have no low-rank path here), or say which axes the model "
-            "contracts: unilora_jax.linear_target(path, leaf, inputs=…)."
+            "exclude it, or say what it is: unilora_jax.linear_target(path, leaf, inputs=…) with the axes that the "
+            "model contracts, conv_target(path, leaf) or embedding_target(path, leaf)."
         )
-    width = math.prod(leaf.shape[axis] for axis in chosen)
-    height = math.prod(leaf.shape[axis] for axis in axes) // width
-    names = _names(layer, prefix, leaf.shape[0] if is_stacked else None)
-    return Target(path, names, names, width, height, tuple(chosen), is_stacked)
+    return _target(path, leaf, chosen, is_stacked, prefix)
+
+
+def conv_target(path: str, leaf: Any, *, stacked: str = STACKED) -> Target:
+    """Make the `Target` of a convolution: B·A as its kernel has the shape (out, in / groups, *kernel).
+
+    A leaf called ``weight`` is read as (out, in / groups, *kernel), as in Equinox; any other as (*kernel, in / groups,
+    out), as in Flax. The columns of A count (in / groups, *kernel) in both, as in PyTorch.
+
+    Args:
+        stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
+
+    Raises:
+        TargetError: the leaf is no floating-point array of JAX or NumPy, or has less than one axis beside the two.
+    """
+    check_leaf(path, leaf)
+    prefix = _stacked_prefix(path, stacked)
+    axes = list(range(prefix is not None, leaf.ndim))
+    if len(axes) < 3:
+        raise TargetError(
+            f"{path}: expected the kernel of a convolution, (*kernel, in, out), or (out, in, *kernel) of a leaf called "
+            f"weight{', after the axis of the layers' if prefix is not None else ''}; got shape {leaf.shape}."
+        )
+    inputs = axes[1:] if _split(path)[1] == "weight" else [axes[-2], *axes[:-2]]
+    return _target(path, leaf, tuple(inputs), prefix is not None, prefix)
+
+
+def embedding_target(path: str, leaf: Any, *, stacked: str = STACKED) -> Target:
+    """Make the `Target` of an embedding: A (r, vocabulary), B (width, r) for a table (vocabulary, width).
+
+    Args:
+        stacked: a regular expression for the paths of subtrees whose leaves carry a leading layer axis.
+
+    Raises:
+        TargetError: the leaf is no floating-point array of JAX or NumPy, or has other than two axes.
+    """
+    check_leaf(path, leaf)
+    prefix = _stacked_prefix(path, stacked) if leaf.ndim > 2 else None
+    first = int(prefix is not None)
+    if leaf.ndim - first != 2:
+        raise TargetError(f"{path}: expected the table of an embedding, (vocabulary, width), got shape {leaf.shape}.")
+    return replace(_target(path, leaf, (first,), prefix is not None, prefix), table=True)
+
+
+def readings_of(params: Any, leaves: Mapping[str, Any], stacked: str) -> Iterator[Target]:
+    """Yield every target that each leaf can be, first what `find_targets` makes of it; nothing for other leaves.
+
+    Args:
+        leaves: the leaves of ``params`` by path.
+    """
+    classes = _classes(params)
+    for path, leaf in leaves.items():
+        found = []
+        for read in (functools.partial(_reading, classes=classes), linear_target, embedding_target, conv_target):
+            with contextlib.suppress(TargetError):
+                found.append(read(path, leaf, stacked=stacked))
+        yield from dict.fromkeys(found)
+
+
+def _reading(path: str, leaf: Any, classes: Mapping[str, str], stacked: str) -> Target:
+    """Make the target that a leaf most likely is."""
+    layer, last = _split(path)
+    kind, axes = classes.get(layer, ""), getattr(leaf, "ndim", 0) - (_stacked_prefix(path, stacked) is not None)
+    if "Embed" in kind or (last == TABLE and axes == 2):
+        return embedding_target(path, leaf, stacked=stacked)
+    if ("Conv" in kind and axes > 2) or (axes > 3 and _heads(path) is None):
+        return conv_target(path, leaf, stacked=stacked)
+    return linear_target(path, leaf, stacked=stacked)
+
+
+def _target(path: str, leaf: Any, inputs: tuple[int, ...], is_stacked: bool, prefix: str | None) -> Target:
+    width = math.prod(leaf.shape[axis] for axis in inputs)
+    height = math.prod(leaf.shape[is_stacked:]) // width
+    names = _names(_split(path)[0], prefix, leaf.shape[0] if is_stacked else None)
+    return Target(path, names, names, width, height, inputs, is_stacked)
 
 
 def check_leaf(path: str, leaf: Any) -> None:
@@ -203,16 +295,20 @@ def _close(paths: list[str], name: str) -> list[str]:
 
 def _all_linear(params: Any, leaves: dict[str, Any], stacked: str) -> list[str]:
     """Return the paths that ``"all-linear"`` means."""
-    modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_other)
-    others = {_joined(path) for path, node in modules if _is_other(node)}
-    found = []
+    others, found = _classes(params), []
     for path, leaf in leaves.items():
         layer, last = _split(path)
-        most = 2 + (_stacked_prefix(layer, stacked) is not None) + (_heads(path) is not None)
+        most = 2 + (_stacked_prefix(path, stacked) is not None) + (_heads(path) is not None)
         named = last in WEIGHTS and not re.fullmatch(NOT_LINEAR, layer.rsplit("/", 1)[-1], re.IGNORECASE)
         if named and layer not in others and 2 <= getattr(leaf, "ndim", 0) <= most:
             found.append(path)
     return found
+
+
+def _classes(params: Any) -> dict[str, str]:
+    """Return the class names of the modules that are no linear layers, by path, where the tree has modules."""
+    modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_other)
+    return {_joined(path): type(node).__name__ for path, node in modules if _is_other(node)}
 
 
 def _is_other(node: Any) -> bool:
@@ -241,7 +337,7 @@ def _refuse_quantised(leaves: Mapping[str, Any], targets: str | Iterable[str | T
 def _split(path: str) -> tuple[str, str]:
     """Return the layer that a leaf belongs to, and the leaf's own name."""
     layer, _, last = path.rpartition("/")
-    return (layer, last) if layer and last in WEIGHTS else (path, last)
+    return (layer, last) if layer and last in (*WEIGHTS, TABLE) else (path, last)
 
 
 def _heads(path: str) -> int | None:
@@ -257,9 +353,9 @@ def _names(layer: str, prefix: str | None, layers: int | None) -> tuple[str, ...
     return tuple(f"{before}/{i}{after}".replace("/", ".") for i in range(layers))
 
 
-def _stacked_prefix(layer: str, stacked: str) -> str | None:
-    """Return the part of a path after which the number of the layer belongs."""
-    parts = layer.split("/")
+def _stacked_prefix(path: str, stacked: str) -> str | None:
+    """Return the part of a leaf's path after which the number of the layer belongs."""
+    parts = _split(path)[0].split("/")
     for end in range(1, len(parts) + 1):
         prefix = "/".join(parts[:end])
         if re.fullmatch(stacked, prefix) and not (end < len(parts) and parts[end].isdigit()):
@@ -275,8 +371,7 @@ def _joined(path: tuple) -> str:
 
 
 def _matches(path: str, pattern: str | Iterable[str | Target]) -> bool:
-    layer, _, last = path.rpartition("/")
-    return matches([path, layer] if last in WEIGHTS else [path], pattern, "/")
+    return matches(dict.fromkeys([path, _split(path)[0]]), pattern, "/")
 
 
 def _no_match(targets: str | Iterable[str | Target], exclude: object, chosen: list[str], paths: list[str]) -> str:

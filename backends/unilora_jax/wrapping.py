@@ -16,7 +16,8 @@ from jax.tree_util import PyTreeDef
 from unilora_core import TargetError, ValuesError
 from unilora_jax.chains import Chains, Leaf
 from unilora_jax.checks import checked_theta, places_of
-from unilora_jax.lowrank import LowRank, evaluate
+from unilora_jax.lowrank import evaluate
+from unilora_jax.products import LowRank
 from unilora_jax.projection import explicit_sharding, varying_as
 
 __all__ = ["wrapped", "wrapped_sum"]
@@ -89,7 +90,8 @@ def _run(
     pairs = [c.pairs(varying_as(theta_d, rest), shardings) for c, theta_d in zip(parts, thetas, strict=True)]
     summed, reached = _summed(pairs, weights), set[str]()
     for i, path in places.items():
-        leaves[i] = LowRank(leaves[i], *summed[path], adapted[path].roles, path, adapted[path].shape)
+        leaf = adapted[path]
+        leaves[i] = LowRank(leaves[i], *summed[path], leaf.roles, path, leaf.shape, leaf.targets[0].table)
     results = evaluate(closed, [leaves[i] for i in arrays], reached)
     _check_reached(adapted, reached)
     return jax.tree.unflatten(output, [r.weight if isinstance(r, LowRank) else r for r in results])

@@ -13,7 +13,7 @@ import pytest
 import unilora_core
 import unilora_jax
 from unilora_core import CorruptFileError, MismatchError, SpecError, TargetError, UniLoraError, ValuesError
-from unilora_jax import linear_target
+from unilora_jax import conv_target, embedding_target, linear_target
 
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
 
@@ -117,7 +117,6 @@ def test_what_is_no_regular_expression(wrong):
     ("targets", "match"),
     [
         ("up/.*", r"^up/bias: expected a matrix, or a stack of matrices .* got shape \(6,\); exclude it"),
-        (["conv"], r"^conv/kernel: expected a matrix.*got shape \(3, 3, 4, 6\); exclude it.*linear_target.*inputs="),
         (["codes"], "^codes/kernel: expected a floating-point weight, got int8.*Exclude it, or dequantise inside"),
     ],
 )
@@ -419,14 +418,25 @@ UNREACHED = {
         lambda params, x: x @ jnp.sin(params["up"]["kernel"]),
         "^up/kernel: the model reads this weight in `sin`, .*no low-rank path. Exclude it, or use merge",
     ),
-    "lookup": (
-        lambda params, x: params["up"]["kernel"][jnp.array([0, 1])],
-        r"^up/kernel: .*`gather` \(a lookup, as in an embedding\).* use merge",
+    "lookup of outputs": (
+        lambda params, x: params["up"]["kernel"][:, jnp.array([0, 1])],
+        r"^up/kernel: the plan takes the axes \[0\] .* but the model looks up \[1\].*embedding_target\(path, leaf\)",
     ),
-    "take": (lambda params, x: jnp.take(params["up"]["kernel"], 1, axis=0), r"^up/kernel: .*`gather` \(a lookup"),
-    "tied": (
+    "parts of rows": (
+        lambda params, x: jax.vmap(lambda i: jax.lax.dynamic_slice(params["up"]["kernel"], (i, 0), (1, 3)))(
+            jnp.array([0, 1])
+        ),
+        r"^up/kernel: the plan takes the axes \[0\] .* but the model looks up \[0, 1\]",
+    ),
+    "blocks of rows": (
+        lambda params, x: jax.vmap(lambda i: jax.lax.dynamic_slice(params["up"]["kernel"], (i, 0), (2, 6)))(
+            jnp.array([0, 1])
+        ),
+        "^up/kernel: the model looks up blocks of this weight, not rows, .* or use merge",
+    ),
+    "lookup and head": (
         lambda params, x: params["up"]["kernel"][jnp.array([0, 1])] @ params["up"]["kernel"].T,
-        "^up/kernel: .*`gather`.*no low-rank path",
+        r"^up/kernel: the plan takes the axes \[1\] .* but the model contracts \[0\]",
     ),
     "sum": (lambda params, x: x.sum() + params["up"]["kernel"].sum(), "^up/kernel: .*`reduce_sum`"),
     "inside jit": (lambda params, x: jax.jit(jnp.sin)(params["up"]["kernel"]), "^up/kernel: .*`sin`"),
@@ -458,29 +468,33 @@ def test_a_model_that_does_not_multiply_by_the_weight(adapter, case, jit):
         (jax.jit(adapted) if jit else adapted)(tree(), adapter.init(), X)
 
 
-def test_a_convolution_and_an_embedding_are_refused_by_name():
-    params = tree() | {"embed": {"embedding": jnp.ones((9, 4))}}
-    conv = linear_target("conv/kernel", params["conv"]["kernel"], inputs=(0, 1, 2))
-    layout = ("NHWC", "HWIO", "NHWC")
-    cases = {
-        "conv/kernel": (
-            lambda p, _: jax.lax.conv_general_dilated(
-                jnp.ones((1, 5, 5, 4)), p["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=layout
-            ),
-            [conv],
-            r"`conv_general_dilated` \(a convolution\)",
+@pytest.mark.parametrize(
+    ("make", "path", "shape", "match"),
+    [
+        (
+            conv_target,
+            "conv/kernel",
+            (3, 4),
+            r"^conv/kernel: expected the kernel of a convolution, \(\*kernel, in, out\)",
         ),
-        "embed/embedding": (
-            lambda p, _: p["embed"]["embedding"][jnp.array([1, 2])],
-            "embed/embedding",
-            r"`gather` \(a lookup, as in an embedding\)",
-        ),
-    }
-    for path, (function, targets, primitive) in cases.items():
-        adapter = unilora_jax.plan(params, targets, rank=2)
-        match = rf"^{path}: the model reads this weight in {primitive}, .*Exclude it, or use merge"
-        with pytest.raises(TargetError, match=match):
-            adapter.wrap(function)(params, adapter.init(), X)
+        (conv_target, "layers/conv/weight", (2, 6, 4), "weight, after the axis of the layers; got shape"),
+        (embedding_target, "embed/embedding", (9,), r"^embed/embedding: expected the table.*got shape \(9,\)"),
+        (embedding_target, "embed/embedding", (2, 9, 4), r"expected the table.*got shape \(2, 9, 4\)"),
+    ],
+)
+def test_what_is_no_kernel_and_no_table(make, path, shape, match):
+    with pytest.raises(TargetError, match=match):
+        make(path, ones(*shape))
+
+
+def test_a_kernel_that_is_the_image():
+    def function(params, x):
+        return jax.lax.conv(params["image"]["kernel"], jnp.ones((5, 4, 1, 1)), (1, 1), "SAME")
+
+    params = {"image": {"kernel": jnp.ones((2, 4, 3, 3))}}
+    adapter = unilora_jax.plan(params, ".*", rank=2)
+    with pytest.raises(TargetError, match="image/kernel: the model convolves this weight with a kernel; exclude it"):
+        adapter.wrap(function)(params, adapter.init(), X)
 
 
 # ---- quantised weights ----------------------------------------------------------------------------------------------
