@@ -175,10 +175,10 @@ def jaxes(session: nox.Session, version: str) -> None:
 def lowest(session: nox.Session, extra: str) -> None:
     """Each extra with the lowest versions that it takes of what it asks for, and of what its tests ask for."""
     needs = {
-        "torch": ["matplotlib>=3.8", "setuptools"],  # Dynamo of PyTorch 2.9 imports it
+        "torch": ["matplotlib>=3.8", "setuptools>=70"],  # Dynamo of PyTorch 2.9 imports it
         "jax": ["torch>=2.9", "hypothesis>=6.100", *JAX],
         "transformers": ["trl>=1.0", "requests", SENTENCES, MINILM, NUMPY_2],
-        "timm": ["torchvision>=0.24", "setuptools"],  # left alone, the first would ask for a newer torch
+        "timm": ["torchvision>=0.24", "setuptools>=70"],  # left alone, the first would ask for a newer torch
     }
     session.install("--resolution=lowest-direct", f".[{extra}]", PEFT, *needs[extra], *PYTEST)
     pytest(session, f"tests/{extra}", expect=extra)
