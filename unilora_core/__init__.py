@@ -4,6 +4,7 @@ It holds the specification and its reference, for any Array API namespace; it im
 """
 
 from unilora_core.analysis import analyze
+from unilora_core.arithmetic import combine, combine_files
 from unilora_core.errors import (
     AdapterFileError,
     CorruptFileError,
@@ -32,6 +33,8 @@ __all__ = [
     "UnknownVersionError",
     "ValuesError",
     "analyze",
+    "combine",
+    "combine_files",
     "load_adapter",
     "project",
     "project_transpose",

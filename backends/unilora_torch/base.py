@@ -2,8 +2,8 @@
 
 Targets are checked by name and width, but a fine-tuned, permuted or reinitialised base has the same names and widths.
 So a file keeps the shapes of the base's embeddings and some two hundred of its values: of vectors (norms, biases) and
-embeddings, which quantisation leaves alone. Rounding to bfloat16 or float16 moves a value by less than `TOLERANCE`. A
-file also keeps a few values of each weight that comes from no checkpoint and is not trained: another run makes others.
+embeddings, which quantisation leaves alone. A file also keeps a few values of each weight that comes from no checkpoint
+and is not trained: another run makes others. `unilora_core.identity` compares them.
 """
 
 import base64
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from unilora_core import MismatchError
 from unilora_core.header import BaseIdentity
-from unilora_core.schema import shown
+from unilora_core.identity import difference, name_of
 from unilora_torch.heads import inside
 
 __all__ = ["check_base", "identity", "with_fresh"]
 
-TOLERANCE = 2**-7
-"""The error of two roundings to bfloat16, relative to the value."""
 VECTORS, EMBEDDINGS = 64, 4
 """The number of vectors and of embeddings that are sampled, spread evenly over their names in order."""
 
@@ -83,50 +81,11 @@ def check_base(where: str, theirs: BaseIdentity | None, ours: BaseIdentity | Non
     Raises:
         MismatchError: they differ; the error has both names, and what differs.
     """
-    if theirs is not None and ours is not None and (difference := _difference(theirs, ours)):
+    if theirs is not None and ours is not None and (how := difference(theirs, ours)):
         raise MismatchError(
-            f"{where}: it was made for {_name(theirs)}, the model is {_name(ours)}, and {difference}; load the base "
+            f"{where}: it was made for {name_of(theirs)}, the model is {name_of(ours)}, and {how}; load the base "
             "that it was trained on, or say check_base=False if this one is meant."
         )
-
-
-def _difference(theirs: BaseIdentity, ours: BaseIdentity) -> str:
-    if theirs.embeddings != ours.embeddings:
-        there, here = (shown([list(shape) for shape in base.embeddings]) for base in (theirs, ours))
-        return f"its embeddings have the shapes {there} there, {here} here (a vocabulary that was resized, or not)"
-    a, b = _unpack(theirs.values), _unpack(ours.values)
-    if a.shape != b.shape:
-        return f"it has {a.size} values to compare there, {b.size} here (other norms or biases)"
-    if wrong := _others(a, b):
-        return f"{wrong} of {a.size} values of its norms, biases and embeddings are others"
-    if theirs.ends and ours.ends and _others(_unpack(theirs.ends), _unpack(ours.ends)):
-        return "the last rows of its embeddings are others (those of added tokens are made anew by each run)"
-    made_anew = [name for name, values in theirs.fresh.items() if _unlike(values, ours.fresh.get(name))]
-    if made_anew:
-        return (
-            f"{', '.join(made_anew[:4])}, which no checkpoint gave values and which is not in the file, is another "
-            "(each run makes it anew; to train and save it, name it in modules_to_save as the adapter is attached)"
-        )
-    return ""
-
-
-def _unlike(theirs: str, ours: str | None) -> bool:
-    return ours is None or _others(_unpack(theirs), _unpack(ours)) > 0
-
-
-def _others(a: np.ndarray, b: np.ndarray) -> int:
-    """Count the values of one that differ from the other's, where both are known; all, where their numbers differ."""
-    if a.shape != b.shape:
-        return a.size + b.size
-    known = np.isfinite(a) & np.isfinite(b)
-    with np.errstate(invalid="ignore"):  # infinity - infinity is not known
-        distance = np.abs(a - b)
-    far = distance > TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
-    return int(np.count_nonzero(far & known))
-
-
-def _name(base: BaseIdentity) -> str:
-    return f"{base.name!r} ({base.kind})" if base.name else f"a {base.kind}"
 
 
 def _sample(tensors: Mapping[str, Tensor], count: int) -> list[float]:
@@ -151,8 +110,3 @@ def _pack(values: Iterable[float]) -> str:
     """Return the values as bfloat16, in base64."""
     bits = torch.tensor(list(values), dtype=torch.bfloat16).view(torch.int16).numpy().astype("<i2")
     return base64.b64encode(bits.tobytes()).decode()
-
-
-def _unpack(text: str) -> np.ndarray:
-    bits = np.frombuffer(base64.b64decode(text), "<i2").astype(np.int16)
-    return torch.from_numpy(bits).view(torch.bfloat16).float().numpy()

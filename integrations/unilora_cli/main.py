@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_analyze(commands)
     options.add_convert(commands)
     options.add_check(commands)
+    options.add_combine(commands)
     options.add_merge(commands)
     return parser
 

@@ -5,7 +5,16 @@ from typing import Any
 
 from unilora_cli.values import assignment, auto_or_positive, names, natural, positive, selection
 
-__all__ = ["add_analyze", "add_check", "add_convert", "add_inspect", "add_merge", "command", "model_arguments"]
+__all__ = [
+    "add_analyze",
+    "add_check",
+    "add_combine",
+    "add_convert",
+    "add_inspect",
+    "add_merge",
+    "command",
+    "model_arguments",
+]
 
 KINDS = ("vit", "text", "lm")
 ENGINES = ("vllm", "sglang", "lorax", "llama.cpp")
@@ -112,6 +121,26 @@ stops them. Reads the config and the names of the tensors; loads no framework.
     parser = command(commands, "check", purpose, details, examples, "unilora_cli.commands.check:run")
     parser.add_argument("folder", metavar="FOLDER", help="a LoRA folder, as `unilora convert --to lora` writes it")
     parser.add_argument("--engine", choices=ENGINES, help="end with an error if this one would not serve it")
+
+
+def add_combine(commands: Any) -> None:
+    """`unilora combine`."""
+    details = """
+Adapters of one spec are vectors of one space: the result is a file like theirs. With weights that add up to 1 (the
+default is the mean) it is their weighted mean, trained heads included. Other weights add, scale or negate what
+training has changed since the start that all have in common; then no file may hold a head.
+"""
+    examples = """
+  unilora combine a.safetensors b.safetensors --out mean.safetensors
+  unilora combine a.safetensors b.safetensors --weights 0.7 0.3 --out between.safetensors
+  unilora combine a.safetensors b.safetensors --weights 1 1 --out both.safetensors
+  unilora combine toxic.safetensors --weights -1 --out less_toxic.safetensors
+"""
+    purpose = "make one adapter of several: their mean, an interpolation, a sum"
+    parser = command(commands, "combine", purpose, details, examples, "unilora_cli.commands.combine:run")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="adapter files of one spec and base")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each file (default: the mean)")
 
 
 def add_merge(commands: Any) -> None:

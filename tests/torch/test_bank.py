@@ -12,7 +12,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from versions import TRACES_CONTEXTS
 
 import unilora_torch
-from unilora_core import AdapterFile, CorruptFileError, MismatchError, TargetError, ValuesError, read_adapter
+from unilora_core import (
+    AdapterFile,
+    CorruptFileError,
+    MismatchError,
+    TargetError,
+    ValuesError,
+    combine_files,
+    read_adapter,
+)
 from unilora_torch import Bank, Target
 from unilora_torch.targets import parameter_target
 
@@ -414,7 +422,7 @@ def test_an_adapter_is_attached(bank):
 
 def read_adapter_of(bank):
     stored = next(iter(bank.entries.values()))
-    return AdapterFile(stored.family.spec, stored.theta_d.numpy())
+    return AdapterFile(stored.family.spec, stored.values.theta_d.numpy())
 
 
 def test_names(bank):
@@ -551,3 +559,53 @@ def test_compiled_with_heads_and_other_specs(saved, fresh_compiler):
             assert_close(compiled(x), one_by_one(models, names, x))
     with torch.no_grad():
         assert_close(compiled(x), base(x))
+
+
+# ---- combined -------------------------------------------------------------------------------------------------------
+
+
+def test_a_combination_is_that_of_the_files(saved, tmp_path):
+    """In the bank as from files; it is not the mixture of the updates, but for weights that name one adapter."""
+    torch.manual_seed(0)
+    base = Classifier()
+    kind = {"targets": ["up"], "modules_to_save": ["classifier"], "start": "identity"}
+    paths = {name: saved(name, base, **kind) for name in "ab"}
+    bank, x = bank_of(base, paths), inputs(2, 3)
+    bank.combine("mean", {"a": 0.25, "b": 0.75})
+    made = combine_files({name: read_adapter(path) for name, path in paths.items()}, (0.25, 0.75))
+    bank.add("from files", made)
+    assert_close(run(bank, ["mean"] * 2, x), run(bank, ["from files"] * 2, x))
+    bank.combine("b again", {"a": 0, "b": 1})
+    assert torch.equal(run(bank, ["b again"] * 2, x), run(bank, ["b"] * 2, x))
+    bank.remove("a")
+    bank.remove("b")
+    assert_close(run(bank, ["mean"] * 2, x), run(bank, ["from files"] * 2, x))
+
+
+def test_the_combination_is_no_mixture(saved):
+    base = mlp()
+    bank, x = bank_of(base, {name: saved(name, base, start="identity") for name in "ab"}), inputs(2, 3)
+    bank.combine("sum", {"a": 0.5, "b": 0.5})
+    found, mixed = run(bank, ["sum"] * 2, x), run(bank, [{"a": 0.5, "b": 0.5}] * 2, x)
+    assert (found - mixed).abs().max() > 1e-3
+    bank.combine("sum", {"a": 0}, replace=True)  # θ_d⁰, which is the base
+    assert_close(run(bank, ["sum"] * 2, x), run(bank, [None] * 2, x))
+
+
+def test_combinations_that_mean_nothing(saved):
+    torch.manual_seed(0)
+    base = Classifier()
+    heads = {"targets": ["up"], "modules_to_save": ["classifier"]}
+    paths = {"a": saved("a", base, **heads), "b": saved("b", base, **heads), "c": saved("c", base, targets=["up"])}
+    paths["d"] = saved("d", base, targets=["up"], rank=2, d=20)
+    bank = bank_of(base, paths)
+    for weights, error, match in (
+        ({"a": 1, "b": 1}, ValuesError, r"holds a trained head \(classifier\), and weights that add up to 2"),
+        ({"a": 0.5, "c": 0.5}, MismatchError, "'a' and 'c' have different heads, so their θ_d do not add up"),
+        ({"c": 0.5, "d": 0.5}, MismatchError, "'c' and 'd' have different specs or targets"),
+        ({"c": 0.5, "x": 0.5}, ValuesError, "combine: no adapter is named 'x'"),
+        ({"c": float("inf")}, ValuesError, "expected 1 finite weights"),
+        ({}, ValuesError, "expected at least one adapter"),
+    ):
+        refused(bank, error, match, lambda w=weights: bank.combine("new", w))
+    refused(bank, ValuesError, "'a' is taken; give replace=True", lambda: bank.combine("a", {"c": 1}))
