@@ -7,12 +7,14 @@ from unilora_torch.gather import project, project_transpose
 from unilora_torch.growing import Growth
 from unilora_torch.switching import switch
 from unilora_torch.targets import Target, find_targets
+from unilora_torch.tenants import Tenants
 
 __all__ = [
     "Adapter",
     "Bank",
     "Growth",
     "Target",
+    "Tenants",
     "adapters",
     "attach",
     "find_targets",

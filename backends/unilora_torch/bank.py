@@ -22,6 +22,7 @@ from unilora_torch.hooked import Hooked
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.stored import Entry, Family, OnDisk, Store, combined, family_of, named, values_of
 from unilora_torch.targets import Target
+from unilora_torch.tenants import Tenants
 from unilora_torch.vector import attached
 
 __all__ = ["Bank"]
@@ -128,7 +129,7 @@ class Bank:
             values = values_of(self.model, family, found)
             if disk is not None:
                 disk.check(name)  # what was read is what will be read again
-            self.store.put(name, Entry(family, tuple(found.heads), disk, values), replace)
+            self.store.put(name, Entry(family, tuple(found.heads), found.fresh, disk, values), replace)
         self._tidy()
 
     def remove(self, name: str) -> None:
@@ -199,8 +200,21 @@ class Bank:
         """
         _check_bare(self.model)
         self.structure.check("Bank.rows")
-        with self.hooked.serving(self.store, read_rows(self.store, names, copies)):
+        with self.hooked.serving(self.store, read_rows(self.store.find, names, copies)):
             yield
+
+    def trainable(self, names: Iterable[str]) -> Tenants:
+        """Make these adapters train, each by its own rows of a batch; the base is frozen.
+
+        Their numbers change in place: `rows` serves what is trained so far, and their files are read no more.
+
+        Raises:
+            ValuesError: a name is unknown, or occurs twice, or there is none.
+            TargetError: the model has an adapter attached, or a layer was replaced.
+        """
+        _check_bare(self.model)
+        self.structure.check("Bank.trainable")
+        return Tenants(self.store, self.hooked, names)
 
     # ---- internals ----------------------------------------------------------------------------------------------
 

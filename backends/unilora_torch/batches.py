@@ -2,22 +2,49 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unilora_core import ValuesError
-from unilora_torch.rows import Batch, Pairs
-from unilora_torch.stored import Entry, Family, Store, Values, named
+from unilora_torch.rows import Batch, Factors, Pairs, Table
+from unilora_torch.stored import Entry, Family, Values
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "gathered", "projected", "read_rows"]
 
 Row = str | None | Mapping[str, float]
+Source = Callable[[Family, Sequence[Tensor]], Table | Factors]
 
 
-def read_rows(store: Store, names: Iterable[Row], copies: int) -> Batch:
-    """Return what the rows of a batch need, from their names; see `Bank.rows`."""
+def gathered(family: Family, thetas: Sequence[Tensor]) -> Table:
+    """Return the table of these θ_d, of which each layer gathers its own factors when it runs."""
+    return Table(family.projection.table(torch.stack(list(thetas))))
+
+
+def projected(family: Family, thetas: Sequence[Tensor]) -> Factors:
+    """Return all factors of these θ_d, differentiable: the backward pass scatters once for each θ_d, not for each
+    layer.
+    """
+    layout = family.spec.layout
+    numbers = torch.stack([family.projection(theta_d, [slice(0, family.spec.D)]) for theta_d in thetas])
+    parts = numbers.split([math.prod(shape) for shape in layout.shapes.values()], dim=1)
+    return Factors(
+        {name: part.view(-1, *shape) for part, (name, shape) in zip(parts, layout.shapes.items(), strict=True)}
+    )
+
+
+def read_rows(
+    find: Callable[[int, str], tuple[Entry, Values]], names: Iterable[Row], copies: int, source: Source = gathered
+) -> Batch:
+    """Return what the rows of a batch need, from their names; see `Bank.rows`.
+
+    Args:
+        find: (row, name) → the adapter of a name.
+        source: where the layers get their factors from.
+    """
     if isinstance(names, str) or not (rows := list(names)):
         raise ValuesError(f"Bank.rows: expected a list with a name for each row of the batch, got {names!r}.")
     if not isinstance(copies, numbers.Integral) or copies < 1:
@@ -28,8 +55,7 @@ def read_rows(store: Store, names: Iterable[Row], copies: int) -> Batch:
     for i, row in enumerate(rows):
         for name, weight in _mixture(i, row).items():
             if name not in found:
-                entry = named(store.entries, name, f"rows: row {i}")
-                found[name] = entry, store.values(name, entry)
+                found[name] = find(i, name)
             entry, _ = found[name]
             _check_weighted(i, row, name, weight, entry)
             pairs.setdefault(entry.family, []).append((i, name, float(weight)))
@@ -40,7 +66,8 @@ def read_rows(store: Store, names: Iterable[Row], copies: int) -> Batch:
         for module, by_name in heads.items()
     }
     layers = {target.module for family in pairs for target in family.targets}
-    by_family = {family.number: _pairs(family, mine, found, len(rows)) for family, mine in pairs.items()}
+    thetas = {name: values.theta_d for name, (_, values) in found.items()}
+    by_family = {family.number: _pairs(family, mine, thetas, len(rows), source) for family, mine in pairs.items()}
     return Batch(len(rows), int(copies), by_family, states, frozenset(layers | states.keys()), frozenset(pairs))
 
 
@@ -64,15 +91,18 @@ def _check_weighted(i: int, row: Row, name: str, weight: Any, entry: Entry) -> N
 
 
 def _pairs(
-    family: Family, pairs: list[tuple[int, str, float]], found: Mapping[str, tuple[Entry, Values]], size: int
+    family: Family, pairs: list[tuple[int, str, float]], thetas: Mapping[str, Tensor], size: int, source: Source
 ) -> Pairs:
+    order = {name: k for k, name in enumerate(dict.fromkeys(name for _, name, _ in pairs))}
+    counts = Counter(name for _, name, _ in pairs)
+    even = len(set(counts.values())) == 1
+    if even and len(order) > 1:  # then A and B of an adapter need no copy for each of its rows
+        pairs = sorted(pairs, key=lambda pair: order[pair[1]])
     rows, names, weights = zip(*pairs, strict=True)
-    different, device = list(dict.fromkeys(names)), family.projection.device
-    number = {name: k for k, name in enumerate(different)}
-    which = torch.tensor([number[name] for name in names], device=device)
+    device = family.projection.device
     return Pairs(
-        table=family.projection.table(torch.stack([found[name][1].theta_d for name in different])),
-        which=None if len(different) in (1, len(names)) else which,
+        source(family, [thetas[name] for name in order]),
+        which=None if even else torch.tensor([order[name] for name in names], device=device),
         rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
         weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),
     )

@@ -122,4 +122,4 @@ def _block(family: Family, target: Target) -> Block:
     """
     layout, names = family.spec.layout, Chains.of(family.spec, [target], {}).names[target.name]
     groups = family.projection.groups_at(layout.slices[name] for name in names)
-    return Block(family.number, target, tuple(layout.shapes[name] for name in names), groups)
+    return Block(family.number, target, {name: layout.shapes[name] for name in names}, groups)

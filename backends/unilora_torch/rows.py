@@ -15,7 +15,7 @@ from unilora_torch.live import PerThread, Scope
 from unilora_torch.replaced import call_with
 from unilora_torch.targets import Target
 
-__all__ = ["Batch", "Block", "HeadHook", "Hook", "LayerHook", "Pairs", "Rows"]
+__all__ = ["Batch", "Block", "Factors", "HeadHook", "Hook", "LayerHook", "Pairs", "Rows", "Table"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +24,38 @@ class Block:
 
     Attributes:
         family: the number of the family of adapters that have it.
-        shapes: the shapes of its factors, in the order of its chain.
+        factors: the names and shapes of its factors, in the order of its chain.
         groups: int32, the groups of the factors one after the other: places in a table of the family.
     """
 
     family: int
     target: Target
-    shapes: tuple[tuple[int, ...], ...]
+    factors: Mapping[str, tuple[int, ...]]
     groups: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The table that groups point into, (u, d) or (u, 2d) float32 for u adapters; see `gather.Gather.table`."""
+
+    numbers: Tensor
+
+    def factors(self, block: Block) -> Iterable[Tensor]:
+        """Gather the factors of a block, (u, *shape) each."""
+        numbers = self.numbers.index_select(1, block.groups.long())
+        parts = numbers.split([math.prod(shape) for shape in block.factors.values()], dim=1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, block.factors.values(), strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """All factors of u adapters by name, (u, *shape) each, projected at once: one gradient for all layers."""
+
+    by_name: Mapping[str, Tensor]
+
+    def factors(self, block: Block) -> Iterable[Tensor]:
+        """Return the factors of a block, (u, *shape) each."""
+        return [self.by_name[name] for name in block.factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +63,13 @@ class Pairs:
     """The work of one family in a batch: m pairs of a row and an adapter, u adapters among them.
 
     Attributes:
-        table: (u, d) or (u, 2d) float32, see `gather.Gather.table`.
-        which: (m,) the adapter of each pair; None: pair m has the m-th adapter, or the only one.
+        source: the numbers of the u adapters.
+        which: (m,) the adapter of each pair; None: the pairs of an adapter follow each other, m/u of each.
         rows: (m,) the row of each pair; None: all rows in order.
         weights: (m, 1, 1) float32; None: all are 1.
     """
 
-    table: Tensor
+    source: Table | Factors
     which: Tensor | None
     rows: Tensor | None
     weights: Tensor | None
@@ -53,13 +77,10 @@ class Pairs:
     def chain(self, block: Block, like: Tensor) -> list[Tensor]:
         """Compute A (m, r, in) and B (m, out, r), projected in float32, in the dtype and on the device of ``like``.
 
-        Where one adapter serves all rows, m is 1 here.
+        Where the pairs of an adapter follow each other, m is u here.
         """
-        numbers = self.table.index_select(1, block.groups.long())
-        if self.which is not None:
-            numbers = numbers.index_select(0, self.which)
-        parts = numbers.to(like).split([math.prod(shape) for shape in block.shapes], dim=1)
-        return [part.view(-1, *shape) for part, shape in zip(parts, block.shapes, strict=True)]
+        factors = (factor.to(like) for factor in self.source.factors(block))
+        return [factor if self.which is None else factor.index_select(0, self.which) for factor in factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +219,7 @@ class LayerHook(Hook):
 
 
 def _by_adapter(x: Tensor, factor: Tensor) -> Tensor:
-    """Compute x (m, T, in) times the factor (m, out, in) of each row, or the one factor (1, out, in) of all."""
+    """Compute x (m, T, in) times the factor (u, out, in) of each m/u rows."""
     return (x.reshape(len(factor), -1, x.shape[-1]) @ factor.mT).view(*x.shape[:2], -1)
 
 

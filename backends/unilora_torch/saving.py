@@ -13,7 +13,7 @@ from unilora_torch.frozen import tensors_of
 from unilora_torch.targets import row_of
 from unilora_torch.vector import Vector
 
-__all__ = ["save"]
+__all__ = ["save", "storable"]
 
 
 def save(
@@ -24,16 +24,16 @@ def save(
 ) -> None:
     """Write θ_d, the spec, the targets and the modules to save as one file, atomically; see `Adapter.save`."""
     gathered = dict(state or {}) | (vector.kept_heads or {})  # heads that are switched off are not in the model's state
-    tensors = {name: _storable(gathered.get(name, tensor)) for name, tensor in vector.heads().items()}
-    tensors |= {name: _storable(array) for name, array in tensors_of(vector.spec, vector.chains.frozen).items()}
+    tensors = {name: storable(gathered.get(name, tensor)) for name, tensor in vector.heads().items()}
+    tensors |= {name: storable(array) for name, array in tensors_of(vector.spec, vector.chains.frozen).items()}
     rows = [row_of(target, vector.spec.frame != "pair") for target in vector.targets]
     written = write_targets(rows, vector.modules_to_save)
-    theta_d = _storable(vector.theta_d if state is None else state[f"{vector.name}.theta_d"])
+    theta_d = storable(vector.theta_d if state is None else state[f"{vector.name}.theta_d"])
     written |= write_identity(vector.base) | dict(metadata or {})
     save_adapter(path, vector.spec, theta_d, tensors=tensors, metadata=written)
 
 
-def _storable(tensor: Tensor) -> Any:
+def storable(tensor: Tensor) -> Any:
     """Return a tensor as a NumPy array; bfloat16, which NumPy lacks, as float32 (exact); a DTensor gathered."""
     tensor = tensor.detach()
     tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()

@@ -112,11 +112,13 @@ class Entry:
     Attributes:
         heads: the names of the modules that it saves.
         file: where its values are read again; None keeps them in memory.
+        fresh: the weights that come from no checkpoint and are in no file, which a file identifies.
         values: None while they are on disk only.
     """
 
     family: Family
     heads: tuple[str, ...]
+    fresh: tuple[str, ...]
     file: OnDisk | None
     values: Values | None
 
@@ -195,6 +197,11 @@ class Store:
                 self._count(entry, values)
         return values
 
+    def find(self, row: int, name: str) -> tuple[Entry, Values]:
+        """Return the adapter that a row names, for `batches.read_rows`."""
+        entry = named(self.entries, name, f"rows: row {row}")
+        return entry, self.values(name, entry)
+
     def pin(self, name: str) -> Values:
         """Return the values of an adapter, which stay in memory from now on: they are about to change."""
         with self.lock:
@@ -262,7 +269,7 @@ def combined(store: Store, weights: Mapping[str, float]) -> Entry:
         module: {key: _mean([part.heads[module][key] for part in parts], shares) for key in state}
         for module, state in parts[0].heads.items()
     }
-    return Entry(family, entries[0].heads, None, Values(theta_d, heads))
+    return Entry(family, entries[0].heads, entries[0].fresh, None, Values(theta_d, heads))
 
 
 def _shapes(heads: Heads) -> dict[str, dict[str, torch.Size]]:
