@@ -5,10 +5,12 @@ from unilora_jax.plan import load, plan
 from unilora_jax.projection import project, project_transpose
 from unilora_jax.sums import wrap
 from unilora_jax.targets import Target, conv_target, embedding_target, find_targets, linear_target
+from unilora_jax.tenants import Tenants, route, tenants
 
 __all__ = [
     "Adapter",
     "Target",
+    "Tenants",
     "conv_target",
     "embedding_target",
     "find_targets",
@@ -17,5 +19,7 @@ __all__ = [
     "plan",
     "project",
     "project_transpose",
+    "route",
+    "tenants",
     "wrap",
 ]

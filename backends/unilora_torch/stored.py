@@ -243,10 +243,11 @@ def named(entries: Mapping[str, Entry], name: Any, what: str) -> Entry:
     Raises:
         ValuesError: none has it; the error lists the nearest names.
     """
-    if name in entries:
-        return entries[name]
-    near = difflib.get_close_matches(str(name), entries, 3, 0.4) or list(entries)[:3]
-    raise ValuesError(f"Bank.{what}: no adapter is named {name!r}; the nearest of {len(entries)} names are {near}.")
+    if (entry := entries.get(name)) is not None:
+        return entry
+    there = list(entries)  # at once: other threads add and remove meanwhile
+    near = difflib.get_close_matches(str(name), there, 3, 0.4) or there[:3]
+    raise ValuesError(f"Bank.{what}: no adapter is named {name!r}; the nearest of {len(there)} names are {near}.")
 
 
 def combined(store: Store, weights: Mapping[str, float]) -> Entry:
