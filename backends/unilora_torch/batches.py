@@ -13,18 +13,17 @@ from unilora_core import ValuesError
 from unilora_torch.rows import Batch, Factors, Pairs, Table
 from unilora_torch.stored import Entry, Family, Values
 
-__all__ = ["Row", "gathered", "projected", "read_rows"]
+__all__ = ["Row", "read_rows"]
 
 Row = str | None | Mapping[str, float]
-Source = Callable[[Family, Sequence[Tensor]], Table | Factors]
 
 
-def gathered(family: Family, thetas: Sequence[Tensor]) -> Table:
+def _gathered(family: Family, thetas: Sequence[Tensor]) -> Table:
     """Return the table of these θ_d, of which each layer gathers its own factors when it runs."""
     return Table(family.projection.table(torch.stack(list(thetas))))
 
 
-def projected(family: Family, thetas: Sequence[Tensor]) -> Factors:
+def _projected(family: Family, thetas: Sequence[Tensor]) -> Factors:
     """Return all factors of these θ_d, differentiable: the backward pass scatters once for each θ_d, not for each
     layer.
     """
@@ -37,13 +36,13 @@ def projected(family: Family, thetas: Sequence[Tensor]) -> Factors:
 
 
 def read_rows(
-    find: Callable[[int, str], tuple[Entry, Values]], names: Iterable[Row], copies: int, source: Source = gathered
+    find: Callable[[int, str], tuple[Entry, Values]], names: Iterable[Row], copies: int, training: bool = False
 ) -> Batch:
     """Return what the rows of a batch need, from their names; see `Bank.rows`.
 
     Args:
         find: (row, name) → the adapter of a name.
-        source: where the layers get their factors from.
+        training: whether the θ_d get gradients.
     """
     if isinstance(names, str) or not (rows := list(names)):
         raise ValuesError(f"Bank.rows: expected a list with a name for each row of the batch, got {names!r}.")
@@ -67,7 +66,7 @@ def read_rows(
     }
     layers = {target.module for family in pairs for target in family.targets}
     thetas = {name: values.theta_d for name, (_, values) in found.items()}
-    by_family = {family.number: _pairs(family, mine, thetas, len(rows), source) for family, mine in pairs.items()}
+    by_family = {family.number: _pairs(family, mine, thetas, len(rows), training) for family, mine in pairs.items()}
     return Batch(len(rows), int(copies), by_family, states, frozenset(layers | states.keys()), frozenset(pairs))
 
 
@@ -91,17 +90,17 @@ def _check_weighted(i: int, row: Row, name: str, weight: Any, entry: Entry) -> N
 
 
 def _pairs(
-    family: Family, pairs: list[tuple[int, str, float]], thetas: Mapping[str, Tensor], size: int, source: Source
+    family: Family, pairs: list[tuple[int, str, float]], thetas: Mapping[str, Tensor], size: int, training: bool
 ) -> Pairs:
     order = {name: k for k, name in enumerate(dict.fromkeys(name for _, name, _ in pairs))}
     counts = Counter(name for _, name, _ in pairs)
-    even = len(set(counts.values())) == 1
+    even = len(set(counts.values())) == 1 if training else len(order) in (1, len(pairs))  # serving: one compiled graph
     if even and len(order) > 1:  # then A and B of an adapter need no copy for each of its rows
         pairs = sorted(pairs, key=lambda pair: order[pair[1]])
     rows, names, weights = zip(*pairs, strict=True)
     device = family.projection.device
     return Pairs(
-        source(family, [thetas[name] for name in order]),
+        (_projected if training else _gathered)(family, [thetas[name] for name in order]),
         which=None if even else torch.tensor([order[name] for name in names], device=device),
         rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
         weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),

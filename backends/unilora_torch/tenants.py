@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unilora_core import TargetError, ValuesError, rates, save_adapter
 from unilora_core.header import write_identity, write_targets
 from unilora_torch import base
-from unilora_torch.batches import projected, read_rows
+from unilora_torch.batches import read_rows
 from unilora_torch.hooked import Hooked
 from unilora_torch.saving import storable
 from unilora_torch.stored import Store, Values, named
@@ -124,7 +124,7 @@ class Tenants(nn.Module):
                     f"Tenants.rows: row {i}: {name!r} is no tenant that trains here; expected one of {len(self.names)} "
                     f"names such as {self.names[0]!r}. Leave the row out of the batch, or name it in bank.trainable."
                 )
-        batch = read_rows(lambda _, name: (self._entries[name], self._values[name]), listed, copies, projected)
+        batch = read_rows(lambda _, name: (self._entries[name], self._values[name]), listed, copies, training=True)
         return self._hooked.serving(self._store, batch)
 
     def forward(self, tenant: Tensor, *args: Any, **kwargs: Any) -> Any:
