@@ -63,11 +63,6 @@ class TenantModel(nn.Module):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of the model's class; that of classifiers names the logits otherwise."""
-        config = self.config
-        return self.tenants.model.loss_function(
-            logits=logits,
-            pooled_logits=logits,
-            labels=labels,
-            config=config,
-            vocab_size=getattr(config, "vocab_size", 0),
-        )
+        model: Any = self.tenants.model
+        given = {"logits": logits, "pooled_logits": logits, "labels": labels, "config": self.config}
+        return model.loss_function(**given, vocab_size=getattr(self.config, "vocab_size", None))
