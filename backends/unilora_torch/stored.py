@@ -160,9 +160,10 @@ class Store:
         with self.lock:
             if name in self.entries and not replace:
                 raise ValuesError(f"Bank.add: {name!r} is taken; give replace=True to put another in its place.")
-            if name in self.entries:
-                self.drop(name)
-            self.entries[name] = entry
+            before = self.entries.get(name)
+            self.entries[name] = entry  # at once: readers take no lock, and must not miss the name
+            if before is not None:
+                self._forget(before)
             self.families[entry.family] += 1
             self.heads.update(entry.heads)
             if entry.values is not None:
@@ -171,15 +172,13 @@ class Store:
     def drop(self, name: str) -> None:
         """Forget an adapter."""
         with self.lock:
-            entry = self.entries.pop(name)
-            self._uncount(entry)
-            self.families -= Counter([entry.family])
-            self.heads -= Counter(entry.heads)
+            self._forget(self.entries.pop(name))
 
     def rename(self, name: str, new: str) -> None:
         """Give an adapter another name."""
         with self.lock:
-            self.entries[new] = self.entries.pop(name)
+            self.entries[new] = self.entries[name]
+            del self.entries[name]
 
     def values(self, name: str, entry: Entry) -> Values:
         """Return the values of an adapter, read from its file again if they had to make room.
@@ -187,7 +186,7 @@ class Store:
         Raises:
             AdapterFileError: the file is gone, or has changed.
         """
-        values, file = entry.values, entry.file
+        file, values = entry.file, entry.values  # in this order: what loses its file has values before
         if values is None:
             assert file is not None
             values = file.read(name, self.model, entry.family)
@@ -208,9 +207,15 @@ class Store:
             entry = self.entries[name]
             values = self.values(name, entry)
             self._uncount(entry)
-            entry.file, entry.values = None, values
+            entry.values = values
+            entry.file = None
             self._count(entry, values)
         return values
+
+    def _forget(self, entry: Entry) -> None:
+        self._uncount(entry)
+        self.families -= Counter([entry.family])
+        self.heads -= Counter(entry.heads)
 
     def _count(self, entry: Entry, values: Values) -> None:
         """Take values into memory, and out of it those that have not been used for longest."""

@@ -226,3 +226,21 @@ def test_threads_add_replace_and_remove_while_others_serve(paths):
     for name in bank.names:
         bank.remove(name)
     assert (bank.store.nbytes, len(bank.store.used), bank.handles, bank.families) == (0, 0, [], {})
+
+
+def test_a_name_that_is_replaced_is_never_missing(paths):
+    """Readers take no lock, so a name goes from one adapter to the next in one step."""
+    bank, gone = Bank(mlp()), []
+
+    class Watched(dict):
+        def pop(self, *key):
+            gone.append(key)
+            return super().pop(*key)
+
+    bank.store.entries = bank.entries = Watched()
+    for path in ("a0", "a1", "a2"):
+        bank.add("a", paths[path], replace=True)
+    assert gone == []
+    bank.remove("a")
+    assert gone == [("a",)]
+    assert (bank.store.nbytes, bank.families) == (0, {})
