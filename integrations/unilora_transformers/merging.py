@@ -1,8 +1,8 @@
 """Merging of an adapter into a checkpoint, tensor by tensor: the base model is never in memory as a whole.
 
-What transformers renames, stacks or
-transposes between a checkpoint and the model is undone on the update by transformers itself (`core_model_loading`), so
-that a checkpoint keeps its own form: one tensor per expert stays one tensor per expert.
+What transformers renames, stacks or transposes between a checkpoint and the model is undone on the update by
+transformers itself (`core_model_loading`), so that a checkpoint keeps its own form: one tensor per expert stays one
+tensor per expert.
 """
 
 import json
