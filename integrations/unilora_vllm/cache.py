@@ -74,17 +74,15 @@ class Cache:
                 os.utime(folder / WEIGHTS)
                 return
             _, tensors = self._tensors(folder / FILE, read_json(folder / CONFIG)[BASE])
-            self._room(tensors)
             with new_files(folder / WEIGHTS) as (weights,):
-                save_file(tensors, weights, metadata={"format": "pt"})
+                self._save(tensors, weights)
 
     def _make(self, folder: Path, data: bytes, base: str) -> None:
         """Write a folder; the config comes last, as it makes the folder whole."""
         with new_files(folder / FILE, folder / WEIGHTS, folder / CONFIG) as (file, weights, says):
             file.write_bytes(data)
             config, tensors = self._tensors(file, base)
-            self._room(tensors)
-            save_file(tensors, weights, metadata={"format": "pt"})
+            self._save(tensors, weights)
             says.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _tensors(self, file: Path, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -99,9 +97,10 @@ class Cache:
         dtype = getattr(torch, self.settings.dtype)
         return config, {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
-    def _room(self, tensors: dict[str, Tensor]) -> None:
-        """Remove A and B that were used longest ago, until these fit."""
-        needed, limit = sum(tensor.nbytes for tensor in tensors.values()), self.settings.limit
+    def _save(self, tensors: dict[str, Tensor], weights: Path) -> None:
+        """Write A and B to a temporary place, and remove those that were used longest ago, until these fit."""
+        save_file(tensors, weights, metadata={"format": "pt"})
+        needed, limit = weights.stat().st_size, self.settings.limit
         if needed > limit:
             raise SpecError(
                 f"its A and B take {needed:,} bytes, the cache has {limit:,} for all adapters; raise "
