@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -53,7 +53,7 @@ class ServedBase:
         """
         try:
             found = local(base if folder is None else folder, fetch=False)
-        except LocalEntryNotFoundError as error:
+        except (HFValidationError, LocalEntryNotFoundError) as error:
             raise FileNotFoundError(
                 f"{base}: no folder, and not in the hub's cache, where its files are read; say in which folder the "
                 "checkpoint is that the engine serves."

@@ -25,7 +25,7 @@ def assert_equal(found, wanted):
     [
         {"rank": 4},
         {"targets": "all-linear", "rank": 2},
-        {"targets": ["q_proj", "down_proj"], "rank": {"q_proj": 2, "down_proj": 5}},
+        {"targets": ["q_proj", "v_proj", "down_proj"], "rank": {"q_proj": 2, "v_proj": 2, "down_proj": 5}},
         {"method": "vera", "rank": 4},
         {"start": "paper"},
     ],
@@ -51,11 +51,11 @@ def test_blocks_of_a_fused_layer_get_its_height(tmp_path):
 
 def test_a_trained_head_comes_from_the_file(tmp_path):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=48, pad_token_id=0)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    model = transformers.LlamaForSequenceClassification.from_pretrained(
-        tmp_path / "base", num_labels=3, dtype=torch.float32
+    config = transformers.LlamaConfig(
+        **SIZES, num_key_value_heads=2, intermediate_size=48, pad_token_id=0, num_labels=3
     )
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
     adapter = make_adapter(model, tmp_path / "a.safetensors")
     found = ServedBase.of(tmp_path / "base").lora_tensors(tmp_path / "a.safetensors", engine="vllm")
     assert "base_model.model.score.weight" in found[1]
