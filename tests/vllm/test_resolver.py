@@ -49,7 +49,8 @@ def load(folder):
 
     helper = PEFTHelper.from_local_dir(folder, 64)
     helper.validate_legal(LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32))
-    return LoRAModel.from_local_checkpoint(folder, LAYERS, helper, lora_model_id=1, device="cpu", dtype=torch.float32)
+    device = "cpu:0"  # "cpu" alone is pinned memory to vLLM, which takes a GPU
+    return LoRAModel.from_local_checkpoint(folder, LAYERS, helper, lora_model_id=1, device=device, dtype=torch.float32)
 
 
 def test_vllms_model_of_it_has_the_factors_of_the_adapter(resolver, adapter, tmp_path):
