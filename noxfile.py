@@ -106,6 +106,13 @@ def transformers(session: nox.Session) -> None:
     pytest(session, "tests/transformers")
 
 
+@nox.session(default=False)
+def vllm(session: nox.Session) -> None:
+    """The resolver with vLLM's own classes, on the CPU; vLLM and its libraries take 9 GB."""
+    session.install(".[vllm]", *PYTEST)
+    pytest(session, "tests/vllm", expect="vllm", CUDA_VISIBLE_DEVICES="")
+
+
 @nox.session
 def timm(session: nox.Session) -> None:
     """Timm models."""

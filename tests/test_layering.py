@@ -13,6 +13,7 @@ FOLDERS = {
     "unilora_jax": ROOT / "backends" / "unilora_jax",
     "unilora_transformers": ROOT / "integrations" / "unilora_transformers",
     "unilora_timm": ROOT / "integrations" / "unilora_timm",
+    "unilora_vllm": ROOT / "integrations" / "unilora_vllm",
     "unilora_cli": ROOT / "integrations" / "unilora_cli",
 }
 INTEGRATION = {"unilora_core", "unilora_torch", "numpy", "torch", "huggingface_hub", "safetensors", "typing_extensions"}
@@ -22,6 +23,7 @@ ALLOWED = {
     "unilora_jax": {"unilora_core", "numpy", "jax", "safetensors"},
     "unilora_transformers": {*INTEGRATION, "gguf", "regex", "transformers"},
     "unilora_timm": {*INTEGRATION, "timm"},
+    "unilora_vllm": {*INTEGRATION, "unilora_transformers", "vllm"},  # what vLLM serves are transformers' models
 }
 """Beside the standard library and the package itself."""
 
@@ -160,6 +162,8 @@ def test_every_package_has_its_rule():
         ("unilora_timm", "attach.py", "import unilora_transformers", "unilora_transformers"),
         ("unilora_timm", "attach.py", "from unilora_cli import main", "unilora_cli"),
         ("unilora_transformers", "attach.py", "class A:\n    import timm", "timm"),
+        ("unilora_transformers", "served.py", "import unilora_vllm", "unilora_vllm"),
+        ("unilora_vllm", "cache.py", "import unilora_timm", "unilora_timm"),
     ],
 )
 def test_a_planted_import_is_caught(package, name, source, stray):

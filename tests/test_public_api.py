@@ -14,6 +14,7 @@ NEEDS = {
     "unilora_jax": ["jax"],
     "unilora_transformers": ["torch", "transformers"],
     "unilora_timm": ["torch", "timm"],
+    "unilora_vllm": [],
 }
 """The libraries and the conformance suite, and what each needs; the command is no library."""
 

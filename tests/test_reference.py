@@ -14,6 +14,7 @@ PACKAGES = {
     "unilora_jax": "backends/unilora_jax",
     "unilora_transformers": "integrations/unilora_transformers",
     "unilora_timm": "integrations/unilora_timm",
+    "unilora_vllm": "integrations/unilora_vllm",
 }
 
 

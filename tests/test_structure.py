@@ -93,6 +93,7 @@ def test_all_packages_are_looked_at():
         "unilora_jax",
         "unilora_transformers",
         "unilora_timm",
+        "unilora_vllm",
         "unilora_cli",
     }
 

@@ -9,6 +9,7 @@ from unilora_transformers.merging import merge_checkpoint
 from unilora_transformers.peft import load_peft, save_peft
 from unilora_transformers.reference import Reference
 from unilora_transformers.rollouts import LoraSync, lora_tensors, merged_parameters, sync_rollouts
+from unilora_transformers.served import ServedBase
 from unilora_transformers.tenants import TenantModel
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Growth",
     "LoraSync",
     "Reference",
+    "ServedBase",
     "Target",
     "TenantModel",
     "Tenants",

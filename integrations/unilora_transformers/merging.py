@@ -1,37 +1,28 @@
 """Merging of an adapter into a checkpoint, tensor by tensor: the base model is never in memory as a whole.
 
-The model is built on the meta device, without values, to learn its layers' names. What transformers renames, stacks or
-transposes between a checkpoint and the model is undone on the update by transformers itself (`core_model_loading`), so
-that a checkpoint keeps its own form: one tensor per expert stays one tensor per expert.
+What transformers renames, stacks or transposes between a checkpoint and the model is undone on the update by
+transformers itself (`core_model_loading`), so that a checkpoint keeps its own form: one tensor per expert stays one
+tensor per expert.
 """
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from unilora_core import CorruptFileError, MismatchError, TargetError, read_adapter
+from unilora_core import MismatchError, TargetError, read_adapter
 from unilora_core.files import new_folder, try_folder
-from unilora_core.header import Header, read_header
+from unilora_core.header import read_header
 from unilora_torch import Adapter
 from unilora_torch.base import check_base as check_identity
 from unilora_torch.base import identity
@@ -40,13 +31,9 @@ from unilora_torch.heads import whole_names
 from unilora_torch.merging import add_update
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.targets import block_of, weight_name
-from unilora_transformers.class_names import read_classes
-from unilora_transformers.saving import model_class, refuse_kernels
+from unilora_transformers.checkpoints import COPIED, Checkpoint, Names, load_small, local, on_meta
 
 __all__ = ["merge_checkpoint"]
-
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-"""The endings of the files that lie beside the weights: tokenizer, chat template, generation config, code."""
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "merge into the unquantised checkpoint that it was made from, and quantise the result."
@@ -90,15 +77,17 @@ def merge_checkpoint(
         TargetError: the checkpoint is quantised. In each case nothing is written.
     """
     try_folder(out)
-    file, folder = read_adapter(adapter_file), _local(base)
+    file, folder = read_adapter(adapter_file), local(base)
     header = read_header(adapter_file, file)
-    checkpoint = _Checkpoint.of(folder)
-    model = _on_meta(header, folder, dict(config or {}))
-    names = _Names.of(model, checkpoint)
+    checkpoint = Checkpoint.of(folder)
+    model = on_meta(header, folder, dict(config or {}))
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
+    names = Names.of(model, checkpoint)
     found = open_file(adapter_file, model, file=file, any_rank=any_rank, loaded=False)
     merged = _Merged.of(adapter_file, found, model, checkpoint, names)
     if check_base:
-        _load_small(model, checkpoint, names)
+        load_small(model, checkpoint, names)
         check_identity(str(adapter_file), header.base, identity(model, header.modules_to_save))
     with new_folder(out, CONFIG_NAME) as new:
         for path in folder.iterdir():
@@ -107,132 +96,6 @@ def merge_checkpoint(
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(new)  # first, as it may refuse, and the merge takes long
         _write(new, merged, max_shard_size, progress)
-
-
-# ---- the checkpoint -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """The tensors of a checkpoint: where each lies, and its shape and dtype."""
-
-    files: dict[str, Path]
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
-
-    @classmethod
-    def of(cls, folder: Path) -> "_Checkpoint":
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        if index.is_file():
-            paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        else:
-            paths = [folder / SAFE_WEIGHTS_NAME]
-        files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        for path in paths:
-            with _opened(path) as file:
-                for key in file.keys():  # noqa: SIM118
-                    part = file.get_slice(key)
-                    files[key], shapes[key] = path, tuple(part.get_shape())
-                    empty = part[tuple(slice(0, 0) for _ in shapes[key])] if shapes[key] else file.get_tensor(key)
-                    dtypes[key] = empty.dtype
-        return cls(files, shapes, dtypes)
-
-    def read(self, key: str) -> Tensor:
-        with _opened(self.files[key]) as file:
-            return file.get_tensor(key)
-
-    def size(self, key: str) -> int:
-        return torch.Size(self.shapes[key]).numel() * self.dtypes[key].itemsize
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; merging reads safetensors checkpoints. Load the model and save it again with "
-            "save_pretrained, which writes one."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); fetch it again.") from error
-
-
-def _local(base: str | os.PathLike) -> Path:
-    if Path(base).is_dir():
-        return Path(base)
-    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *(f"*{end}" for end in sorted(COPIED))]
-    return Path(snapshot_download(os.fspath(base), allow_patterns=patterns))
-
-
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Names:
-    """The names of tensors: which of the checkpoint become which of the model's.
-
-    Attributes:
-        plain: the model's name → the checkpoint's, where loading only renames.
-        converted: the model's name → the checkpoint's, where several become one, or one is transposed.
-    """
-
-    plain: dict[str, str]
-    converted: dict[str, list[str]]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, checkpoint: _Checkpoint) -> "_Names":
-        """Find the names as `from_pretrained` finds them."""
-        transforms, known = get_model_conversion_mapping(model), model.state_dict()
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        plain: dict[str, str] = {}
-        converted: dict[str, list[str]] = {}
-        for key in checkpoint.files:
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-            if pattern is None:
-                plain[name] = key
-            else:
-                converted.setdefault(name, []).append(key)
-        return cls({name: key for name, key in plain.items() if name in known}, converted)
-
-
-def _on_meta(header: Header, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
-    """Make the model that the file adapts, from the checkpoint's config and without values."""
-    config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | changes)
-    refuse_kernels(header.where, config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise TargetError(f"{folder}: a quantised checkpoint, whose weights cannot take the update; {REMEDY}")
-    classes = read_classes(header)
-    if classes.count is not None:
-        config.num_labels = classes.count
-    architectures = [*(config.architectures or ()), ""]
-    kind = header.base_class or (header.base.kind if header.base else architectures[0])
-    cls = model_class(header.where, kind)
-    try:
-        with torch.device("meta"):
-            model = cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
-    except Exception as error:  # a class may raise anything on the config of another
-        raise MismatchError(
-            f"{header.where}: it adapts a {kind}, which cannot be built of the config of {folder} "
-            f"({type(config).__name__}: {error!r:.300}); is it the base that the adapter was trained on?"
-        ) from error
-    classes.put_in(model.config)
-    return model
-
-
-def _load_small(model: PreTrainedModel, checkpoint: _Checkpoint, names: _Names) -> None:
-    """Load the vectors and embeddings, which identify a base; not a head of another size."""
-    small: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.dim() == 1}
-    tables = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
-    small |= {name: module.weight for name, module in tables}
-    there = {name: names.plain[name] for name in small if name in names.plain}
-    state = {name: checkpoint.read(key) for name, key in there.items() if checkpoint.shapes[key] == small[name].shape}
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
 
 
 # ---- the merged checkpoint ------------------------------------------------------------------------------------------
@@ -251,8 +114,8 @@ class _Merged:
     """
 
     model: PreTrainedModel
-    checkpoint: _Checkpoint
-    names: _Names
+    checkpoint: Checkpoint
+    names: Names
     adapter: Adapter
     heads: dict[str, Tensor]
     adapted: dict[str, str]
@@ -265,8 +128,8 @@ class _Merged:
         path: str | os.PathLike,
         found: Opened,
         model: PreTrainedModel,
-        checkpoint: _Checkpoint,
-        names: _Names,
+        checkpoint: Checkpoint,
+        names: Names,
     ) -> "_Merged":
         """Check that everything in the file has a place in the checkpoint."""
         trained = whole_names(found.heads)
@@ -331,7 +194,7 @@ class _Merged:
 
 
 def _check_values(
-    path: str | os.PathLike, model: PreTrainedModel, names: _Names, trained: Iterable[str], weights: Iterable[str]
+    path: str | os.PathLike, model: PreTrainedModel, names: Names, trained: Iterable[str], weights: Iterable[str]
 ) -> None:
     """Refuse tensors that have no place of their own in the checkpoint, and a checkpoint that lacks values."""
     by_hand = "load the base model and the adapter, and merge there: adapter.detach(merge=True)."

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 PACKAGES = {"unilora_cli", "unilora_core", "unilora_jax", "unilora_timm", "unilora_torch", "unilora_transformers"}
+PACKAGES |= {"unilora_vllm"}
 
 
 @pytest.fixture

@@ -232,7 +232,7 @@ def test_folders_and_files(saved, tmp_path):
     refused(tmp_path, CorruptFileError, "not a whole safetensors file", file, base)
     shutil.rmtree(base)
     base.mkdir()
-    refused(tmp_path, FileNotFoundError, r"model\.safetensors: no such file; merging reads safetensors", file, base)
+    refused(tmp_path, FileNotFoundError, r"model\.safetensors: no such file; expected a checkpoint", file, base)
 
 
 def test_a_class_that_transformers_lacks(saved, tmp_path):
