@@ -239,6 +239,7 @@ Model: anything that AutoModelForCausalLM loads. Reported: loss and perplexity, 
     source.add_argument("--response-column", metavar="NAME", help="of the responses to --prompt (default: by name)")
     flag(source, "--response-only", "no loss on the tokens of the prompt; in a chat, on the assistant's turns only")
     flag(source, "--packing", "several examples in one block of --length tokens; none attends to another")
+    flag(source, "--shard", "each process of torchrun holds a part of the base's weights (FSDP2), for large ones")
     source.add_argument("--length", type=positive, metavar="N", default=DEFAULTS["lm"].length, help="tokens at most")
     source.add_argument(
         "--metric",

@@ -291,6 +291,61 @@ def test_records_of_several_forms_are_refused(parsed, tmp_path):
 # ---- templates of models ----------------------------------------------------------------------------------------
 
 
+def template_of_trl(name):
+    from importlib.resources import files
+
+    pytest.importorskip("trl")
+    return files("trl").joinpath("chat_templates", f"{name}.jinja").read_text("utf-8")
+
+
+QWEN3_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+def test_a_chat_with_tool_calls_in_a_template_that_rewrites_earlier_turns(learn):
+    """Qwen3's own template writes an empty thought in the last turn alone; TRL's for training in every turn."""
+    text, heard, notes = learn(template_of_trl("qwen3"), {"tools": TOOLS_TOLD, "messages": ASKED}, "--response-only")
+    answers = [f"<think>\n\n</think>\n\n{words}<|im_end|>\n" for words in (QWEN3_CALL, "It is dry.")]
+    assert heard == "".join(answers)
+    assert all(f"<|im_start|>assistant\n{answer}" in text for answer in answers)
+    assert "WRONG" in text
+    assert "<tool_response>\nno\n</tool_response>" in text
+    assert "A town." in text
+    assert [name for name, _ in notes] == ["chat template"]
+
+
+def test_a_template_is_the_models_own_where_all_is_learnt(learn, letters):
+    text, _, notes = learn(template_of_trl("qwen3"), {"messages": [USER, ANSWER, USER, ANSWER]})
+    assert text == letters.apply_chat_template([USER, ANSWER, USER, ANSWER], tokenize=False)
+    assert text.count("<think>") == 1
+    assert notes == []
+
+
+REWRITING = ("qwen3", "qwen3_5_think", "gptoss", "nemotron_3_nano", "phi3", "phi3_5")
+
+
+@pytest.mark.parametrize("name", REWRITING)
+def test_only_the_assistant_is_learnt_in_templates_that_rewrite_earlier_turns(learn, letters, name):
+    try:
+        template = template_of_trl(name)
+    except FileNotFoundError:
+        pytest.skip("this TRL has no such template")
+    turns = [USER, {**ANSWER, "content": "First."}, {**USER, "content": "sun?"}, {**ANSWER, "content": "Second."}]
+    text, heard, _ = learn(template, {"messages": turns}, "--response-only")
+    assert all(turn["content"] in text for turn in turns)
+    assert heard.index("First.") < heard.index("Second.")
+    assert "rain?" not in heard
+    assert "sun?" not in heard
+    assert letters.chat_template == template  # the tokenizer itself is left alone
+
+
+def test_a_template_by_name_or_one_that_trl_does_not_know_stays(learn):
+    names = {"default": FULL, "tool_use": FULL}
+    for template in (FULL, names):
+        _, heard, notes = learn(template, {"tools": TOOLS, "messages": ASKED}, "--response-only")
+        assert heard.endswith("assistant:It is dry.|")
+        assert notes == []
+
+
 def test_the_templates_that_trl_ships_lose_nothing_unsaid(learn, letters):
     """Of each template: the tools, calls and reasoning are in the text or in the notes, or the chat is refused."""
     from importlib.resources import files

@@ -143,3 +143,62 @@ def test_shares_are_parts_of_the_same_batches(monkeypatch):
         sorted(batch) for batch in whole
     ]
     assert parts[1][2] == []
+
+
+@pytest.fixture
+def pairs(llama, sentences, tmp_path):
+    """Of 40 pairs 13 to train on, in batches of 4 or 2 × 2: in the last one is none for the second process."""
+    rows = [{"prompt": "the film", "response": f"{text} {i}"} for i, (text, _) in enumerate(sentences)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fixed = ("--length", 24, "--device", "cpu", "--epochs", 3, "--limit", 13, "--out", "run")
+    return ("finetune", "lm", "--model", llama, "--data", tmp_path / "pairs.jsonl", *fixed)
+
+
+def assert_same_losses(one, other):
+    def found(folder):
+        epochs = json.loads((folder / "metrics.json").read_text())["epochs"]
+        with (folder / "metrics.csv").open() as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        scores = [value for row in epochs for name, value in row.items() if name != "seconds"]
+        return losses, scores, torch.from_numpy(read_adapter(folder / "adapter.safetensors").theta_d)
+
+    (losses, scores, theta), (others, known, wanted) = found(one), found(other)
+    assert losses == pytest.approx(others, rel=1e-5)
+    assert scores == pytest.approx(known, rel=1e-5)
+    torch.testing.assert_close(theta, wanted, rtol=1e-4, atol=1e-6)
+
+
+WAYS = [(), ("--packing",), ("--gradient-checkpointing",), ("--metric", "exact-match", "--max-new-tokens", 3)]
+
+
+@pytest.mark.parametrize("more", WAYS, ids=lambda more: more[0] if more else "plain")
+def test_a_base_in_parts_gives_the_losses_of_a_whole_one(unilora, launch, pairs, tmp_path, more):
+    assert unilora(*pairs, *more, "--batch-size", 4).code == 0
+    (tmp_path / "run").rename(tmp_path / "one")
+    first, second = launch(*pairs, *more, "--batch-size", 2, "--shard", processes=2)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    own, whole = (int(word.replace(",", "")) for word in first.out.split("this process holds ")[1].split()[:3:2])
+    assert 0.4 * whole < own < 0.6 * whole
+    assert_same_losses(tmp_path / "run", tmp_path / "one")
+
+
+def test_a_run_in_parts_that_is_killed_goes_on_in_parts_or_whole(launch, pairs, tmp_path):
+    words = (*pairs, "--batch-size", 2)
+    assert [result.code for result in launch(*words, processes=2)] == [0, 0]
+    (tmp_path / "run").rename(tmp_path / "whole")
+    for more in ((), ("--shard",)):
+        assert [result.code for result in launch(*words, "--shard", processes=2, kill_at=5)] == [-9, -9]
+        first, second = launch(*words, *more, "--resume", processes=2)
+        assert (first.code, second.code) == (0, 0), first.err + second.err
+        assert_same_losses(tmp_path / "run", tmp_path / "whole")
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_parts_that_cannot_be_made(unilora, pairs, tmp_path):
+    assert (
+        "--shard parts the base between processes, and this is one; start it with torchrun."
+        in unilora(*pairs, "--shard").err
+    )
+    pytest.importorskip("bitsandbytes")
+    assert "--load-in-4bit and --shard exclude each other" in unilora(*pairs, "--shard", "--load-in-4bit").err
+    assert not (tmp_path / "run").exists()

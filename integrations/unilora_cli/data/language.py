@@ -10,7 +10,7 @@ from unilora_cli.console import CommandError
 from unilora_cli.data.corpus import Corpus
 from unilora_cli.data.packing import pack
 from unilora_cli.data.records import draw, seen, split_off
-from unilora_cli.data.templates import chat_tokens, fitted, left_out
+from unilora_cli.data.templates import chat_tokens, fitted, for_training, left_out
 
 __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
 
@@ -69,6 +69,11 @@ def encode_corpora(
     ]
     if train.texts:
         return _texts(train, held_out, arguments, tokenizer, length, notes)
+    chats = [chat for corpus in (train, held_out) if corpus for chat in corpus.chats]
+    if any(arguments.response_only or chat.silent for chat in chats):
+        own, tokenizer = tokenizer, for_training(tokenizer)
+        if tokenizer is not own:
+            notes.append(("chat template", "TRL's for training this model, which marks what the assistant says"))
     learnt = _dialogues(train, tokenizer, length, arguments, notes)
     if held_out is not None:
         apart = _dialogues(held_out, tokenizer, length, arguments, notes)

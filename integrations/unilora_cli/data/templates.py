@@ -1,5 +1,6 @@
 """A chat as tokens, by the tokenizer's own template: which of them are learnt, and what the template leaves out."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -16,7 +17,7 @@ from unilora_cli.data.chats import Chat
 from unilora_cli.tasks.models import readable_errors
 from unilora_core.schema import shown
 
-__all__ = ["chat_tokens", "check_template", "fitted", "left_out"]
+__all__ = ["chat_tokens", "check_template", "fitted", "for_training", "left_out"]
 
 OWN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"tools", "documents"}
 """What a record may not set."""
@@ -33,6 +34,25 @@ def check_template(tokenizer: Any, name: str) -> None:
             f"the tokenizer of {name} has no chat template, so it is not known how chats become a text; use a "
             "model made for chats, or set tokenizer.chat_template and save the tokenizer beside the model."
         )
+
+
+def for_training(tokenizer: Any) -> Any:
+    """Return a copy of the tokenizer with the template that TRL has for training in place of its own, which marks what
+    the assistant says and never changes an earlier turn; the tokenizer itself where TRL knows none, or none is needed.
+    """
+    from trl.chat_template_utils import get_training_chat_template
+
+    if not isinstance(tokenizer.chat_template, str):  # templates by name, of which TRL has the default one alone
+        return tokenizer
+    try:
+        template = get_training_chat_template(tokenizer)
+    except Exception:  # a ValueError for one that it does not know; a template that it tries may raise anything
+        return tokenizer
+    if template is None:
+        return tokenizer
+    made = copy.copy(tokenizer)
+    made.chat_template = template
+    return made
 
 
 def fitted(chat: Chat, tokenizer: Any) -> Chat:

@@ -47,13 +47,22 @@ def adapter_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def loader(
-    examples: Any, arguments: argparse.Namespace, collate: Callable | None = None, *, shuffle: bool = False
+    examples: Any,
+    arguments: argparse.Namespace,
+    collate: Callable | None = None,
+    *,
+    shuffle: bool = False,
+    blank: Sequence[Any] = (),
 ) -> DataLoader:
-    """Batches of examples; the order of shuffled ones follows from the seed, and from the number of the epoch."""
+    """Batches of examples; the order of shuffled ones follows from the seed, and from the number of the epoch.
+
+    Args:
+        blank: what a process gets where a batch has no example for it; nothing: an empty batch.
+    """
     return DataLoader(
         examples,
         batch_sampler=Shares(len(examples), arguments.batch_size, arguments.seed if shuffle else None),
-        collate_fn=functools.partial(_collated, collate or default_collate),
+        collate_fn=functools.partial(_collated, collate or default_collate, blank),
         num_workers=arguments.workers,
     )
 
@@ -84,8 +93,8 @@ class Shares(Sampler[list[int]]):
         return math.ceil(self.count / self.whole)
 
 
-def _collated(collate: Callable, examples: list[Any]) -> Any:
-    return collate(examples) if examples else {}
+def _collated(collate: Callable, blank: Sequence[Any], examples: list[Any]) -> Any:
+    return collate(examples or blank) if examples or blank else {}
 
 
 def checkpoint_activations(model: nn.Module, name: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from unilora_cli.tasks.generation import exact_match
 from unilora_cli.tasks.loading import check_available, loaded
 from unilora_cli.tasks.models import Base, config_of, readable_errors, tokenizer
 from unilora_cli.tasks.task import Batch, Scores, Task
+from unilora_cli.training import distributed
 from unilora_cli.training.metrics import PERPLEXITY, Metric, chosen
 
 __all__ = ["score", "task"]
@@ -48,17 +50,23 @@ def task(arguments: argparse.Namespace) -> Task:
     example = {name: values.to(model.device) for name, values in tried.items() if name != "labels"}
     with readable_errors(f"cannot adapt {arguments.model!r}"):
         adapter = unilora_transformers.attach(model, example=example, **adapter_options(arguments))
+    notes = [length_note(length, arguments.length), *data.notes]
+    if arguments.shard:
+        trained = [parameter for group in adapter.parameter_groups(1.0) for parameter in group["params"]]
+        whole, own = distributed.shard(model, torch.device(arguments.device), trained)
+        notes.append(("base", f"in {distributed.processes()} parts; this process holds {own:,} of {whole:,} numbers"))
+    blank = [{name: [IGNORED if name == "labels" else fill] for name in data.train[0]}]  # all processes take part
     return Task(
         base=base,
         model=model,
         adapter=adapter,
-        train=loader(data.train, arguments, collate, shuffle=True),
-        held_out=loader(data.held_out, arguments, collate),
+        train=loader(data.train, arguments, collate, shuffle=True, blank=blank),
+        held_out=loader(data.held_out, arguments, collate, blank=blank),
         score=score,
         count=count,
         metrics=metrics,
         before=True,
-        notes=[length_note(length, arguments.length), *data.notes],
+        notes=notes,
     )
 
 

@@ -40,8 +40,10 @@ def check_available(arguments: argparse.Namespace) -> None:
     """Say what is missing before anything is read.
 
     Raises:
-        CommandError: ``--load-in-4bit`` without bitsandbytes.
+        CommandError: ``--load-in-4bit`` without bitsandbytes, or with ``--shard``.
     """
+    if arguments.load_in_4bit and vars(arguments).get("shard"):
+        raise CommandError("--load-in-4bit and --shard exclude each other: FSDP2 does not part quantised weights here.")
     if arguments.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise CommandError(
             "--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes accelerate"
@@ -50,7 +52,8 @@ def check_available(arguments: argparse.Namespace) -> None:
 
 def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     """A base model of transformers in the precision of the arguments, and the names of its parameters that no
-    checkpoint gave values; on its device, so that no check of a large model runs on the CPU.
+    checkpoint gave values; on its device, so that no check of a large model runs on the CPU. One that ``--shard`` is
+    going to part stays on the CPU till then, as the whole may not fit on a device.
 
     Precision is no part of `Base`: an adapter of a 4-bit base is merged into the same base unquantised.
 
@@ -75,8 +78,10 @@ def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
         )
     model, fresh = build(base, **options)
     if not getattr(model, "is_quantized", False):  # that one is where it was loaded to
-        model.to(device_of(arguments.device))
-        if model.device.type == "cpu" and any(p.dtype == torch.float16 for p in model.parameters()):
+        device = device_of(arguments.device)
+        if not vars(arguments).get("shard"):
+            model.to(device)
+        if device.type == "cpu" and any(p.dtype == torch.float16 for p in model.parameters()):
             model.float()  # the same values: a CPU's norms take no float16 beside the bfloat16 of autocast
     if arguments.gradient_checkpointing:
         with readable_errors(f"--gradient-checkpointing of {base.name!r}"):

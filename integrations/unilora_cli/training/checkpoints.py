@@ -22,6 +22,7 @@ __all__ = ["FOLDER", "Run", "check_settings", "check_task", "forget", "made_for"
 FOLDER, FILE = "unilora-training", "run.json"
 
 FREE = {"out", "overwrite", "resume", "recipe", "device", "workers", "compile", "gradient_checkpointing", "report_to"}
+FREE |= {"shard"}
 """Arguments that may change between a run and its continuation: they say how to compute, not what."""
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from unilora_cli.console import CommandError, one_line
 from unilora_cli.tasks.loading import device_of
 
-__all__ = ["average", "from_first", "gathered", "gone", "only_first", "processes", "rank", "started"]
+__all__ = ["average", "from_first", "gathered", "gone", "only_first", "processes", "rank", "shard", "started"]
 
 T = TypeVar("T")
 
@@ -70,6 +70,38 @@ def gone() -> Iterator[None]:
             why = one_line(error, 120)
             raise CommandError(f"another process of this run is gone; see its message ({why})") from error
         raise
+
+
+def shard(model: nn.Module, device: torch.device, trained: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Give each process a part of the base's weights (FSDP2), which are gathered layer by layer in every pass.
+
+    Args:
+        trained: what stays whole in each process: a step adds up its gradients as ever.
+
+    Returns:
+        The numbers of the base, and those of them that this process holds.
+
+    Raises:
+        CommandError: there is one process only.
+    """
+    if processes() == 1:
+        raise CommandError("--shard parts the base between processes, and this is one; start it with torchrun.")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole = set(trained)
+    how: dict[str, Any] = {"mesh": init_device_mesh(device.type, (processes(),)), "ignored_params": whole}
+    for layer in _layers(model):
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    parts: list[Any] = [parameter for parameter in model.parameters() if parameter not in whole]
+    return sum(part.numel() for part in parts), sum(part.to_local().numel() for part in parts)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers that a model has in lists; not what these have in lists of their own."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _layers(child)
 
 
 def average(tensors: Sequence[Tensor]) -> None:
