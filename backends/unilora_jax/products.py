@@ -4,7 +4,7 @@ Each is linear in the weight, so the update U·V goes beside it: first the opera
 the place of the outputs, then the product with V.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ def _turned(w: LowRank, contracted: Sequence[int]) -> LowRank:
     return replace(w, down=w.up, up=w.down, roles=w.roles.translate(str.maketrans("io", "oi")))
 
 
-def _check_roles(w: LowRank, contracted: Sequence[int], how: str) -> None:
+def _check_roles(w: LowRank, contracted: Collection[int], how: str) -> None:
     """Refuse a product over other axes than the plan's inputs, or A and B would change places unseen."""
     inputs = {axis for axis, role in enumerate(w.roles) if role == "i"}
     if inputs - set(contracted) or any(w.roles[axis] in "ol" for axis in contracted):
