@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,15 @@ SPEC = "spec"
 """The key beside θ_d in a trainer's checkpoint: the fields of its spec, as the bytes of a JSON object."""
 
 
+OWN: Mapping[str, Tensor] = MappingProxyType({})
+"""Stands for a model's own state where the caller says nothing of it."""
+
+
 def save_pretrained(
     model: PreTrainedModel,
     save_directory: str | os.PathLike,
     is_main_process: bool | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    state_dict: Mapping[str, Tensor] | None = OWN,
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
@@ -91,9 +96,10 @@ def save_pretrained(
     another name). A ``README.md`` that is there is kept.
 
     Args:
-        is_main_process: trainers say here which process writes. They resume from ``model.safetensors``, so that file is
-            then written, too, with the trained tensors and all else that θ_d needs.
-        state_dict: the state to read the tensors from, for a model whose own parameters are sharded over processes.
+        is_main_process: trainers say here which process writes.
+        state_dict: the state to read the tensors from, for a model whose own parameters are sharded over processes;
+            None is the model's own. Trainers give this or the above, and resume from ``model.safetensors``, so that
+            file is then written, too, with the trained tensors and all else that θ_d needs.
         push_to_hub: whether to upload, too, to ``repo_id`` or else the folder's name; ``options`` go to `push_to_hub`.
         **options: further options. With ``safe_serialization`` sentence-transformers asks for a folder that is a model:
             the folder gets a ``config.json``, by which `unilora_transformers.auto` loads the base and the adapter.
@@ -102,6 +108,8 @@ def save_pretrained(
         FileExistsError: the folder is the base's own, whose config would be lost.
         ValuesError: θ_d holds NaN or infinity, or is spread over processes by ZeRO-3; an old file is kept.
     """
+    by_trainer = is_main_process is not None or state_dict is not OWN
+    state_dict = None if state_dict is OWN else state_dict
     if state_dict is not None and not state_dict:  # the Trainer gives none where DeepSpeed writes the values itself
         warnings.warn(f"unilora: no adapter is written to {save_directory}: the state_dict is empty.", stacklevel=2)
         return
@@ -115,7 +123,7 @@ def save_pretrained(
     if options.pop("safe_serialization", None) is not None:
         _check_base(model, folder)
         names.append(CONFIG_NAME)
-    names += [] if is_main_process is None else [SAFE_WEIGHTS_NAME]  # last, as trainers resume from it
+    names += [SAFE_WEIGHTS_NAME] if by_trainer else []  # last, as trainers resume from it
     with new_files(*(folder / name for name in names)) as new:
         paths = dict(zip(names, new, strict=True))
         for name, adapter in there.items():
@@ -126,7 +134,7 @@ def save_pretrained(
             acting = {name: adapter.strength for name, adapter in there.items() if adapter.live.on}
             said = {"model_type": MODEL_TYPE, "architectures": [_class_of(model)], "acting": acting}
             paths[CONFIG_NAME].write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-        if is_main_process is not None:
+        if by_trainer:
             texts = {f"{name}.{SPEC}": json.dumps(_identity(adapter.spec)) for name, adapter in there.items()}
             specs = {key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
             save_file(state | specs | _frozen(there), paths[SAFE_WEIGHTS_NAME], metadata={"format": "pt"})

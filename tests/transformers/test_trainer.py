@@ -288,6 +288,16 @@ def test_a_wrapped_model_is_saved(llama, tmp_path, wrap):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["unilora.theta_d"], model.unilora.theta_d)
 
 
+@pytest.mark.parametrize("said", [{"is_main_process": True}, {"state_dict": None}, {"state_dict": {}}, {}])
+def test_what_a_trainer_resumes_from_is_written_where_a_trainer_asks(llama, tmp_path, said):
+    """The Trainer of transformers up to 5.22 gives the state alone, None where it is the model's own."""
+    model = llama()
+    if "state_dict" in said and said["state_dict"] is not None:
+        said = {"state_dict": model.state_dict()}
+    model.save_pretrained(tmp_path, **said)
+    assert ("model.safetensors" in files(tmp_path)) == bool(said)
+
+
 def test_an_empty_state_dict_writes_nothing_and_says_so(llama, tmp_path):
     """As the Trainer has it where DeepSpeed keeps the values to itself."""
     with pytest.warns(UserWarning, match=r"no adapter is written to .*: the state_dict is empty"):
