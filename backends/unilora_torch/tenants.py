@@ -154,7 +154,8 @@ class Tenants(nn.Module):
         Args:
             names: of each row.
             values: (rows, …), a loss for each row, or for each of its tokens.
-            weights: the same shape; 0 leaves a value out, such as that of a token of padding. None: all are 1.
+            weights: the same shape; 0 leaves a value out, such as that of a token of padding. None: all are 1. A tenant
+                with no value left has the loss 0.
 
         Raises:
             ValuesError: there are other numbers of rows.
@@ -165,7 +166,9 @@ class Tenants(nn.Module):
         if (count := sum(map(len, places.values()))) != len(values):
             raise ValuesError(f"Tenants.losses: expected a loss for each of {count} rows, got {tuple(values.shape)}.")
         weights = torch.ones_like(values) if weights is None else weights.to(values)
-        return {name: (values[at] * weights[at]).sum() / weights[at].sum() for name, at in places.items()}
+        totals = {name: weights[at].sum() for name, at in places.items()}
+        counted = {name: torch.where(total == 0, 1, total) for name, total in totals.items()}
+        return {name: (values[at] * weights[at]).sum() / counted[name] for name, at in places.items()}
 
     def save(self, name: str, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
         """Write a tenant as an adapter file of its own, atomically, at any time; `load` and `Bank.add` read it.

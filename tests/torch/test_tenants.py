@@ -199,6 +199,8 @@ def test_numbers_stand_for_names(tenants):
 
 def test_losses_are_means_of_each_tenant(tenants):
     values = torch.tensor([[1.0, 2.0], [3.0, 5.0], [7.0, 9.0]])
+    found = tenants.losses(["a", "b"], values[:2], torch.tensor([[0, 0], [0, 1]]))
+    assert found == {"a": 0, "b": values[1, 1]}  # no value of a counts
     found = tenants.losses(["a", "b", "a"], values, torch.tensor([[1, 0], [1, 1], [1, 1]]))
     assert {name: float(loss) for name, loss in found.items()} == pytest.approx({"a": 17 / 3, "b": 4.0})
     with pytest.raises(ValuesError, match=r"expected a loss for each of 2 rows, got \(3, 2\)"):
