@@ -291,4 +291,5 @@ def demo(session: nox.Session) -> None:
 
 
 TOP_LEVEL = sorted(str(path) for path in Path("tests").glob("test_*.py"))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of hundreds of processes would compile what it imports anew
 os.environ.setdefault("PYTHONSAFEPATH", "1")  # the checkout's folders must not shadow the installed packages
