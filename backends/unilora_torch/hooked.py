@@ -10,7 +10,6 @@ from torch import nn
 from unilora_core import TargetError
 from unilora_torch.calls import Handle
 from unilora_torch.chains import Chains
-from unilora_torch.live import Entered
 from unilora_torch.rows import Batch, Block, HeadHook, LayerHook, Rows
 from unilora_torch.stored import Family, Store
 from unilora_torch.structure import Structure
@@ -48,17 +47,10 @@ class Hooked:
     @contextlib.contextmanager
     def serving(self, store: Store, batch: Batch) -> Iterator[None]:
         """Serve these rows inside the ``with``, in this thread or asyncio task."""
-        scope, entered = self.live.scope, Entered(self.live.scope, batch)
-        try:
-            try:
-                scope.begin(entered)
-                if not (batch.families <= self.families and batch.heads.keys() <= self.heads):
-                    self.follow(store)  # another thread's `add` or `remove` is under way
-                yield
-            finally:
-                scope.end(entered)
-        finally:  # again, where an interrupt kept the first from being done
-            scope.end(entered)
+        with self.live.scope.holds(batch):
+            if not (batch.families <= self.families and batch.heads.keys() <= self.heads):
+                self.follow(store)  # another thread's `add` or `remove` is under way
+            yield
 
     def follow(self, store: Store) -> None:
         """Keep hooks only for what is stored or still named by rows.
