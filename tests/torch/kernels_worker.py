@@ -30,12 +30,12 @@ SPECS = {
 
 
 def check_numbers(name: str, spec: ProjectionSpec, device: torch.device) -> None:
-    """P in three dtypes, whole and of two slices in another order, bit by bit."""
+    """P, whole and of two slices in another order, bit by bit; of the first spec in three dtypes."""
     table, theta_d = Gather.of(spec).to(device), torch.linspace(-1, 1, spec.d, device=device)
     middle = spec.D // 3
     for spans in (((0, spec.D),), ((middle, spec.D), (0, middle))):
         wanted = table(theta_d, [slice(*span) for span in spans])
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)[: 3 if name == "paper" else 1]:
             out = torch.empty(spec.D, dtype=dtype, device=device)
             values = scaled(theta_d, table.scale, table.origin)
             kernels.project(values, kernels.permuted(spec, device), kernels.tiles(spec, spans, device), out)

@@ -16,11 +16,11 @@ def make_base(folder, seed=0, **config):
     return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def make_adapter(model, path, seed=0, **options):
+def make_adapter(model, path, seed=0, size=0.02, **options):
     """Attach an adapter, move it as training would, save it, and return it; it stays attached."""
     adapter = unilora_transformers.attach(model, seed=seed, **options)
     with torch.no_grad():
-        adapter.theta_d.add_(torch.randn(adapter.theta_d.shape, generator=torch.Generator().manual_seed(seed)) * 0.02)
+        adapter.theta_d.add_(torch.randn(adapter.theta_d.shape, generator=torch.Generator().manual_seed(seed)) * size)
     path.parent.mkdir(parents=True, exist_ok=True)
     adapter.save(path)
     return adapter
