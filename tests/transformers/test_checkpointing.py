@@ -36,7 +36,7 @@ MODELS = {  # class: config
         "num_heads": [1, 1, 2, 2],
     },
     "TimesformerForVideoClassification": TINY | {"image_size": 16, "patch_size": 8, "num_frames": 2},
-    "SegformerForImageClassification": {"depths": [1] * 4, "hidden_sizes": [8, 16, 16, 32], "decoder_hidden_size": 16},
+    "SegformerForImageClassification": {"depths": [1] * 4, "hidden_sizes": [8, 16, 40, 64], "decoder_hidden_size": 16},
     "PvtV2ForImageClassification": {"depths": [1] * 4, "hidden_sizes": [8, 16, 40, 64], "image_size": 64},
     "Speech2TextForConditionalGeneration": SPEECH | {"conv_channels": 16, "max_source_positions": 32},
 }
