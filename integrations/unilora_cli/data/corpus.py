@@ -9,7 +9,7 @@ from typing import Any
 
 from unilora_cli.console import CommandError, path_of
 from unilora_cli.data.chats import CHATS, OPTIONS, Chat, read_chat, without_none
-from unilora_cli.data.records import load_tables, nfc, opened, suffix
+from unilora_cli.data.records import load_tables, nfc, read_text, suffix
 from unilora_core.schema import shown
 
 __all__ = ["Corpus", "read_corpora"]
@@ -163,9 +163,4 @@ def _read(source: str) -> Corpus:
     path = path_of(source)
     if not path.is_file():
         raise CommandError(f"{source}: no such file.")
-    with opened(path) as file:
-        text = file.read()
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise CommandError(f"{source}, line {line}: it holds a null character, which no text has.")
-    return Corpus(source, texts=[text])
+    return Corpus(source, texts=[read_text(path)])
