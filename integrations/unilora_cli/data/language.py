@@ -1,8 +1,9 @@
 """Texts for a causal language model as tokens: one stream cut into blocks, or prompts with responses."""
 
 import argparse
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,8 @@ __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
 IGNORED = -100
 """The label of a token that has no loss."""
 
-PIECE = 2**20
-"""Characters that are tokenised at once, up to the end of a line."""
+PIECE = r"(?s:.){1,1048576}[^\n]*\n?"
+"""What is tokenised at once: so many characters, and on to the end of a line."""
 
 Example = dict[str, list[int]]
 
@@ -115,7 +116,7 @@ def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
     """All texts as one stream of tokens, the end-of-text token after each, cut into blocks; the rest is dropped."""
     stream: list[int] = []
     for text in corpus.texts:
-        for piece in _pieces(text):
+        for piece in re.findall(PIECE, text):
             stream += tokenizer(piece, add_special_tokens=False)["input_ids"]
         stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     starts = range(0, len(stream) - length + 1, length)
@@ -135,14 +136,6 @@ def _cut(blocks: list[Example], arguments: argparse.Namespace, length: int) -> t
         )
     count = min(len(blocks) - 1, max(1, round(len(blocks) * arguments.holdout)))
     return blocks[:-count], blocks[-count:]
-
-
-def _pieces(text: str) -> Iterable[str]:
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + PIECE) + 1 or len(text)
-        yield text[start:end]
-        start = end
 
 
 def _dialogues(

@@ -100,38 +100,22 @@ def left_out(chat: Chat, tokenizer: Any, where: str) -> Counter[tuple[str, str]]
     for name in sorted(chat.options):
         rest = {key: value for key, value in chat.options.items() if key != name}
         found[f"{name!r} of", "chats"] += _same(tokenizer, dataclasses.replace(chat, options=rest), text)
-    heard = _heard(chat, tokenizer)
     for i, turn in enumerate(chat.turns):
-        asked = turn.keys() - ({"role", "content"} if i in heard else {"role"})
-        unheard = [
-            name
-            for name in turn
-            if name in asked and turn[name] not in ("", [], {}) and _unheard(name, i, chat, tokenizer, text)
-        ]
+        unheard = []
+        for name in (name for name in turn if name != "role" and turn[name] not in ("", [], {})):
+            if _holds(text, turn[name]):
+                continue
+            if _unheard(name, i, chat, tokenizer, text):
+                unheard.append(name)
+                found[("", f"turns of the {turn['role']}") if name == "content" else (f"{name!r} of", "turns")] += 1
+            elif (name, turn["role"]) == ("content", "assistant"):
+                found["a part of", "turns of the assistant"] += 1
         if unheard and i in chat.answers and not any(turn[name] for name in turn.keys() - {"role", *unheard}):
             raise CommandError(
                 f"{where}, turn {i + 1}: the chat template leaves out {' and '.join(map(repr, unheard))}, and the "
                 "assistant says nothing else there; use a model whose template takes it, or leave such chats out."
             )
-        for name in unheard:
-            found[("", f"turns of the {turn['role']}") if name == "content" else (f"{name!r} of", "turns")] += 1
-        if turn["role"] == "assistant" and "content" not in unheard and not _holds(text, turn["content"]):
-            found["a part of", "turns of the assistant"] += 1
     return +found
-
-
-def _heard(chat: Chat, tokenizer: Any) -> set[int]:
-    """The turns whose content is surely in the text: a mark at its end comes out. One text tells of all turns."""
-    marks = [f" {i}/{len(chat.turns)} unilora" for i in range(len(chat.turns))]
-    turns = [
-        {**turn, "content": turn["content"] and turn["content"] + mark}
-        for turn, mark in zip(chat.turns, marks, strict=True)
-    ]
-    try:
-        text = _text(tokenizer, dataclasses.replace(chat, turns=turns))
-    except Exception:  # a template may raise anything
-        return set()
-    return {i for i, mark in enumerate(marks) if mark in text}
 
 
 def _unheard(name: str, i: int, chat: Chat, tokenizer: Any, text: str) -> bool:
@@ -141,9 +125,9 @@ def _unheard(name: str, i: int, chat: Chat, tokenizer: Any, text: str) -> bool:
     return _same(tokenizer, dataclasses.replace(chat, turns=[*chat.turns[:i], rest, *chat.turns[i + 1 :]]), text)
 
 
-def _holds(text: str, words: str) -> bool:
+def _holds(text: str, words: Any) -> bool:
     """Whether words are in a text, but for white space."""
-    return words.strip() in text or "".join(words.split()) in "".join(text.split())
+    return isinstance(words, str) and (words.strip() in text or "".join(words.split()) in "".join(text.split()))
 
 
 def _same(tokenizer: Any, chat: Chat, text: str) -> bool:
