@@ -6,7 +6,7 @@ import math
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -298,22 +298,16 @@ def _csv_step(step: int, loss: float, rate: float) -> list[object]:
     return [step, f"{loss:.6g}", f"{rate:.6g}"]
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """An exponential moving mean, without a bias to its start."""
-    keep, mean, weight, smooth = max(0.5, 1 - 20 / max(1, len(values))), 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight)
-    return smooth
-
-
 def _draw(path: Path, losses: list[tuple[int, float, float]], epochs: list[dict[str, Any]], metric: str) -> None:
     """The losses and rates of all steps, and the loss and the metric of all evaluations."""
+    import pandas as pd
+
     figure = blank_figure(7, 6)
     above, middle, below = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1])
     steps, training, rates = zip(*losses, strict=True)
     above.plot(steps, training, color="tab:blue", alpha=0.3, linewidth=0.8)
-    above.plot(steps, _smooth(training), color="tab:blue", label="training (moving mean)")
+    mean = pd.Series(training).ewm(alpha=min(0.5, 20 / len(training))).mean()  # without a bias to its start
+    above.plot(steps, mean, color="tab:blue", label="training (moving mean)")
     at = [row["step"] for row in epochs]
     above.plot(at, [row["loss"] for row in epochs], "o-", color="tab:orange", label="held out")
     above.legend()
