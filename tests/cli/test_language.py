@@ -185,7 +185,7 @@ def test_packed_loss_and_gradients_are_those_of_single_examples(name):
     model, examples = decoder(name, **ARCHITECTURES[name]), examples_of([7, 3, 5, 6, 2])
     model.config.use_cache = False
     check_packing(model, examples, name)
-    packed = pad({"input_ids": 0, "labels": -100}, pack(examples, 12, -100))
+    packed = pad({"input_ids": 0, "labels": -100})(pack(examples, 12, -100))
     assert (packed["labels"] != -100).sum() == sum(len(example["labels"]) - 1 for example in examples)
     scores = score(model, packed)
     gradients = torch.autograd.grad(scores.loss, model.parameters())

@@ -4,7 +4,7 @@ import argparse
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,18 +92,21 @@ def encode(pairs: Sequence[Labelled], tokenizer: Any, length: int) -> list[Examp
     ]
 
 
-def pad(filling: Mapping[str, int], examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Return a batch: lists of numbers are filled up at the end to the longest of them.
+def pad(filling: Mapping[str, int]) -> Callable[[list[Example]], dict[str, torch.Tensor]]:
+    """Return a collate function: lists of numbers are filled up at the end to the longest of the batch.
 
     Args:
         filling: name → the number to fill up with; 0 for others.
     """
+    return functools.partial(_padded, dict(filling))  # which processes that read data can receive
 
-    def joined(name: str) -> torch.Tensor:
-        values = [torch.tensor(example[name]) for example in examples]
-        return pad_sequence(values, True, filling.get(name, 0)) if values[0].ndim else torch.stack(values)
 
-    return {name: joined(name) for name in examples[0]}
+def _padded(filling: Mapping[str, int], examples: list[Example]) -> dict[str, torch.Tensor]:
+    columns = {name: [torch.tensor(example[name]) for example in examples] for name in examples[0]}
+    return {
+        name: pad_sequence(values, True, filling.get(name, 0)) if values[0].ndim else torch.stack(values)
+        for name, values in columns.items()
+    }
 
 
 def _checked(classes: tuple[str, ...], where: str, label: str) -> tuple[str, ...]:

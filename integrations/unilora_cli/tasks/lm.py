@@ -1,7 +1,6 @@
 """The task of `unilora finetune lm`: a causal language model of transformers."""
 
 import argparse
-import functools
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def task(arguments: argparse.Namespace) -> Task:
     check_tokens(model, tokens, [*data.train, *data.held_out], fill, arguments.model)
     if arguments.packing:
         check_packing(model, data.unpacked, arguments.model)
-    collate = functools.partial(pad, {"input_ids": fill, "labels": IGNORED})
+    collate = pad({"input_ids": fill, "labels": IGNORED})
     tried = collate(longest(data.train, arguments.batch_size))
     example = {name: values.to(model.device) for name, values in tried.items() if name != "labels"}
     with readable_errors(f"cannot adapt {arguments.model!r}"):

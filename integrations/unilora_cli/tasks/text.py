@@ -1,7 +1,6 @@
 """The task of `unilora finetune text`: a text classifier of transformers, or a model that gives a number."""
 
 import argparse
-import functools
 
 import torch.nn.functional as F
 from torch import nn
@@ -46,7 +45,7 @@ def task(arguments: argparse.Namespace) -> Task:
     length = fit_length(model.config, arguments.length)
     train, held_out = (encode(pairs, tokens, length) for pairs in (texts.train, texts.held_out))
     check_tokens(model, tokens, [*train, *held_out], fill, arguments.model)
-    collate = functools.partial(pad, {"input_ids": fill})
+    collate = pad({"input_ids": fill})
     tried = collate(longest(train, arguments.batch_size))
     example = {name: values.to(model.device) for name, values in tried.items() if name != "labels"}
     with readable_errors(f"cannot adapt {arguments.model!r}"):
