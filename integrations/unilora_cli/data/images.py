@@ -14,18 +14,7 @@ from unilora_cli.console import CommandError, path_of
 from unilora_cli.data import image_sources as sources
 from unilora_cli.data.image_sources import ImageSource, images_of_folder
 from unilora_cli.data.labels import class_index, class_names
-from unilora_cli.data.records import (
-    HELD_OUT,
-    class_notes,
-    column,
-    draw,
-    is_local,
-    load_tables,
-    nfc,
-    seen,
-    some,
-    split_off,
-)
+from unilora_cli.data.records import HELD_OUT, class_notes, column, draw, is_local, load_tables, seen, some, split_off
 from unilora_cli.tasks.models import readable_errors
 
 __all__ = ["ImageSet", "Images", "Part", "load_images"]
@@ -164,13 +153,12 @@ def _sources(arguments: argparse.Namespace) -> Sources:
         if getattr(arguments, name):
             raise CommandError(f"--{name.replace('_', '-')} is for data of torchvision, --data torch/NAME.")
     if data.startswith("hfds/"):
-        return _from_tables(argparse.Namespace(**vars(arguments) | {"data": data.removeprefix("hfds/")}))
+        return _from_tables(arguments)
     folder = path_of(data)
     if is_local(data) and not folder.exists():
         raise CommandError(f"{data}: no such folder.")
-    if folder.is_dir() and _is_image_folder(folder, arguments.train_split):
-        return _from_folder(arguments, folder)
-    return _from_tables(arguments)
+    images = folder.is_dir() and _is_image_folder(folder, arguments.train_split)
+    return _from_folder(arguments, folder) if images else _from_tables(arguments)
 
 
 def _parted(folder: Path, arguments: argparse.Namespace) -> bool:
@@ -233,7 +221,7 @@ def _from_tables(arguments: argparse.Namespace) -> Sources:
         asked = f"no column {image!r} of images" if image else "no column of images"
         raise CommandError(f"{arguments.data}: there is {asked}; its columns are {', '.join(kinds) or 'plain text'}.")
     column(tables.train, label, (), arguments.data)
-    named = tuple(map(nfc, tables.names.get(label, ())))
+    named = tables.names.get(label, ())
     classes = named or class_names(tables.train[label], arguments.data)
 
     def source(rows: Any, where: str) -> ImageSource | None:

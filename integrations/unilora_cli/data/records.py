@@ -183,6 +183,7 @@ def draw(n: int, size: int | None, seed: int) -> list[int]:
 
 def _load(source: str, subset: str | None) -> dict[str, Any]:
     """Split → records; a file has one lone table."""
+    source = source.removeprefix("hfds/")  # as timm says it
     path = path_of(source)
     if is_local(source) and not path.exists():
         raise CommandError(f"{source}: no such file or folder.")
@@ -239,7 +240,7 @@ def _named_classes(rows: Any) -> dict[str, tuple[str, ...]]:
         return {}
     import datasets
 
-    return {key: tuple(kind.names) for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+    return {key: tuple(map(nfc, kind.names)) for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
 
 
 def _read_separated(path: Path, delimiter: str = ",", **dialect: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unilora_cli.console import CommandError
 from unilora_cli.data.labels import class_index, class_names
-from unilora_cli.data.records import class_notes, column, draw, load_tables, nfc, seen, split_off
+from unilora_cli.data.records import class_notes, column, draw, load_tables, seen, split_off
 from unilora_core.schema import shown
 
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
@@ -57,8 +57,7 @@ def load_texts(arguments: argparse.Namespace) -> LabelledTexts:
     target: Any = _number
     if not arguments.regression:
         named = tables.names.get(label, ())
-        found = class_names((row[label] for row in tables.train), where)
-        classes = tuple(map(nfc, named)) or _checked(found, where, label)
+        classes = named or _checked(class_names((row[label] for row in tables.train), where), where, label)
         target = functools.partial(class_index, classes, bool(named))
 
     def pairs(rows: Sequence[Mapping[str, Any]], where: str) -> list[Labelled]:
