@@ -168,15 +168,13 @@ def _weight(turn: Turn, where: str) -> Any:
 
 def _options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in ("tools", "documents"):
+    for name in ("tools", "functions", "documents"):
         if row.get(name):
             found[name] = _listed(row[name], f"{where}: expected a list in {name!r}")
-    if row.get("functions"):
-        functions = _listed(row["functions"], f"{where}: expected a list in 'functions'")
+            if strange := [value for value in found[name] if not isinstance(value, Mapping)]:
+                raise CommandError(f"{where}: expected objects {{...}} in {name!r}, got {shown(strange[0])}.")
+    if functions := found.pop("functions", None):
         found["tools"] = [{"type": "function", "function": function} for function in functions]
-    for name, values in found.items():
-        if strange := [value for value in values if not isinstance(value, Mapping)]:
-            raise CommandError(f"{where}: expected objects {{...}} in {name!r}, got {shown(strange[0])}.")
     if more := row.get("chat_template_kwargs"):
         more = _parsed(more, f"{where}: expected an object {{...}} in 'chat_template_kwargs'")
         if not isinstance(more, Mapping) or "chat_template" in more:

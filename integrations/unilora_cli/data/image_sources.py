@@ -31,8 +31,8 @@ class ImageSource:
         where: what the source is called.
         classes: the names of the classes.
         labels: the class of each image, an index into ``classes``.
-        images: of each its path, what `datasets` has undecoded, ``{"path": ..., "bytes": ...}``, or what a data set of
-            torchvision has, ``(image, label)``.
+        images: of each its path, the record of a table whose one column is undecoded, or of a data set of torchvision
+            ``(image, label)``.
         folder: where the class folders are, if it is one of such.
         strays: files beside the images that are none, or that are in no class folder.
     """
@@ -46,18 +46,22 @@ class ImageSource:
 
     def name(self, index: int) -> str:
         """What an image is called: its path, if it has one."""
-        image = self.images[index]
+        image = self._stored(index)
         path = f" ({image['path']})" if isinstance(image, dict) and image["path"] else ""
         return str(image) if isinstance(image, Path) else f"{self.where}: image {index}{path}"
 
     def open(self, index: int) -> Image.Image:
         """Decode one image; `CommandError` names the one that cannot be."""
-        image = self.images[index]
+        image = self._stored(index)
         if image is None:
             raise CommandError(f"{self.where}: image {index}: there is none in this record; remove it.")
         if isinstance(image, dict):
             image = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-        return image[0] if isinstance(image, tuple) else _decode(image, self.name(index))
+        return image if isinstance(image, Image.Image) else _decode(image, self.name(index))
+
+    def _stored(self, index: int) -> Any:
+        found = self.images[index]
+        return found if isinstance(found, Path) else next(iter(found.values() if isinstance(found, dict) else found))
 
 
 def images_of_folder(folder: Path, classes: tuple[str, ...] | None = None) -> ImageSource:

@@ -231,7 +231,7 @@ def _from_tables(arguments: argparse.Namespace) -> Sources:
             column(rows, name, (), where)
         undecoded = rows.cast_column(image, datasets.Image(decode=False))
         labels = [class_index(classes, bool(named), value, where, i) for i, value in enumerate(undecoded[label])]
-        return ImageSource(where, classes, labels, undecoded[image])
+        return ImageSource(where, classes, labels, undecoded.select_columns([image]))
 
     train = source(tables.train, arguments.data)
     assert train is not None

@@ -1,4 +1,4 @@
-"""Tables of records from a file (.tsv, .csv, .jsonl, .json, .parquet), a folder, or the hub; and splitting them."""
+"""Tables of records from a file (.tsv, .csv, .jsonl, .json, .txt, .parquet), a folder or the hub; and parting them."""
 
 import argparse
 import codecs
@@ -28,11 +28,9 @@ __all__ = [
     "is_local",
     "load_tables",
     "nfc",
-    "read_text",
     "seen",
     "some",
     "split_off",
-    "suffix",
 ]
 
 HELD_OUT = ("validation", "valid", "val", "dev", "validation_matched", "test")
@@ -114,7 +112,7 @@ def is_local(source: str) -> bool:
     return (
         Path(source).exists()
         or source.startswith((".", "/", "~"))
-        or suffix(Path(source)) in {*READERS, *BUILDERS, ".txt"}
+        or _suffix(Path(source)) in READERS.keys() | BUILDERS.keys()
     )
 
 
@@ -187,9 +185,9 @@ def _load(source: str, subset: str | None) -> dict[str, Any]:
     path = path_of(source)
     if is_local(source) and not path.exists():
         raise CommandError(f"{source}: no such file or folder.")
-    if reader := READERS.get(suffix(path)) if path.is_file() else None:
+    if reader := READERS.get(_suffix(path)) if path.is_file() else None:
         return {LONE: reader(path)}
-    if path.is_file() and suffix(path) not in BUILDERS:
+    if path.is_file() and _suffix(path) not in BUILDERS:
         known = ", ".join([*READERS, *BUILDERS])
         raise CommandError(f"{source}: files of this kind are not read; known: {known}, also with .gz.")
     return _load_with_datasets(source, path, subset)
@@ -200,7 +198,7 @@ def _load_with_datasets(source: str, path: Path, subset: str | None) -> dict[str
 
     with readable_errors(f"cannot load the data set {source!r}"):
         if path.is_file():
-            found: Any = datasets.load_dataset(BUILDERS[suffix(path)], data_files=str(path), split="train")
+            found: Any = datasets.load_dataset(BUILDERS[_suffix(path)], data_files=str(path), split="train")
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
         else:
@@ -246,7 +244,7 @@ def _named_classes(rows: Any) -> dict[str, tuple[str, ...]]:
 def _read_separated(path: Path, delimiter: str = ",", **dialect: Any) -> list[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     rows: list[dict[str, Any]] = []
-    reader = csv.reader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True, **dialect)
+    reader = csv.reader(io.StringIO(_text(path)), delimiter=delimiter, strict=True, **dialect)
     try:
         filled = (fields for fields in reader if fields)
         names = _header(next(filled, []), path, delimiter)
@@ -288,7 +286,7 @@ def _header(fields: list[str], path: Path, delimiter: str) -> list[str]:
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     """A record per line, or one list of records; each with every column, None where it lacks one, as in `datasets`."""
-    text = read_text(path)
+    text = _text(path)
     if text.lstrip().startswith("["):
         found = [(row, f"{path}, record {i}") for i, row in enumerate(_parsed(text, str(path)), 1)]
     else:
@@ -317,12 +315,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def suffix(path: Path) -> str:
+def _suffix(path: Path) -> str:
     """The kind of a file by its name, in small letters; .tsv for a .tsv.gz."""
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
-def read_text(path: Path) -> str:
+def _text(path: Path) -> str:
     """Return the text of a file, compressed or not; its lines end in a line feed, however the file ends them.
 
     Raises:
@@ -352,5 +350,6 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     ".tsv": functools.partial(_read_separated, delimiter="\t", quoting=csv.QUOTE_NONE),  # as in GLUE
     ".csv": _read_separated,
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
+    ".txt": lambda path: [{"text": _text(path)}],
 }
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
