@@ -186,7 +186,7 @@ def test_what_the_template_leaves_out_is_counted(learn):
 
 def test_turns_that_the_template_passes_over_are_counted(learn):
     template = PLAIN.replace("{{ m.role }}", "{% if m.role != 'tool' %}{{ m.role }}").replace("|", "|{% endif %}")
-    turns = [USER, {"role": "tool", "content": "rain?"}, ANSWER]
+    turns = [USER, {"role": "tool", "content": "no rain"}, ANSWER]
     assert left_out(learn, template, {"messages": turns}) == "2 turns of the tool"
     thinking = PLAIN.replace("m.content", "m.content.split('</think>')[-1]")
     turns = [USER, {**ANSWER, "content": "<think>hm</think>It is dry."}]

@@ -287,7 +287,7 @@ def test_language_that_cannot_be_used(lm, tmp_path, tsv):
     (tmp_path / "a.txt").write_text("the film was " * 9)
     refused(lm("--data", tmp_path / "a.txt"), "it fills one block of 16 tokens only")
     refused(lm("--data", tmp_path / "a.txt", "--response-only"), "it holds whole texts")
-    refused(lm("--data", tmp_path / "a.txt", "--eval-data", tsv), "train.tsv: expected a .txt file")
+    refused(lm("--data", tmp_path / "a.txt", "--eval-data", tsv), "train.tsv: expected the columns messages or")
     refused(lm("--data", tsv), "expected the columns messages or conversations", "it has 'sentence', 'label'")
     path = write(tmp_path / "a.jsonl", [{"prompt": "the plot " * 20, "response": "bad"}] * 3)
     refused(lm("--data", path), "every prompt fills the 16 tokens of --length")

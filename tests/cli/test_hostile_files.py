@@ -561,10 +561,8 @@ def test_a_line_that_finds_no_room_names_its_file(unilora, images, vit_model, tm
 
     def on_a_full_disk(recorder, fresh):
         begin(recorder, fresh)
-        recorder._file.close()
         (tmp_path / "run/metrics.csv").unlink()
         (tmp_path / "run/metrics.csv").symlink_to("/dev/full")
-        recorder._file = (recorder.folder / "metrics.csv").open("a", buffering=1)
 
     monkeypatch.setattr(report.Recorder, "_open", on_a_full_disk)
     result = unilora("finetune", "vit", *vit_model, "--data", images, "--device", "cpu", "--out", "run")

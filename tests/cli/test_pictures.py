@@ -109,10 +109,10 @@ def test_without_a_mistake_there_is_no_sheet(tmp_path):
 
 
 def test_predictions_are_those_of_the_model_in_order(images, tmp_path):
-    from unilora_cli.data.image_sources import FolderImages
+    from unilora_cli.data.image_sources import images_of_folder
     from unilora_cli.data.images import ImageSet, Part
 
-    source = FolderImages(images / "val")
+    source = images_of_folder(images / "val")
     part = Part(source, [7, 2, 11, 0, 5])
     set_of = ImageSet(part, lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
     weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_predictions_are_those_of_the_model_in_order(images, tmp_path):
     assert made.classes == ("blue", "green", "red")
     for place, index in enumerate(part.indices):
         p = logits(set_of[place]["x"][None]).softmax(-1)[0]
-        assert made.names[place] == str(source.paths[index])
+        assert made.names[place] == str(source.images[index])
         assert made.labels[place] == source.labels[index]
         assert made.predicted[place] == p.argmax()
         assert made.probability[place] == pytest.approx(p.max().item())

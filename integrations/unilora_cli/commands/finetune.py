@@ -69,9 +69,6 @@ def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
                 f"out of memory ({one_line(error, 120)}); use a smaller --batch-size (with --accumulate), or "
                 "--gradient-checkpointing."
             ) from error
-        except KeyboardInterrupt:
-            recorder.failed("interrupted")
-            raise
         recorder.finish()
 
 

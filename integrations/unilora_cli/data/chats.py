@@ -75,7 +75,7 @@ def read_chat(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Cha
             raise CommandError(f"{where}: expected a text in 'system', and no turn of the system beside it.")
         turns.insert(0, {"role": "system", "content": system})
         start += bool(start)
-    silent = frozenset(i for i, turn in enumerate(turns) if _weight(turn, f"{where}, turn {i + 1}") == 0)
+    silent = frozenset(i for i, turn in enumerate(turns) if turn.pop("weight", 1) == 0)  # no template has a use for it
     chat = Chat(turns, _options(row, where), silent, start)
     if not chat.said:
         raise CommandError(f"{where}: there is no turn of the assistant, so there is nothing to learn.")
@@ -108,6 +108,8 @@ def _turn(given: Any, where: str) -> Turn:
         calls = _listed(calls, f"{where}: expected a list in 'tool_calls'")
         turn["tool_calls"] = [_call(call, where) for call in calls]
     turn["content"] = _content(turn, where)
+    if turn.get("weight", 1) not in (0, 1):
+        raise CommandError(f"{where}: expected the weight 0 or 1, got {shown(turn['weight'])}.")
     return turn
 
 
@@ -158,25 +160,15 @@ def _part(part: Any, where: str) -> str:
     )
 
 
-def _weight(turn: Turn, where: str) -> Any:
-    """1, or the turn's ``weight``, which is taken out of it: a template has no use for it."""
-    weight = turn.pop("weight", 1)
-    if weight not in (0, 1):
-        raise CommandError(f"{where}: expected the weight 0 or 1, got {shown(weight)}.")
-    return weight
-
-
 def _options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in ("tools", "documents"):
+    for name in ("tools", "functions", "documents"):
         if row.get(name):
             found[name] = _listed(row[name], f"{where}: expected a list in {name!r}")
-    if row.get("functions"):
-        functions = _listed(row["functions"], f"{where}: expected a list in 'functions'")
+            if strange := [value for value in found[name] if not isinstance(value, Mapping)]:
+                raise CommandError(f"{where}: expected objects {{...}} in {name!r}, got {shown(strange[0])}.")
+    if functions := found.pop("functions", None):
         found["tools"] = [{"type": "function", "function": function} for function in functions]
-    for name, values in found.items():
-        if strange := [value for value in values if not isinstance(value, Mapping)]:
-            raise CommandError(f"{where}: expected objects {{...}} in {name!r}, got {shown(strange[0])}.")
     if more := row.get("chat_template_kwargs"):
         more = _parsed(more, f"{where}: expected an object {{...}} in 'chat_template_kwargs'")
         if not isinstance(more, Mapping) or "chat_template" in more:

@@ -4,12 +4,11 @@ import argparse
 import string
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from unilora_cli.console import CommandError, path_of
+from unilora_cli.console import CommandError
 from unilora_cli.data.chats import CHATS, OPTIONS, Chat, read_chat, without_none
-from unilora_cli.data.records import load_tables, nfc, opened, suffix
+from unilora_cli.data.records import load_tables, nfc
 from unilora_core.schema import shown
 
 __all__ = ["Corpus", "read_corpora"]
@@ -49,17 +48,11 @@ def read_corpora(arguments: argparse.Namespace) -> tuple[Corpus, Corpus | None]:
         CommandError: no such data, or no known columns; a record without text; a chat with an unknown role; whole texts
             where pairs or chats are wanted.
     """
-    if suffix(Path(arguments.data)) == ".txt":
-        if arguments.eval_data and suffix(Path(arguments.eval_data)) != ".txt":
-            raise CommandError(f"{arguments.eval_data}: expected a .txt file, as {arguments.data} is one.")
-        corpora = _read(arguments.data), _read(arguments.eval_data) if arguments.eval_data else None
-    else:
-        tables, elsewhere = load_tables(arguments), arguments.eval_data or arguments.data
-        apart = tables.held_out
-        corpora = (
-            _corpus(tables.train, arguments, arguments.data),
-            None if apart is None else _corpus(apart, arguments, elsewhere),
-        )
+    tables, elsewhere = load_tables(arguments), arguments.eval_data or arguments.data
+    corpora = (
+        _corpus(tables.train, arguments, arguments.data),
+        None if tables.held_out is None else _corpus(tables.held_out, arguments, elsewhere),
+    )
     for corpus in corpora:
         if corpus and corpus.texts and (what := _wants_dialogues(arguments)):
             raise CommandError(f"{corpus.where}: it holds whole texts, so there is no {what}.")
@@ -157,15 +150,3 @@ def _filled_in(
 def _closed(prompt: str, response: str) -> str:
     """The prompt, with a line break where nothing else would part it from the response."""
     return prompt if prompt[-1:].isspace() or response[:1].isspace() or not prompt else f"{prompt}\n"
-
-
-def _read(source: str) -> Corpus:
-    path = path_of(source)
-    if not path.is_file():
-        raise CommandError(f"{source}: no such file.")
-    with opened(path) as file:
-        text = file.read()
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise CommandError(f"{source}, line {line}: it holds a null character, which no text has.")
-    return Corpus(source, texts=[text])

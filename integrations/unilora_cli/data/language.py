@@ -1,8 +1,9 @@
 """Texts for a causal language model as tokens: one stream cut into blocks, or prompts with responses."""
 
 import argparse
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,11 @@ __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
 IGNORED = -100
 """The label of a token that has no loss."""
 
-PIECE = 2**20
-"""Characters that are tokenised at once, up to the end of a line."""
+PIECE = r"(?s:.){1,1048576}[^\n]*\n?"
+"""What is tokenised at once: so many characters, and on to the end of a line."""
 
 Example = dict[str, list[int]]
+Notes = list[tuple[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Language:
     held_out: list[Example]
     prompts: list[Prompt] = field(default_factory=list)
     unpacked: list[Example] = field(default_factory=list)
-    notes: list[tuple[str, Any]] = field(default_factory=list)
+    notes: Notes = field(default_factory=list)
 
 
 def encode_corpora(
@@ -62,7 +64,7 @@ def encode_corpora(
     for corpus in (train, held_out):
         if corpus and bool(corpus.texts) != bool(train.texts):
             raise CommandError(f"{corpus.where}: expected whole texts or none, as in {arguments.data}.")
-    notes: list[tuple[str, Any]] = [
+    notes: Notes = [
         ("columns left out", f"{', '.join(map(repr, corpus.unused))} of {corpus.where}")
         for corpus in (train, held_out)
         if corpus and corpus.unused
@@ -82,7 +84,8 @@ def encode_corpora(
         learnt, apart = [learnt[i] for i in kept], [learnt[i] for i in others]
     examples = [learnt[i][0] for i in draw(len(learnt), arguments.limit, arguments.seed)]
     tested, prompts = [example for example, _ in apart], [prompt for _, prompt in apart]
-    notes += seen(map(_key, examples), map(_key, tested), len(tested))
+    keys = [[tuple(example["input_ids"]) for example in part] for part in (examples, tested)]
+    notes += seen(keys[0], keys[1], len(tested))
     if not arguments.packing:
         return Language(examples, tested, prompts, notes=notes)
     packed = pack(examples, length, IGNORED)
@@ -90,24 +93,24 @@ def encode_corpora(
     return Language(packed, pack(tested, length, IGNORED), prompts, examples, notes)
 
 
-def _key(example: Example) -> tuple[int, ...]:
-    return tuple(example["input_ids"])
-
-
 def _texts(
-    train: Corpus,
-    held_out: Corpus | None,
-    arguments: argparse.Namespace,
-    tokenizer: Any,
-    length: int,
-    notes: list[tuple[str, Any]],
+    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int, notes: Notes
 ) -> Language:
-    if held_out is not None:
-        notes += seen(train.texts, held_out.texts, len(held_out.texts))
+    """Blocks; without held-out texts the last are held out, as neighbours in a text know too much of each other to draw
+    them at random.
+    """
     blocks = _blocks(train, tokenizer, length)
-    blocks, apart = (
-        _cut(blocks, arguments, length) if held_out is None else (blocks, _blocks(held_out, tokenizer, length))
-    )
+    if held_out is not None:
+        apart = _blocks(held_out, tokenizer, length)
+        notes += seen(train.texts, held_out.texts, len(held_out.texts))
+    elif len(blocks) < 2:
+        raise CommandError(
+            f"{arguments.data}: it fills one block of {length} tokens only, so nothing is left to hold out; "
+            "use a smaller --length, or give --eval-data."
+        )
+    else:
+        count = min(len(blocks) - 1, max(1, round(len(blocks) * arguments.holdout)))
+        blocks, apart = blocks[:-count], blocks[-count:]
     return Language([blocks[i] for i in draw(len(blocks), arguments.limit, arguments.seed)], apart, notes=notes)
 
 
@@ -115,38 +118,19 @@ def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
     """All texts as one stream of tokens, the end-of-text token after each, cut into blocks; the rest is dropped."""
     stream: list[int] = []
     for text in corpus.texts:
-        for piece in _pieces(text):
+        for piece in re.findall(PIECE, text):
             stream += tokenizer(piece, add_special_tokens=False)["input_ids"]
         stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    starts = range(0, len(stream) - length + 1, length)
-    if not starts:
+    if len(stream) < length:
         raise CommandError(
             f"{corpus.where}: {len(stream)} tokens do not fill a block of {length}; use a smaller --length."
         )
-    return [_example(stream[start : start + length]) for start in starts]
-
-
-def _cut(blocks: list[Example], arguments: argparse.Namespace, length: int) -> tuple[list[Example], list[Example]]:
-    """The last blocks are held out: neighbours in a text know too much of each other to draw them at random."""
-    if len(blocks) < 2:
-        raise CommandError(
-            f"{arguments.data}: it fills one block of {length} tokens only, so nothing is left to hold out; "
-            "use a smaller --length, or give --eval-data."
-        )
-    count = min(len(blocks) - 1, max(1, round(len(blocks) * arguments.holdout)))
-    return blocks[:-count], blocks[-count:]
-
-
-def _pieces(text: str) -> Iterable[str]:
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + PIECE) + 1 or len(text)
-        yield text[start:end]
-        start = end
+    starts = range(0, len(stream) - length + 1, length)
+    return [_example(tokens, tokens) for tokens in (stream[start : start + length] for start in starts)]
 
 
 def _dialogues(
-    corpus: Corpus, tokenizer: Any, length: int, arguments: argparse.Namespace, notes: list[tuple[str, Any]]
+    corpus: Corpus, tokenizer: Any, length: int, arguments: argparse.Namespace, notes: Notes
 ) -> list[tuple[Example, Prompt]]:
     """Prompts with their responses, without those that leave no room for a response."""
     found, count, cut = [], 0, 0
@@ -154,8 +138,7 @@ def _dialogues(
         labels = [IGNORED if skip else token for token, skip in zip(tokens, silent, strict=True)][:length]
         count += 1
         if len(prompt) < length and any(label != IGNORED for label in labels[1:]):
-            example = {"input_ids": tokens[:length], "attention_mask": [1] * len(labels), "labels": labels}
-            found.append((example, Prompt(prompt, response)))
+            found.append((_example(tokens[:length], labels), Prompt(prompt, response)))
             cut += len(tokens) > length
     if not found:
         raise CommandError(f"{corpus.where}: every prompt fills the {length} tokens of --length; use a greater one.")
@@ -167,7 +150,7 @@ def _dialogues(
 
 
 def _tokenised(
-    corpus: Corpus, tokenizer: Any, response_only: bool, notes: list[tuple[str, Any]]
+    corpus: Corpus, tokenizer: Any, response_only: bool, notes: Notes
 ) -> Iterator[tuple[list[int], list[bool], list[int], str]]:
     """Of each pair or chat: tokens, which of them are silent, those of the prompt, and the response."""
     yield from (_pair(pair, tokenizer, response_only) for pair in corpus.pairs)
@@ -193,5 +176,5 @@ def _pair(source: tuple[str, str], tokenizer: Any, response_only: bool) -> tuple
     return before + after, [bool(response_only)] * len(before) + [False] * len(after), before, response
 
 
-def _example(tokens: list[int]) -> Example:
-    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+def _example(tokens: list[int], labels: list[int]) -> Example:
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}

@@ -1,9 +1,9 @@
-"""Tables of records from a file (.tsv, .csv, .jsonl, .json, .parquet), a folder, or the hub; and splitting them."""
+"""Tables of records from a file (.tsv, .csv, .jsonl, .json, .txt, .parquet), a folder or the hub; and parting them."""
 
 import argparse
 import codecs
-import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
@@ -11,10 +11,10 @@ import random
 import re
 import unicodedata
 import zlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from unilora_cli.console import CommandError, path_of
 from unilora_cli.tasks.models import readable_errors
@@ -28,11 +28,9 @@ __all__ = [
     "is_local",
     "load_tables",
     "nfc",
-    "opened",
     "seen",
     "some",
     "split_off",
-    "suffix",
 ]
 
 HELD_OUT = ("validation", "valid", "val", "dev", "validation_matched", "test")
@@ -101,7 +99,7 @@ def column(rows: Sequence[Mapping[str, Any]], wanted: str | None, usual: Sequenc
     Raises:
         CommandError: there is none; the message lists the columns.
     """
-    present = list(rows[0])
+    present = getattr(rows, "column_names", None) or list(rows[0])
     for name in [nfc(wanted)] if wanted else usual:
         if name in present:
             return name
@@ -114,7 +112,7 @@ def is_local(source: str) -> bool:
     return (
         Path(source).exists()
         or source.startswith((".", "/", "~"))
-        or suffix(Path(source)) in {*READERS, *BUILDERS, ".txt"}
+        or _suffix(Path(source)) in READERS.keys() | BUILDERS.keys()
     )
 
 
@@ -183,12 +181,13 @@ def draw(n: int, size: int | None, seed: int) -> list[int]:
 
 def _load(source: str, subset: str | None) -> dict[str, Any]:
     """Split → records; a file has one lone table."""
+    source = source.removeprefix("hfds/")  # as timm says it
     path = path_of(source)
     if is_local(source) and not path.exists():
         raise CommandError(f"{source}: no such file or folder.")
-    if reader := READERS.get(suffix(path)) if path.is_file() else None:
+    if reader := READERS.get(_suffix(path)) if path.is_file() else None:
         return {LONE: reader(path)}
-    if path.is_file() and suffix(path) not in BUILDERS:
+    if path.is_file() and _suffix(path) not in BUILDERS:
         known = ", ".join([*READERS, *BUILDERS])
         raise CommandError(f"{source}: files of this kind are not read; known: {known}, also with .gz.")
     return _load_with_datasets(source, path, subset)
@@ -199,7 +198,7 @@ def _load_with_datasets(source: str, path: Path, subset: str | None) -> dict[str
 
     with readable_errors(f"cannot load the data set {source!r}"):
         if path.is_file():
-            found: Any = datasets.load_dataset(BUILDERS[suffix(path)], data_files=str(path), split="train")
+            found: Any = datasets.load_dataset(BUILDERS[_suffix(path)], data_files=str(path), split="train")
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
         else:
@@ -239,49 +238,35 @@ def _named_classes(rows: Any) -> dict[str, tuple[str, ...]]:
         return {}
     import datasets
 
-    return {key: tuple(kind.names) for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+    return {key: tuple(map(nfc, kind.names)) for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
 
 
-def _read_tsv(path: Path) -> list[dict[str, Any]]:
-    """Tab-separated, with a header; quotes are plain characters, as in GLUE."""
-    return _read_separated(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    return _read_separated(path)
-
-
-def _read_separated(path: Path, **dialect: Any) -> list[dict[str, Any]]:
+def _read_separated(path: Path, delimiter: str = ",", **dialect: Any) -> list[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     rows: list[dict[str, Any]] = []
-    with opened(path) as file:
-        reader = csv.reader(file, strict=True, **dialect)
-        try:
-            filled = (fields for fields in reader if fields)
-            names = _header(next(filled, []), path, reader.dialect.delimiter)
-            for fields in filled:
-                where = f"{path}, line {reader.line_num}"
-                if len(fields) != len(names):
-                    raise CommandError(f"{where}: expected {len(names)} fields, as in the header, got {len(fields)}.")
-                if any("\0" in field for field in fields):
-                    raise CommandError(f"{where}: it holds a null character, which no text has.")
-                if stray := [i for i, name in enumerate(names) if i and not name and fields[i].strip()]:
-                    raise CommandError(f"{where}: column {stray[0] + 1} has no name in the header, but a value here.")
-                rows.append({name: field for name, field in zip(names, fields, strict=True) if name})
-        except csv.Error as error:
-            hint = "; is there a quote that is not closed?" if "end of data" in str(error) else "."
-            raise CommandError(f"{path}, line {reader.line_num}: {error}{hint}") from error
+    reader = csv.reader(io.StringIO(_text(path)), delimiter=delimiter, strict=True, **dialect)
+    try:
+        filled = (fields for fields in reader if fields)
+        names = _header(next(filled, []), path, delimiter)
+        for fields in filled:
+            where = f"{path}, line {reader.line_num}"
+            if len(fields) != len(names):
+                raise CommandError(f"{where}: expected {len(names)} fields, as in the header, got {len(fields)}.")
+            if stray := [i for i, name in enumerate(names) if not name and fields[i].strip() and i]:
+                raise CommandError(f"{where}: column {stray[0] + 1} has no name in the header, but a value here.")
+            rows.append({name: field for name, field in zip(names, fields, strict=True) if name})
+    except csv.Error as error:
+        hint = "; is there a quote that is not closed?" if "end of data" in str(error) else "."
+        raise CommandError(f"{path}, line {reader.line_num}: {error}{hint}") from error
     return rows
 
 
 def _check_headers(folder: Path) -> None:
     """What pandas, which `datasets` reads a folder with, would take for granted: columns of different names."""
-    for ending, delimiter in ((".csv", ","), (".tsv", "\t")):
-        for path in sorted(folder.rglob(f"*{ending}")) if folder.is_dir() else ():
-            with opened(path) as file:
-                _header(
-                    next((fields for fields in csv.reader(file, delimiter=delimiter) if fields), []), path, delimiter
-                )
+    for path in sorted(folder.rglob("*.[ct]sv")) if folder.is_dir() else ():
+        delimiter = "," if path.suffix == ".csv" else "\t"
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            _header(next(filter(None, csv.reader(file, delimiter=delimiter)), []), path, delimiter)
 
 
 def _header(fields: list[str], path: Path, delimiter: str) -> list[str]:
@@ -300,19 +285,18 @@ def _header(fields: list[str], path: Path, delimiter: str) -> list[str]:
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
-    """A record per line, or one list of records."""
-    with opened(path) as file:
-        first = next((text for text in file if text.strip()), "")
-        file.seek(0)
-        if first.lstrip().startswith("["):
-            rows = [(row, f"{path}, record {i}") for i, row in enumerate(_parsed(file.read(), str(path)), 1)]
-        else:
-            places = ((text, f"{path}, line {line}") for line, text in enumerate(file, 1) if text.strip())
-            rows = [(_parsed(text, where), where) for text, where in places]
-    for row, where in rows:
+    """A record per line, or one list of records; each with every column, None where it lacks one, as in `datasets`."""
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        found = [(row, f"{path}, record {i}") for i, row in enumerate(_parsed(text, str(path)), 1)]
+    else:
+        lines = ((line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip())
+        found = [(_parsed(line, where), where) for line, where in lines]
+    for row, where in found:
         if not isinstance(row, dict):
             raise CommandError(f"{where}: expected an object {{...}}, got {shown(row)}.")
-    return _even([row for row, _ in rows])
+    names = dict.fromkeys(name for row, _ in found for name in row)
+    return [{name: row.get(name) for name in names} for row, _ in found]
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -331,59 +315,41 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every record with every column, None where it lacks one (`datasets` does the same)."""
-    names: Iterable[str] = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in names} for row in rows]
-
-
-def suffix(path: Path) -> str:
+def _suffix(path: Path) -> str:
     """The kind of a file by its name, in small letters; .tsv for a .tsv.gz."""
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[TextIO]:
-    """A text file, compressed or not, whose lines end in a line feed, however the file ends them.
+def _text(path: Path) -> str:
+    """Return the text of a file, compressed or not; its lines end in a line feed, however the file ends them.
 
     Raises:
-        CommandError: not UTF-8, or a damaged compressed file.
+        CommandError: not UTF-8, a null character, or a damaged compressed file.
     """
+    data = path.read_bytes()
     try:
-        with _bytes(path) as raw:
-            head = raw.read(4096)
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4096]:
             raise CommandError(f"{path}: not UTF-8 text, but UTF-16 or no text at all; save it as UTF-8.")
-        with _bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
-            yield file
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CommandError(f"{path}{_bad_line(path)}: not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CommandError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CommandError(f"{path}: a damaged .gz file ({error}).") from error
-
-
-def _bytes(path: Path) -> Any:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _bad_line(path: Path) -> str:
-    """Where the first byte is that is not UTF-8."""
-    with _bytes(path) as raw:
-        for number, line in enumerate(raw, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return f", line {number}"
-    return ""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise CommandError(f"{path}, line {line}: it holds a null character, which no text has.")
+    return text
 
 
 SEPARATORS = (";", "\t", "|", ",")
 
-READERS = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_json,
-    ".ndjson": _read_json,
-    ".json": _read_json,
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".tsv": functools.partial(_read_separated, delimiter="\t", quoting=csv.QUOTE_NONE),  # as in GLUE
+    ".csv": _read_separated,
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
+    ".txt": lambda path: [{"text": _text(path)}],
 }
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}

@@ -59,14 +59,14 @@ def fitted(chat: Chat, tokenizer: Any) -> Chat:
     """The chat with the arguments of its calls as the template writes them: objects, or JSON text where it adds them to
     its own words.
     """
-    calls = [call["function"]["arguments"] for turn in chat.turns for call in turn.get("tool_calls", ())]
-    if not calls:
+    calls = [call["function"] for turn in chat.turns for call in turn.get("tool_calls", ())]
+    text = _tried(tokenizer, chat) if calls else ""
+    if text is not None and not any(call["arguments"] and str(call["arguments"]) in text for call in calls):
         return chat
-    try:
-        text = _text(tokenizer, chat)
-    except Exception:  # a template may raise anything; what is wrong beside the arguments is said by `chat_tokens`
-        return _with_json(chat)
-    return _with_json(chat) if any(arguments and str(arguments) in text for arguments in calls) else chat
+    made = copy.deepcopy(chat)
+    for call in (call["function"] for turn in made.turns for call in turn.get("tool_calls", ())):
+        call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+    return made
 
 
 def chat_tokens(
@@ -99,58 +99,33 @@ def left_out(chat: Chat, tokenizer: Any, where: str) -> Counter[tuple[str, str]]
     found: Counter[tuple[str, str]] = Counter()
     for name in sorted(chat.options):
         rest = {key: value for key, value in chat.options.items() if key != name}
-        found[f"{name!r} of", "chats"] += _same(tokenizer, dataclasses.replace(chat, options=rest), text)
-    heard = _heard(chat, tokenizer)
+        found[f"{name!r} of", "chats"] += _tried(tokenizer, dataclasses.replace(chat, options=rest)) == text
     for i, turn in enumerate(chat.turns):
-        asked = turn.keys() - ({"role", "content"} if i in heard else {"role"})
-        unheard = [
-            name
-            for name in turn
-            if name in asked and turn[name] not in ("", [], {}) and _unheard(name, i, chat, tokenizer, text)
-        ]
+        unheard = []
+        for name in [n for n in turn if n != "role" and turn[n] not in ("", [], {}) and not _holds(text, turn[n])]:
+            if _unheard(name, i, chat, tokenizer, text):
+                unheard.append(name)
+                found[("", f"turns of the {turn['role']}") if name == "content" else (f"{name!r} of", "turns")] += 1
+            elif (name, turn["role"]) == ("content", "assistant"):
+                found["a part of", "turns of the assistant"] += 1
         if unheard and i in chat.answers and not any(turn[name] for name in turn.keys() - {"role", *unheard}):
             raise CommandError(
                 f"{where}, turn {i + 1}: the chat template leaves out {' and '.join(map(repr, unheard))}, and the "
                 "assistant says nothing else there; use a model whose template takes it, or leave such chats out."
             )
-        for name in unheard:
-            found[("", f"turns of the {turn['role']}") if name == "content" else (f"{name!r} of", "turns")] += 1
-        if turn["role"] == "assistant" and "content" not in unheard and not _holds(text, turn["content"]):
-            found["a part of", "turns of the assistant"] += 1
     return +found
-
-
-def _heard(chat: Chat, tokenizer: Any) -> set[int]:
-    """The turns whose content is surely in the text: a mark at its end comes out. One text tells of all turns."""
-    marks = [f" {i}/{len(chat.turns)} unilora" for i in range(len(chat.turns))]
-    turns = [
-        {**turn, "content": turn["content"] and turn["content"] + mark}
-        for turn, mark in zip(chat.turns, marks, strict=True)
-    ]
-    try:
-        text = _text(tokenizer, dataclasses.replace(chat, turns=turns))
-    except Exception:  # a template may raise anything
-        return set()
-    return {i for i, mark in enumerate(marks) if mark in text}
 
 
 def _unheard(name: str, i: int, chat: Chat, tokenizer: Any, text: str) -> bool:
     """Whether the text would be the same without something of a turn."""
     turn = chat.turns[i]
     rest = {key: value for key, value in turn.items() if key != name} | ({"content": ""} if name == "content" else {})
-    return _same(tokenizer, dataclasses.replace(chat, turns=[*chat.turns[:i], rest, *chat.turns[i + 1 :]]), text)
+    return _tried(tokenizer, dataclasses.replace(chat, turns=[*chat.turns[:i], rest, *chat.turns[i + 1 :]])) == text
 
 
-def _holds(text: str, words: str) -> bool:
+def _holds(text: str, words: Any) -> bool:
     """Whether words are in a text, but for white space."""
-    return words.strip() in text or "".join(words.split()) in "".join(text.split())
-
-
-def _same(tokenizer: Any, chat: Chat, text: str) -> bool:
-    try:
-        return _text(tokenizer, chat) == text
-    except Exception:  # the template misses what was taken away
-        return False
+    return isinstance(words, str) and (words.strip() in text or "".join(words.split()) in "".join(text.split()))
 
 
 def _silent(chat: Chat, tokens: list[int], tokenizer: Any, where: str, response_only: bool) -> list[bool]:
@@ -189,22 +164,15 @@ def _span(chat: Chat, i: int, tokens: list[int], tokenizer: Any, where: str) -> 
     return len(before), len(after)
 
 
-def _with_json(chat: Chat) -> Chat:
-    """The chat with the arguments of all calls as JSON text."""
-
-    def written(call: Any) -> Any:
-        inner = call["function"]
-        return {**call, "function": {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}}
-
-    turns = [
-        {**turn, "tool_calls": [written(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
-        for turn in chat.turns
-    ]
-    return dataclasses.replace(chat, turns=turns)
-
-
 def _text(tokenizer: Any, chat: Chat) -> str:
     return tokenizer.apply_chat_template(chat.turns, tokenize=False, **chat.options)
+
+
+def _tried(tokenizer: Any, chat: Chat) -> str | None:
+    try:
+        return _text(tokenizer, chat)
+    except Exception:  # a template may raise anything; `chat_tokens` says it where it matters
+        return None
 
 
 def _tokens(tokenizer: Any, chat: Chat, end: int | None = None, **options: Any) -> list[int]:

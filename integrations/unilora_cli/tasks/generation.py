@@ -1,5 +1,6 @@
 """Exact match of the final number: what a language model answers to held-out questions, against the data's answers."""
 
+import operator
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -48,18 +49,13 @@ def exact_match(prompts: Sequence[Prompt], tokenizer: Any, count: int, batch_siz
 
     def measured(outcome: Outcome) -> float:
         model: Any = outcome.model
-        right = 0
+        answers: list[str] = []
         for start in tqdm(range(0, len(prompts), batch_size), desc="answers", disable=None, leave=False):
             rows = [prompt.tokens for prompt in prompts[start : start + batch_size]]
-            answers = _answers(model, rows, tokenizer, max_new_tokens)
-            right += sum(map(_same, map(final_number, answers), wanted[start : start + batch_size]))
-        return right / len(prompts)
+            answers += _answers(model, rows, tokenizer, max_new_tokens)
+        return sum(map(operator.eq, map(final_number, answers), wanted)) / len(prompts)
 
     return Metric("exact-match", measured)
-
-
-def _same(a: Decimal | None, b: Decimal | None) -> bool:
-    return a is not None and a == b
 
 
 def _answers(model: Any, rows: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[str]:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from unilora_cli.console import CommandError, one_line
 from unilora_cli.tasks.loading import device_of
 
-__all__ = ["average", "from_first", "gathered", "gone", "only_first", "processes", "rank", "shard", "started"]
+__all__ = ["from_first", "gathered", "gone", "only_first", "processes", "rank", "shard", "started"]
 
 T = TypeVar("T")
 
@@ -102,14 +102,6 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """The layers that a model has in lists; not what these have in lists of their own."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _layers(child)
-
-
-def average(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over all processes in the place of each tensor; they travel as one vector."""
-    sums = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(sums)
-    for tensor, part in zip(tensors, (sums / processes()).split([each.numel() for each in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
 
 
 def gathered(value: T) -> list[T]:

@@ -78,23 +78,17 @@ def _mcc(outcome: Outcome) -> float:
     return float(matthews_corrcoef(outcome.labels, outcome.predicted))
 
 
-def _pearson(outcome: Outcome) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, outcome)
-
-
-def _spearman(outcome: Outcome) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, outcome)
-
-
-def _correlation(of: Callable, outcome: Outcome) -> float:
+def _correlation(name: str) -> Callable[[Outcome], float]:
     """0 where one side is constant and no correlation is defined, as scikit-learn has it for Matthews'."""
-    if np.ptp(outcome.predicted) == 0 or np.ptp(outcome.labels) == 0:
-        return 0.0
-    return float(of(outcome.predicted, outcome.labels).statistic)
+
+    def measured(outcome: Outcome) -> float:
+        import scipy.stats
+
+        if np.ptp(outcome.predicted) == 0 or np.ptp(outcome.labels) == 0:
+            return 0.0
+        return float(getattr(scipy.stats, name)(outcome.predicted, outcome.labels).statistic)
+
+    return measured
 
 
 def _perplexity(outcome: Outcome) -> float:
@@ -102,6 +96,6 @@ def _perplexity(outcome: Outcome) -> float:
 
 
 CLASSES = {"accuracy": Metric("accuracy", _accuracy), "f1": Metric("f1", _f1), "mcc": Metric("mcc", _mcc)}
-NUMBERS = {"pearson": Metric("pearson", _pearson), "spearman": Metric("spearman", _spearman)}
+NUMBERS = {name: Metric(name, _correlation(f"{name}r")) for name in ("pearson", "spearman")}
 TOP_5 = Metric("top-5", _among_five)
 PERPLEXITY = Metric("perplexity", _perplexity, higher=False)

@@ -6,9 +6,9 @@ import math
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from unilora_cli.console import CommandError, number, one_line, say, table
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
@@ -53,7 +53,6 @@ class Recorder:
         self.unwritten: dict[str, str] = {}
         self.began = time.perf_counter() - (resumed.seconds if resumed else 0)
         self._since = len(self.losses)
-        self._file: IO[str] | None = None
         self._open(fresh=not resumed)
 
     @only_first
@@ -63,25 +62,14 @@ class Recorder:
             (self.folder / ADAPTER).unlink(missing_ok=True)
             checkpoints.forget(self.folder)
             _try(self)
-        self._begin_steps()
-
-    def _begin_steps(self) -> None:
-        """Write metrics.csv as far as it goes, to be gone on with."""
-        rows: list[list[object]] = [["step", "loss", "rate"], *(_csv_step(*row) for row in self.losses)]
-        write_csv(self.folder / "metrics.csv", rows)
-        self._file = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8", buffering=1)
+        self._write_steps()
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._file:
-            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
-                self._file.close()
-        self._file = None
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.failed("interrupted")
 
     @contextlib.contextmanager
     def beside(self, what: str) -> Iterator[None]:
@@ -99,11 +87,19 @@ class Recorder:
     def step(self, step: int, loss: float, rate: float) -> None:
         """One step: its loss, and the rate of θ_d that it used."""
         self.losses.append((step, loss, rate))
-        if self._file:
-            with self.beside("metrics.csv"):
-                self._file.write(csv_text([_csv_step(step, loss, rate)]))
-            if self.unwritten.get("metrics.csv"):
-                self._close()  # and begin again at the next evaluation
+        if "metrics.csv" not in self.unwritten:  # else with the others at the next evaluation
+            self._write_steps(last=True)
+
+    @only_first
+    def _write_steps(self, last: bool = False) -> None:
+        """Write metrics.csv as far as it goes, or add the last step to it."""
+        path = self.folder / "metrics.csv"
+        with self.beside("metrics.csv"):
+            if not last or not path.exists():
+                write_csv(path, [["step", "loss", "rate"], *(_csv_step(*row) for row in self.losses)])
+            else:
+                with path.open("a", newline="", encoding="utf-8") as file:
+                    file.write(csv_text([_csv_step(*self.losses[-1])]))
 
     def epoch(self, epoch: int, step: int, scores: Mapping[str, float]) -> None:
         """Save the adapter, if it is to be kept, and what is known so far, and print a line."""
@@ -214,10 +210,8 @@ class Recorder:
             write_file(self.folder / "metrics.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
         with self.beside("summary.csv"):
             write_csv(self.folder / "summary.csv", _epoch_rows(self))
-        if self._file is None or not (self.folder / "metrics.csv").exists():
-            with self.beside("metrics.csv"):
-                self._close()
-                self._begin_steps()
+        if "metrics.csv" in self.unwritten or not (self.folder / "metrics.csv").exists():
+            self._write_steps()
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self.began, 3)
@@ -298,22 +292,16 @@ def _csv_step(step: int, loss: float, rate: float) -> list[object]:
     return [step, f"{loss:.6g}", f"{rate:.6g}"]
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """An exponential moving mean, without a bias to its start."""
-    keep, mean, weight, smooth = max(0.5, 1 - 20 / max(1, len(values))), 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight)
-    return smooth
-
-
 def _draw(path: Path, losses: list[tuple[int, float, float]], epochs: list[dict[str, Any]], metric: str) -> None:
     """The losses and rates of all steps, and the loss and the metric of all evaluations."""
+    import pandas as pd
+
     figure = blank_figure(7, 6)
     above, middle, below = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1])
     steps, training, rates = zip(*losses, strict=True)
     above.plot(steps, training, color="tab:blue", alpha=0.3, linewidth=0.8)
-    above.plot(steps, _smooth(training), color="tab:blue", label="training (moving mean)")
+    mean = pd.Series(training).ewm(alpha=min(0.5, 20 / len(training))).mean()  # without a bias to its start
+    above.plot(steps, mean, color="tab:blue", label="training (moving mean)")
     at = [row["step"] for row in epochs]
     above.plot(at, [row["loss"] for row in epochs], "o-", color="tab:orange", label="held out")
     above.legend()

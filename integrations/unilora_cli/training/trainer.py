@@ -84,9 +84,9 @@ class AdapterTrainer(Trainer):
         else:
             loss = torch.zeros((), device=self.args.device)
         if distributed.processes() > 1 and self.accelerator.sync_gradients:
-            for parameter in self.guard.trained:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            distributed.average([parameter.grad for parameter in self.guard.trained])
+            own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.guard.trained]
+            for parameter, mean in zip(self.guard.trained, self.accelerator.reduce(own, "mean"), strict=True):
+                parameter.grad = mean
         return loss
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
