@@ -81,7 +81,8 @@ def write(folders: Sequence[Path] = ()) -> None:
     lines = [*summary(tasks), "", *leaderboard(tasks)]
     for name, task in tasks.items():
         plot = picture(name, task)
-        runs = [f"# {task.title}", "", f"![{task.title}]({name}.png)", "", *details(name, task), "", *sweeps(name, task)]
+        head = [f"# {task.title}", "", f"![{task.title}]({name}.png)", ""]
+        runs = [*head, *details(name, task), "", *sweeps(name, task)]
         (FOLDER / f"{name}.md").write_text("\n".join(runs).strip() + "\n", encoding="utf-8")
         lines += ["", f"![{task.title}](../{plot})"]
     before, after = PAGE.read_text(encoding="utf-8").split(BEGIN)[0], PAGE.read_text(encoding="utf-8").split(END)[1]
