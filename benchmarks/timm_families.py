@@ -363,54 +363,58 @@ def main() -> None:
 
 PAGE = """# What is adapted in the models of timm
 
-Written by `python benchmarks/timm_families.py --write-doc` from `benchmarks/results/timm_families.json` (timm {timm},
-PyTorch {torch}, PEFT {peft}). One small member of each module of timm that has attention or mixes by MLPs, and of each
-kind of attention, and some convolutional networks, with random weights; shrunken, so the counts are not those of the
-full models, but the names are.
-
-Each selection was attached, trained one step, saved, and loaded into a fresh copy: the logits were equal bit for bit.
-Logits and the gradient of θ_d were those of a plain model whose weights are W + B·A: the largest differences, relative
-to the largest value, are {logits:.0e} and {gradient:.0e} over all rows. ({chaotic} selections of random members whose
-gradient is chaotic in float32 are compared in float64: {members_of_chaos}.)
-
-{adapted} of {members} members are adapted by default. Refused, with the reason below: {refused}. Silently dead: none,
-`attach` checks every target.
-
-* **by default**: the first of the adapted names, without the block's number, and how many targets there are;
-* **linear**, **conv**: targets of `"all-linear"` and of `"conv"`;
-* **how**: *beside* a layer that the model calls; *in its weight*, for convolutions with groups or with standardised
-  kernels; *in its caller*, where the model reads the weight of a layer that it does not call;
-* **PEFT LoRA**, **PEFT UniLora**: the same layers under PEFT, whole (it has no blocks): how many of them its adapter
-  never reaches. *ok*: all are reached.
-
-| module | member | by default | linear | conv | how | PEFT LoRA | PEFT UniLora |
-|---|---|---|---|---|---|---|---|
-{table}
-
-## Refused
-
-{reasons}
+`unilora_timm.attach(model, targets)` knows the layers of every family by the same words. {adapted} of {members}
+models are adapted by default; none is silently dead, as `attach` checks every target.
 
 ## The words of `targets`
 
 * `"q"`, `"k"`, `"v"`: layers of that name, or their blocks of a fused `qkv`, `kv`, `qk`, `qkv_proj`, `in_proj`, or of
   `in_proj_weight` of `nn.MultiheadAttention`. Some families keep each head's q, k and v together (MaxViT, CoAtNet,
   LeViT, TinyViT, EfficientFormer, HaloNet, EfficientViT of MIT): they have no such blocks, and `"qkv"` instead.
-* `"qkv"`, `"proj"`: the fused layer whole, and what attention ends with.
+* `"qkv"`, `"proj"`: the fused layer as a whole, and the output projection of attention.
 * `"fc1"`, `"fc2"`, `"mlp"`: the layers of the MLPs, also where they are 1×1 convolutions; not squeeze-and-excitation.
-* `"patch_embed"`, `"conv"`, `"all-linear"`: what makes patches of the image, or the stem; every convolution; every
-  linear layer. The classifier is in none of them: it trains in full.
+* `"patch_embed"`: the layer that makes patches of the image, or the stem. `"conv"`: every convolution.
+  `"all-linear"`: every linear layer. None of them has the classifier, which trains in full.
 
-Without `targets`: q and v; where a model has none outside of its pooling, `"qkv"`, else `"mlp"`, else all layers.
-Attention that pools the features has the same words.
+Without `targets`, q and v are adapted; where a model has none outside of its pooling, `"qkv"`, else `"mlp"`, else all
+layers. Attention that pools the features has the same words.
 
 ## What `attach` runs
 
-The model, on one image: in training mode, in evaluation mode, and once for the gradients. Modes, buffers and random
-numbers are put back. The image has the size of the model's `pretrained_cfg` or `img_size`; a model that needs another
-takes it as `example=`. A layer whose weight is read without being called is found out there, and so is a target that no
-gradient reaches. A norm or a layer scale of zeros, as some families start with random weights, is such a case: load the
-weights before `attach`. `load` runs nothing: the file says where each update belongs.
+`attach` runs the model on one image: in training mode, in evaluation mode, and once for the gradients. It puts modes,
+buffers and random numbers back. The image has the size of the model's `pretrained_cfg` or `img_size`; a model that
+needs another takes it as `example=`. This finds a layer whose weight is read without a call, and a target that no
+gradient reaches. Some families with random weights have such targets, behind a norm or a layer scale of zeros: load
+the weights before `attach`. `load` runs nothing: the file says where each update belongs.
+
+## Every family
+
+`python benchmarks/timm_families.py --write-doc` wrote this page from `benchmarks/results/timm_families.json` (timm
+{timm}, PyTorch {torch}, PEFT {peft}). The table has one small member of each module of timm that has attention or
+mixes by MLPs, of each kind of attention, and some convolutional networks. The models are shrunken, with random
+weights, so the names are those of the full models, but not the counts.
+
+Each selection was attached, trained one step, saved, and loaded into a fresh copy: the logits were equal bit for bit.
+Logits and the gradient of θ_d were those of a plain model whose weights are W + B·A: the largest differences,
+relative to the largest value, are {logits:.0e} and {gradient:.0e} over all rows. ({chaotic} selections of random
+members whose gradient is chaotic in float32 are compared in float64: {members_of_chaos}.)
+
+* **by default**: the first of the adapted names, without the block's number, and how many targets there are;
+* **linear**, **conv**: targets of `"all-linear"` and of `"conv"`;
+* **how**: *beside* a layer that the model calls; *in its weight*, for convolutions with groups or with standardised
+  kernels; *in its caller*, where the model reads the weight of a layer that it does not call;
+* **PEFT LoRA**, **PEFT UniLora**: how many of the same layers, whole, PEFT's adapter never reaches; *ok*: it reaches
+  all.
+
+| module | member | by default | linear | conv | how | PEFT LoRA | PEFT UniLora |
+|---|---|---|---|---|---|---|---|
+{table}
+
+## Refused selections
+
+{refused} are refused:
+
+{reasons}
 """
 
 HOW = {"beside": "beside", "in the weight": "in its weight", "in the caller's weight": "in its caller"}

@@ -159,5 +159,8 @@ def _mean(name: str, files: Sequence[AdapterFile], weights: Sequence[float]) -> 
     if not name.startswith(FROZEN) and first.dtype.kind == "f":
         return weighted([array.astype(np.float64) for array in arrays], weights).astype(first.dtype)
     if any(not np.array_equal(first, array) for array in arrays):
-        raise MismatchError(f"combine: {name} is another in each file, and has no mean; the adapters do not fit.")
+        raise MismatchError(
+            f"combine: expected the same {name} in every file, as it cannot be averaged; the files differ, so "
+            "these adapters do not fit together."
+        )
     return first

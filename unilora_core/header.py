@@ -159,9 +159,9 @@ class Header:
         said = {name: value for name, value in self.base_arguments.arguments.items() if name not in set(given)}
         if strange := sorted(said.keys() - SETTINGS.keys()):
             raise CorruptFileError(
-                f"{self.where}: it asks for {strange[0]} = {shown(said[strange[0]])} of its base model, which a file "
-                f"cannot decide; if it is meant, give {strange[0]} yourself (a keyword of from_pretrained, --model-arg "
-                "of the command)."
+                f"{self.where}: it asks for {strange[0]} = {shown(said[strange[0]])} of its base model. A file from a "
+                f"stranger could do harm by that, so it is not taken from a file. If you want it, give {strange[0]} "
+                f"yourself: --model-arg {strange[0]}=… to the command, or {strange[0]}=… to from_pretrained."
             )
         return {name: _setting(f"{self.where}: base_arguments.{name}", name, value) for name, value in said.items()}
 
@@ -235,7 +235,9 @@ def _sized(where: str, spec: ProjectionSpec, said: Any) -> tuple[TargetRow, ...]
     rows = []
     for name, module, first_row, transposed, parameter, *sizes in typed(tuple[Sized, ...], said, where):
         if parameter is None and sizes[2]:
-            raise CorruptFileError(f"{where}: {shown(name)} has experts, but is no parameter.")
+            raise CorruptFileError(
+                f"{where}: expected 0 experts for the layer {shown(name)}, got {sizes[2]}; only a parameter has them."
+            )
         rows.append(TargetRow(name, module, rank, sizes[0], sizes[1], first_row, transposed, parameter, sizes[2]))
     if len({row.name for row in rows}) < len(rows):
         raise CorruptFileError(f"{where}: a target occurs twice.")

@@ -196,7 +196,8 @@ def _ranks(names: list[str], said: Mapping[str, int]) -> list[int]:
     fitting = {name: [key for key in keys if name == key or name.endswith(f".{key}")] for name in names}
     if bare := [name for name, fits in fitting.items() if not fits]:
         raise SpecError(
-            f"rank: nothing is said for {shown(bare[0])}; expected a rank for each target, got {shown(said)}."
+            f"rank: expected a rank for each target, there is none for {shown(bare[0])} in {shown(said)}; add its name "
+            "or its ending."
         )
     if strange := said.keys() - {key for fits in fitting.values() for key in fits}:
         endings = shown(sorted({name.rpartition(".")[2] for name in names}))

@@ -86,8 +86,8 @@ def resized(spec: ProjectionSpec, d: int, what: str = "resize") -> ProjectionSpe
         return first
     if d % first.d and first.d % d:
         raise SpecError(
-            f"{what}: training began with d = {first.d}; of that and d = {d} neither is a multiple of the other, so "
-            "that its start would be lost; take another factor."
+            f"{what}: expected a d that divides the d with which training began, {first.d}, or is a multiple of it, "
+            f"got d = {d}; the start of the training would be lost. Take another factor."
         )
     return dataclasses.replace(first, d=d, options=(*first.options, (FIRST_D, first.d)))
 

@@ -251,13 +251,13 @@ def _read(data: object) -> ProjectionSpec:
     except CorruptFileError as error:
         raise SpecError(str(error)) from None
     if ("frame" in said) != ("frame_version" in said):
-        raise SpecError("ProjectionSpec: frame and frame_version are both said, or neither.")
+        raise SpecError("ProjectionSpec: a frame and its frame_version belong together; give both, or neither.")
     version, _ = (fields.pop(name) for name in ("grouping_version", "frame_version"))
     spec = ProjectionSpec(**fields | {"layout": Layout(fields["layout"]), "options": tuple(fields["options"].items())})
     if version != spec.map_version:
         raise SpecError(
             f"ProjectionSpec: the grouping {spec.grouping!r} has version {spec.map_version} with these options, "
-            f"got {version}: {FIRST_D} is said with version {spec.map.nests}, and only there."
+            f"got {version}; the option {FIRST_D} belongs to version {spec.map.nests}, and to no other."
         )
     return spec
 
@@ -324,8 +324,8 @@ def _check_start(spec: ProjectionSpec) -> None:
     if stray is not None:
         pieces = ", ".join(f".{name}" for name in spec.form.names)
         raise SpecError(
-            f"ProjectionSpec: start={spec.start!r} must tell the factors apart; {shown(stray)} ends in none of "
-            f"{pieces}."
+            f"ProjectionSpec: start={spec.start!r} knows by their names which factors begin at zero; {shown(stray)} "
+            f"ends in none of {pieces}."
         )
     if spec.start == "zero" and not all(map(spec.shifted, spec.layout.shapes)):
         raise SpecError(

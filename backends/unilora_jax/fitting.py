@@ -54,6 +54,9 @@ def _check_apart(targets: tuple[Target, ...]) -> None:
         parts = by_path.setdefault(target.path, [])
         parts.append(target)
         if _read(parts[0]) != _read(target):
-            raise TargetError(f"{target.names[0]} and {parts[0].names[0]} contract different axes of {target.path}.")
+            raise TargetError(
+                f"{target.path}: expected targets that read it in one way, but {target.names[0]} and "
+                f"{parts[0].names[0]} take different axes for its inputs; give both the same inputs=(…)."
+            )
     for path, parts in by_path.items():
         check_apart(path, ((part.names[0], part.first_row, part.out_features) for part in parts))

@@ -295,7 +295,7 @@ def _cond(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> list[Any]:
 def _no_weights(values: Sequence[Any], where: str) -> None:
     for value in values:
         if isinstance(value, LowRank):
-            raise TargetError(f"{value.path}: this weight is in {where}, where its update cannot follow; exclude it.")
+            raise TargetError(f"{value.path}: this weight is in {where}, which would lose its update; exclude it.")
 
 
 CONTROL = {

@@ -72,8 +72,8 @@ def _state(
             yield Change(kept, name, carried(before, after, value, POWERS[name]))
         elif numbers or not (value is None or isinstance(value, (int, float)) or _single(value)):
             raise ValuesError(
-                f"{what}: {type(optimizer).__name__} keeps {name!r} for theta_d, of which is not known here what it "
-                f"becomes with d = {after.d}; leave the optimiser out and make a new one after it."
+                f"{what}: {type(optimizer).__name__} keeps {name!r} for theta_d, which cannot be carried over to "
+                f"d = {after.d}; call {what} without the optimiser, and make a new one afterwards."
             )
 
 

@@ -137,9 +137,9 @@ def check_parameter(module: nn.Module, target: Target) -> None:
         0 <= target.first_row <= height - target.out_features
     ):
         raise TargetError(
-            f"{target.name}: the target expects {target.experts or 1} × {target.in_features} inputs and outputs up to "
-            f"{target.first_row + target.out_features}, {type(module).__name__}.{target.parameter} has "
-            f"{experts or 1} × {width} and {height}."
+            f"{target.name}: the target expects a weight of {target.experts or 1} × {target.in_features} inputs and at "
+            f"least {target.first_row + target.out_features} outputs, {type(module).__name__}.{target.parameter} has "
+            f"{experts or 1} × {width} and {height}; was it made for another model?"
         )
 
 
@@ -266,8 +266,9 @@ def _check_kind(module: nn.Module, target: Target) -> None:
     width, height = features(module, target.transposed)
     if width != target.in_features or not 0 <= target.first_row <= height - target.out_features:
         raise TargetError(
-            f"{target.module}: the target expects a linear layer of {target.in_features} inputs and outputs up to "
-            f"{target.first_row + target.out_features}, {type(module).__name__} has {width} and {height}."
+            f"{target.module}: the target expects a linear layer of {target.in_features} inputs and at least "
+            f"{target.first_row + target.out_features} outputs, {type(module).__name__} has {width} and {height}; was "
+            "it made for another model?"
         )
     weight = weight_of(module, target)
     if weight is not None and weight.is_complex():

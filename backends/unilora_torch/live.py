@@ -103,9 +103,9 @@ def _check_context() -> None:
     own = isinstance(threading.current_thread(), threading._DummyThread)
     if own and torch._C._current_graph_task_id() != -1:
         raise TargetError(
-            "a layer is computed again for a backward pass (gradient checkpointing), in a thread of autograd's own, "
-            "while disabled() or rows(…) holds in some context: whether in this one cannot be known. Leave the `with` "
-            "before the backward pass; unilora_torch.switch(model, ()) turns adapters off for every thread."
+            "gradient checkpointing computes a layer again in a thread of autograd's own, while disabled() or rows(…) "
+            "is open somewhere: the layer cannot know whether it is meant. Leave that `with` before the backward pass; "
+            "unilora_torch.switch(model, ()) turns adapters off for every thread."
         )
 
 

@@ -26,7 +26,7 @@ def merge(vector: Vector) -> None:
         if other.live.merged:
             raise TargetError(f"merge: the adapter {name!r} is merged; unmerge it, or detach(merge=True) it, first.")
     if vector.live.off.open:
-        raise TargetError("merge: it is disabled inside a `with`, which promises the base; leave that first.")
+        raise TargetError("merge: the adapter is disabled inside a `with` here; leave that block first.")
     with vector.alone("merge"):
         weights = _weights(vector)
         originals = {name: weight.detach().clone() for name, weight in weights.items()}

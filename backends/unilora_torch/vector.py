@@ -274,7 +274,7 @@ def projection_of(spec: ProjectionSpec, groups: Groups = "cached") -> Gather | C
     if groups not in ("cached", "computed"):
         raise SpecError(f"groups must be 'cached' or 'computed', got {groups!r}.")
     if groups == "computed" and (spec.map.groups is None or spec.grouping == "numpy-shuffle"):
-        raise SpecError(f"groups='computed': those of the grouping {spec.grouping!r} are no function; leave it out.")
+        raise SpecError(f"groups='computed': the grouping {spec.grouping!r} has no computed groups; leave groups out.")
     if spec.map.groups is None:
         return Mapped.of(spec)
     return Computed.of(spec) if spec.frame == "dense" or groups == "computed" else Gather.of(spec)

@@ -76,12 +76,15 @@ def entries(name: str, task: Task) -> list[Entry]:
 
 
 def write(folders: Sequence[Path] = ()) -> None:
-    """The page's tables, and a plot of each task."""
+    """The page's tables, and for each task a plot, and a file with the tables of its runs beside those runs."""
     tasks = {name: find(name, folders) for name in names(folders) if read(name)}
     lines = [*summary(tasks), "", *leaderboard(tasks)]
     for name, task in tasks.items():
-        lines += ["", f"### {task.title}", "", f"![{task.title}](../{picture(name, task)})", "", *details(name, task)]
-        lines += ["", *sweeps(name, task)]
+        plot = picture(name, task)
+        head = [f"# {task.title}", "", f"![{task.title}]({name}.png)", ""]
+        runs = [*head, *details(name, task), "", *sweeps(name, task)]
+        (FOLDER / f"{name}.md").write_text("\n".join(runs).strip() + "\n", encoding="utf-8")
+        lines += ["", f"![{task.title}](../{plot})"]
     before, after = PAGE.read_text(encoding="utf-8").split(BEGIN)[0], PAGE.read_text(encoding="utf-8").split(END)[1]
     PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after, encoding="utf-8")
     print("\n".join(lines))

@@ -116,6 +116,7 @@ def test_the_plan_is_printed_before_and_the_result_after(unilora, bert, tsv):
     assert metrics["plan"]["targets"] == 6
     assert "held-out accuracy" in training.split("result")[1]
     assert "as LoRA:" in training
+    assert "unilora merge run/adapter.safetensors --out merged/" in training
 
 
 def test_the_seed_fixes_a_run(unilora, bert, tsv):

@@ -105,7 +105,9 @@ def test_no_setting_of_a_file_runs_code(unilora, evil, tmp_path, kind, command):
             assert result.code == 0, result.err
         else:
             assert f"adapter.safetensors: it asks for {key} = " in one_line(result)
-            assert f"give {key} yourself (a keyword of from_pretrained, --model-arg of the command)" in result.err
+            assert (
+                f"give {key} yourself: --model-arg {key}=… to the command, or {key}=… to from_pretrained" in result.err
+            )
     assert not (tmp_path / "RAN").exists()
     assert not (tmp_path / "out").exists()
 

@@ -127,7 +127,7 @@ def test_heads_are_averaged_only():
     with pytest.raises(ValuesError, match=match):
         combine_files(files, (1, 1))
     files["b"].tensors["head.seen"] = np.array(8)
-    with pytest.raises(MismatchError, match=r"head\.seen is another in each file, and has no mean"):
+    with pytest.raises(MismatchError, match=r"expected the same head\.seen in every file, as it cannot be averaged"):
         combine_files(files)
 
 

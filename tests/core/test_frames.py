@@ -339,5 +339,7 @@ def test_the_pieces_that_start_at_zero(frame):
 
 
 def test_a_factor_without_a_dot_is_no_piece():
-    with pytest.raises(SpecError, match=r"start='identity' must tell the factors apart; 'B' ends in none"):
+    with pytest.raises(
+        SpecError, match="start='identity' knows by their names which factors begin at zero; 'B' ends in none"
+    ):
         ProjectionSpec(Layout([("m.A", (3,)), ("B", (3,))]), 2, start="identity")

@@ -37,7 +37,7 @@ def specs(draw, name):
     try:
         return ProjectionSpec(layout, d, draw(st.integers(0, 2**64 - 1)), name)
     except SpecError as error:
-        assume("each needs 1 to" not in str(error))  # a class without columns
+        assume("those like it, expected 1 to" not in str(error))  # a class without columns
         raise
 
 
@@ -320,9 +320,12 @@ PAIR = Layout([("q.A", (2, 8)), ("q.B", (8, 2)), ("v.A", (2, 8)), ("v.B", (8, 2)
         ({"d": 0, "grouping": "fastfood"}, r"expected 1 ≤ d ≤ D, got d = 0 with D = 64\."),
         ({"d": 10**5000, "grouping": "fastfood"}, "expected 1 ≤ d ≤ D, got d = an? int"),
         ({"d": 65, "grouping": "local"}, r"expected 1 ≤ d ≤ min\(D, 2\^31\), got d = 65 with D = 64"),
-        ({"d": 1, "grouping": "local"}, "of d = 1 columns 0 fall to 'q.A' and those like it, which have 32 numbers"),
-        ({"d": 1, "grouping": "by-factor"}, "0 fall to 'q.A' .*; each needs 1 to 32. Take another d, or the grouping"),
-        ({"d": 64, "grouping": "by-factor"}, "of d = 64 columns 43 fall to 'q.B' and those like it, which have 32"),
+        ({"d": 1, "grouping": "local"}, "gives 0 of d = 1 columns to 'q.A' and those like it, expected 1 to 32"),
+        (
+            {"d": 1, "grouping": "by-factor"},
+            "gives 0 of .* they have 32 numbers. Take another d, or the grouping",
+        ),
+        ({"d": 64, "grouping": "by-factor"}, "gives 43 of d = 64 columns to 'q.B' and those like it, expected 1 to 32"),
     ],
 )
 def test_a_d_that_a_map_cannot_have(fields, message):

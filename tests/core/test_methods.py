@@ -262,9 +262,9 @@ def test_the_rate_of_several_ranks_is_that_of_their_mean():
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        ({}, r"rank: nothing is said for 'layers.0.q_proj'; expected a rank for each target, got \{\}"),
-        ({"q_proj": 8, "k_proj": 4}, "rank: nothing is said for 'layers.0.gate_proj'; expected a rank for each target"),
-        ({"proj": 8}, "rank: nothing is said for 'layers.0.q_proj'"),
+        ({}, r"rank: expected a rank for each target, there is none for 'layers.0.q_proj' in \{\}; add"),
+        ({"q_proj": 8, "k_proj": 4}, "expected a rank for each target, there is none for 'layers.0.gate_proj'"),
+        ({"proj": 8}, "there is none for 'layers.0.q_proj' in"),
         (
             {"q_proj": 8, "k_proj": 4, "gate_proj": 2, "v_proj": 1},
             "rank: no target is called 'v_proj'; their names end in .*'q_proj'",
@@ -370,7 +370,7 @@ def test_options_of_strangers(change, message):
 def test_half_a_frame(missing):
     data = planned("gpart").to_json()
     del data[missing]
-    with pytest.raises(SpecError, match="frame and frame_version are both said, or neither"):
+    with pytest.raises(SpecError, match="a frame and its frame_version belong together"):
         ProjectionSpec.from_json(data)
 
 
@@ -480,7 +480,7 @@ def changed(row, place, value):
         (changed(0, 5, 0), "q: expected whole numbers of inputs and outputs ≥ 1"),
         (changed(0, 6, -64), "q: expected whole numbers of inputs and outputs ≥ 1"),
         (changed(2, 7, -1), "up: expected whole numbers of inputs and outputs ≥ 1"),
-        (changed(0, 7, 3), "'q' has experts, but is no parameter"),
+        (changed(0, 7, 3), "expected 0 experts for the layer 'q', got 3; only a parameter has them"),
         (changed(0, 6, 2**62), "'q.v' has more than|makes other factors of them"),
         (changed(0, 6, 2**70), r"targets.*\[0\]\[6\]: expected an integer below 2\^64"),
         (changed(0, 6, 64.0), r"\[0\]\[6\]: expected an integer, got 64.0"),

@@ -164,6 +164,12 @@ def test_a_hand_written_target_of_integers():
     refused(TargetError, "^codes/kernel: expected a floating-point weight, got int8", [target])
 
 
+def test_two_ways_to_read_one_leaf():
+    turned = dataclasses.replace(UP, names=("turned",), in_features=6, out_features=4, inputs=(1,))
+    match = r"^up/kernel: expected targets that read it in one way, but turned and up take different axes.*inputs=\(…\)"
+    refused(TargetError, match, [UP, turned])
+
+
 @pytest.mark.parametrize("rows", [(0, 0), (0, 2), (2, 0), (3, 2)])
 def test_overlapping_blocks(rows):
     blocks = [dataclasses.replace(UP, names=(n,), out_features=3, first_row=r) for n, r in zip("qk", rows, strict=True)]

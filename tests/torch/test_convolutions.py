@@ -263,10 +263,10 @@ def test_what_needs_its_weight_adapted_says_so(kind):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Target("x", "0", 35, 6), "expects .* of 35 inputs and outputs up to 6, Conv2d has 36 and 6"),
-        (Target("x", "0", 36, 4, 3), "expects .* of 36 inputs and outputs up to 7, Conv2d has 36 and 6"),
+        (Target("x", "0", 35, 6), "expects .* of 35 inputs and at least 6 outputs, Conv2d has 36 and 6"),
+        (Target("x", "0", 36, 4, 3), "expects .* of 36 inputs and at least 7 outputs, Conv2d has 36 and 6"),
         (Target("x", "0", 36, 6, transposed=True, parameter="weight"), "expected a parameter of 2 or 3 axes"),
-        (Target("x", "0", 9, 4, parameter="weight"), "expects 1 × 9 inputs .* has 1 × 36 and 6"),
+        (Target("x", "0", 9, 4, parameter="weight"), "expects a weight of 1 × 9 inputs .* has 1 × 36 and 6"),
     ],
 )
 def test_targets_that_do_not_fit(target, message):

@@ -116,9 +116,9 @@ def test_no_linear_layer():
         (Target("x", "heed", 6, 3), r"^heed: no such module; the nearest are \['head'\]"),
         (
             Target("x", "head", 7, 3),
-            "^head: the target expects a linear layer of 7 inputs and outputs up to 3, Linear has 6",
+            "^head: the target expects a linear layer of 7 inputs and at least 3 outputs, Linear has 6",
         ),
-        (Target("x", "head", 6, 3, 1), "^head: .* outputs up to 4, Linear has 6 and 3"),
+        (Target("x", "head", 6, 3, 1), "^head: .* at least 4 outputs, Linear has 6 and 3"),
         (Target("x", "head", 6, 2, -1), "^head: "),
         (Target("x", "blocks", 6, 3), "^blocks: .*ModuleList has 0 and 0"),
     ],

@@ -307,7 +307,12 @@ LIES = [
     ("gpart", {"spec": {"layout": [["0.W", [24, 16]], ["2.W", [8, 23]]]}}, CorruptFileError, "'dense' makes other"),
     ("gpart", {"spec": {"start": "zero", "frame": "pair", "frame_version": 1}}, CorruptFileError, "ends in none of"),
     # a target: name, module, first row, transposed, parameter, in, out, experts
-    ("gpart", {"rows": {7: 3}}, CorruptFileError, "'0' has experts, but is no parameter"),
+    (
+        "gpart",
+        {"rows": {7: 3}},
+        CorruptFileError,
+        "expected 0 experts for the layer '0', got 3; only a parameter has them",
+    ),
     ("gpart", {"rows": {4: "weight", 7: -1}}, CorruptFileError, "expected whole numbers of inputs and outputs ≥ 1"),
     ("gpart", {"rows": {0: "2"}}, CorruptFileError, "a target occurs twice"),
     ("vera", {"rows": {1: "1"}}, MismatchError, "1 should be a linear layer, the model has ReLU"),

@@ -154,7 +154,7 @@ def test_saved_and_loaded_parameters(start, tmp_path):
     other = copy.deepcopy(base)
     assert unilora_torch.load(other, tmp_path / "a.safetensors").targets == adapter.targets
     assert torch.equal(other(X), model(X))
-    with pytest.raises(MismatchError, match="up: the target expects 3 × 6 inputs"):
+    with pytest.raises(MismatchError, match="up: the target expects a weight of 3 × 6 inputs"):
         unilora_torch.load(Model(), tmp_path / "a.safetensors")
 
 
@@ -245,9 +245,9 @@ def test_weights_of_other_layers_are_no_targets(module):
     [
         (Target("x", "experts", 6, 4, 0, False, "down", 3), r"experts: no parameter 'down'; the nearest are"),
         (Target("x", "experts", 6, 4, 0, False, "k.weight"), r"experts: no parameter 'k.weight'"),
-        (Target("x", "experts", 6, 4, 0, False, "up", 2), "expects 2 × 6 inputs .* has 3 × 6 and 4"),
+        (Target("x", "experts", 6, 4, 0, False, "up", 2), "expects a weight of 2 × 6 inputs .* has 3 × 6 and 4"),
         (Target("x", "experts", 6, 4, 0, False, "scale"), r"expected a parameter of 2 or 3 axes, got \(9,\)"),
-        (Target("x", "experts", 4, 8, 2, False, "qkv.weight"), "outputs up to 10, .* has 1 × 4 and 9"),
+        (Target("x", "experts", 4, 8, 2, False, "qkv.weight"), "at least 10 outputs, .* has 1 × 4 and 9"),
     ],
 )
 def test_parameters_that_do_not_fit(target, message):

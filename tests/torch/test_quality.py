@@ -177,12 +177,14 @@ def test_the_page_is_made_from_the_lines(quality, own, tmp_path, monkeypatch):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| lora | 0.01")]
+    runs = (tmp_path / "results" / "larger.md").read_text(encoding="utf-8")
+    (line,) = [line for line in runs.splitlines() if line.startswith("| lora | 0.01")]
     values = [row.figures["accuracy"] for row in rows_of(quality) if row.job.method == "lora" and row.job.seed < 5]
     assert f"| {sum(values) / 5:.3f} ± " in line
     assert "| 100% |" in line
-    assert "uni-lora, **untouched**" in text
-    assert "| uni-lora, rank = 2 |" in text
+    assert "uni-lora, **untouched**" in runs
+    assert "| uni-lora, rank = 2 |" in runs
+    assert "| lora | 0.0025 → " in runs
     (first,) = [line for line in text.splitlines() if line.startswith("| Larger: accuracy ↑ |")]
     begins, untouched, gain, larger, best, lora, *_ = first.split(" | ")[1:]
     assert begins == shown(quality, "head")

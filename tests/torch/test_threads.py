@@ -265,7 +265,7 @@ def test_disabled_promises_the_base_whoever_merges():
     with adapter.disabled():
         refused = alone(adapter.merge)
         assert isinstance(refused, TargetError)
-        assert "merge: it is disabled inside a `with`" in str(refused)
+        assert "merge: the adapter is disabled inside a `with`" in str(refused)
         assert same(model(X), mlp()(X))
 
 
@@ -279,7 +279,7 @@ def test_a_layer_that_autograd_computes_again_in_a_thread_of_its_own():
     with adapter.disabled():
         x = X.clone().requires_grad_()
         output = nested(x, 70)
-        with pytest.raises(TargetError, match="in a thread of autograd's own, while disabled"):
+        with pytest.raises(TargetError, match="again in a thread of autograd's own, while disabled"):
             output.sum().backward()
     nested(x, 70).square().sum().backward()
     found, adapter.theta_d.grad = adapter.theta_d.grad, None

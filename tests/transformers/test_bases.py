@@ -255,7 +255,10 @@ def test_a_file_for_other_experts_is_refused(tiny, tmp_path):
     model = mixture(tiny, "MixtralForCausalLM")
     unilora_transformers.attach(model, ["experts.down_proj"]).save(tmp_path / "a.safetensors")
     for other, message in (
-        (tiny("MixtralForCausalLM", num_local_experts=8), r"down_proj: the target expects 4 × 48 .* has 8 × 48"),
+        (
+            tiny("MixtralForCausalLM", num_local_experts=8),
+            r"down_proj: the target expects a weight of 4 × 48 .* has 8 × 48",
+        ),
         (tiny("LlamaForCausalLM"), r"no module 'model\.layers\.0\.mlp\.experts'"),
     ):
         with pytest.raises(MismatchError, match=message):

@@ -174,9 +174,9 @@ def _check_nested(of: Instance) -> None:
     nested = of.d != first_d and 0 in (of.d % first_d, first_d % of.d)
     if not (nested and first_d <= min(of.D, grouping.MAX_d, SHRUNK * of.d)):
         raise SpecError(
-            f"ProjectionSpec: {FIRST_D} is the d with which training began, where d is another one by now: one of both "
-            f"is a multiple of the other, none is more than min(D, 2^31), and {FIRST_D} at most {SHRUNK} times d; got "
-            f"{FIRST_D} = {shown(first_d)} with d = {of.d} and D = {of.D}."
+            f"ProjectionSpec: {FIRST_D} is the d with which training began: expected a divisor or multiple of d, not d "
+            f"itself, at most min(D, 2^31) and at most {SHRUNK} times d; got {FIRST_D} = {shown(first_d)} with "
+            f"d = {of.d} and D = {of.D}."
         )
 
 
@@ -265,8 +265,8 @@ def _cached_classes(layout: Layout, d: int, seed: int, split: Callable, even: bo
     for k, (mine, size, first, end) in enumerate(zip(slices, sizes, [0, *ends], ends, strict=False)):
         if not 1 <= end - first <= min(size, grouping.MAX_d):
             raise SpecError(
-                f"ProjectionSpec: of d = {d} columns {end - first} fall to {classes[k][0]!r} and those like it, which "
-                f"have {size} numbers; each needs 1 to {size}. Take another d, or the grouping 'balanced'."
+                f"ProjectionSpec: this grouping gives {end - first} of d = {d} columns to {classes[k][0]!r} and those "
+                f"like it, expected 1 to {size}: they have {size} numbers. Take another d, or the grouping 'balanced'."
             )
         found.append(Class(mine, first, grouping.Problem(size, end - first, _derived(seed, k))))
     return tuple(found)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import secrets
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -283,6 +284,7 @@ def _summary(recorder: Recorder) -> list[tuple[str, str]]:
         *scores,
         ("trained numbers", f"{plan['trained'] + saved.d - plan['d']:,}"),
         ("adapter", f"{recorder.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
+        ("merge it", f"unilora merge {shlex.quote(str(recorder.folder / ADAPTER))} --out merged/"),
         ("time", f"{recorder._seconds():.1f} s"),
         ("also written", f"{', '.join(recorder.also_written)} in {recorder.folder}"),
     ]
