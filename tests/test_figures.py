@@ -329,6 +329,27 @@ def bank():
     return rows
 
 
+def tenants():
+    rows = []
+    for case in loaded("tenants")["cases"]:
+        runs = case["in turn"], case["together"]
+        rows += [case["tenants"], case["rows_of_each"], *(run["seconds_per_step"] for run in runs)]
+        rows += [case["together/in turn"], *(run["peak_growth_bytes"] / 1e6 for run in runs)]
+    return rows
+
+
+def soaked():
+    rows = []
+    for base in ("llama", "smollm2", "vit"):
+        found = loaded(f"soak_{base}")
+        added, soak = found["added"], found["soak"]
+        memory = soak["resident_bytes"]
+        rows += [added["bytes_of_files"] / 1e6, added["adds_per_second"], found["bank_bytes_after"] / 1e6]
+        rows += [soak["requests"], soak["rows_compared"], soak["changes"], len(soak["errors"])]
+        rows += [memory[0] / 1e6, memory[-1] / 1e6]
+    return rows
+
+
 def vit_b16(*keys):
     found = loaded("vit_b16_cpu")
     cases = ("unilora", "peft-lora", "lora", "peft-unilora", "full")
@@ -384,6 +405,18 @@ DERIVED = {
         "docs/many-adapters.md",
         rf"\| (?:q and v|all-linear), D = [\d,]+ \| {N} MB \| {N} MB" + rf" \| {N}" * 5 + " ms",
         bank,
+    ),
+    "soak": (
+        "docs/many-adapters.md",
+        rf"\| (?:a random Llama|SmolLM2-135M|ViT-S/16)[^|]*\| {N} MB \| {N} \| {N} MB"
+        + rf" \| {N}" * 4
+        + rf" \| {N} → {N} MB",
+        soaked,
+    ),
+    "tenants": (
+        "docs/tenants.md",
+        rf"\| {N} \| {N} \| {N} s \| {N} s \| {N} \| {N} MB \| {N} MB \|",
+        tenants,
     ),
     "cost": (
         "docs/properties.md",

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from unilora_core import AdapterFile, ProjectionSpec, TargetError, ValuesError
+from unilora_core import AdapterFile, TargetError, ValuesError
 from unilora_core.header import BaseIdentity
 from unilora_torch import base
 from unilora_torch.batches import Row, read_rows
@@ -21,7 +21,6 @@ from unilora_torch.heads import check_modules
 from unilora_torch.hooked import Hooked
 from unilora_torch.opened import Opened, open_file
 from unilora_torch.stored import Entry, Family, OnDisk, Store, combined, family_of, named, values_of
-from unilora_torch.targets import Target
 from unilora_torch.tenants import Tenants
 from unilora_torch.vector import attached
 
@@ -67,10 +66,10 @@ class Bank:
     # ---- what is stored -----------------------------------------------------------------------------------------
 
     @property
-    def families(self) -> dict[tuple[ProjectionSpec, tuple[Target, ...]], Family]:
-        """What the adapters of one spec and the same targets share, by these."""
+    def families(self) -> tuple[Family, ...]:
+        """What adapters share that have one spec, the same targets, and the same frozen arrays."""
         with self.store.lock:
-            return {(family.spec, family.targets): family for family in self.store.families}
+            return tuple(self.store.families)
 
     @property
     def handles(self) -> list[Handle]:
@@ -84,9 +83,8 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the bank holds: 4·d for each adapter, its heads, and 4·D and the scales for each spec."""
-        shared = (tensor for family in self.families.values() for tensor in family.projection.tensors)
-        return sum(tensor.nbytes for tensor in shared) + self.store.nbytes
+        """The bytes that the bank holds: 4·d for each adapter, its heads, and for each spec the tables of P."""
+        return sum(family.nbytes for family in self.families) + self.store.nbytes
 
     def add(
         self,
@@ -121,11 +119,13 @@ class Bank:
         disk = None if isinstance(file, AdapterFile) else OnDisk.of(file)
         where = f"adapter {name!r}" if disk is None else str(file)
         with self._adding:
-            found = open_file(where, self.model, file=given, any_rank=any_rank, known=(families := self.families))
+            families = self.families
+            known = {(family.spec, family.targets) for family in families}
+            found = open_file(where, self.model, file=given, any_rank=any_rank, known=known)
             check_modules(self.model, found.heads, where)
             if check_base:
                 base.check_base(where, found.header.base, self._identity(found))
-            family = families.get((found.spec, found.targets)) or family_of(where, self.model, found)
+            family = next((each for each in families if each.takes(found)), None) or family_of(where, self.model, found)
             values = values_of(self.model, family, found)
             if disk is not None:
                 disk.check(name)  # what was read is what will be read again

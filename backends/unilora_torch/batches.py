@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unilora_core import ValuesError
+from unilora_torch.gather import Gather
 from unilora_torch.rows import Batch, Factors, Pairs, Table
 from unilora_torch.stored import Entry, Family, Values
 
@@ -19,12 +20,13 @@ Row = str | None | Mapping[str, float]
 
 
 def _gathered(family: Family, thetas: Sequence[Tensor]) -> Table:
-    """Return the table of these θ_d, of which each layer gathers its own factors when it runs."""
+    """Return the table of these θ_d, of which each layer gathers its own pieces when it runs."""
+    assert isinstance(family.projection, Gather)
     return Table(family.projection.table(torch.stack(list(thetas))))
 
 
 def _projected(family: Family, thetas: Sequence[Tensor]) -> Factors:
-    """Return all factors of these θ_d, differentiable: the backward pass scatters once for each θ_d, not for each
+    """Return all pieces of these θ_d, differentiable: the backward pass scatters once for each θ_d, not for each
     layer.
     """
     layout = family.spec.layout
@@ -98,9 +100,9 @@ def _pairs(
     if even and len(order) > 1:  # then A and B of an adapter need no copy for each of its rows
         pairs = sorted(pairs, key=lambda pair: order[pair[1]])
     rows, names, weights = zip(*pairs, strict=True)
-    device = family.projection.device
+    device, at_once = family.device, training or not isinstance(family.projection, Gather)
     return Pairs(
-        (_projected if training else _gathered)(family, [thetas[name] for name in order]),
+        (_projected if at_once else _gathered)(family, [thetas[name] for name in order]),
         which=None if even else torch.tensor([order[name] for name in names], device=device),
         rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
         weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),

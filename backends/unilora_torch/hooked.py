@@ -9,7 +9,7 @@ from torch import nn
 
 from unilora_core import TargetError
 from unilora_torch.calls import Handle
-from unilora_torch.chains import Chains
+from unilora_torch.gather import Gather
 from unilora_torch.rows import Batch, Block, HeadHook, LayerHook, Rows
 from unilora_torch.stored import Family, Store
 from unilora_torch.structure import Structure
@@ -112,6 +112,7 @@ def _block(family: Family, target: Target) -> Block:
     """Make the block of a target in its layer; its groups are a view of the family's, unless a file holds another
     order.
     """
-    layout, names = family.spec.layout, Chains.of(family.spec, [target], {}).names[target.name]
-    groups = family.projection.groups_at(layout.slices[name] for name in names)
-    return Block(family.number, target, {name: layout.shapes[name] for name in names}, groups)
+    layout, names, projection = family.spec.layout, family.chains.names[target.name], family.projection
+    spans = (layout.slices[name] for name in names)
+    groups = projection.groups_at(spans) if isinstance(projection, Gather) else None
+    return Block(family.number, target, {name: layout.shapes[name] for name in names}, groups, family.chains)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from unilora_core import ValuesError
+from unilora_torch.chains import Chains
 from unilora_torch.live import PerThread, Scope
 from unilora_torch.replaced import call_with
 from unilora_torch.targets import Target
@@ -24,14 +25,16 @@ class Block:
 
     Attributes:
         family: the number of the family of adapters that have it.
-        factors: the names and shapes of its factors, in the order of its chain.
-        groups: int32, the groups of the factors one after the other: places in a table of the family.
+        pieces: the names and shapes of the pieces of its chain.
+        groups: int32, the groups of the pieces one after the other: places in a table of the family; None without one.
+        chains: the function from pieces to chains.
     """
 
     family: int
     target: Target
-    factors: Mapping[str, tuple[int, ...]]
-    groups: Tensor
+    pieces: Mapping[str, tuple[int, ...]]
+    groups: Tensor | None
+    chains: Chains
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,22 +43,23 @@ class Table:
 
     numbers: Tensor
 
-    def factors(self, block: Block) -> Iterable[Tensor]:
-        """Gather the factors of a block, (u, *shape) each."""
+    def pieces(self, block: Block) -> Mapping[str, Tensor]:
+        """Gather the pieces of a block by name, (u, *shape) each."""
+        assert block.groups is not None
         numbers = self.numbers.index_select(1, block.groups.long())
-        parts = numbers.split([math.prod(shape) for shape in block.factors.values()], dim=1)
-        return [part.view(-1, *shape) for part, shape in zip(parts, block.factors.values(), strict=True)]
+        parts = numbers.split([math.prod(shape) for shape in block.pieces.values()], dim=1)
+        return {name: part.view(-1, *block.pieces[name]) for part, name in zip(parts, block.pieces, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """All factors of u adapters by name, (u, *shape) each, projected at once: one gradient for all layers."""
+    """All pieces of u adapters by name, (u, *shape) each, projected at once: one gradient for all layers."""
 
     by_name: Mapping[str, Tensor]
 
-    def factors(self, block: Block) -> Iterable[Tensor]:
-        """Return the factors of a block, (u, *shape) each."""
-        return [self.by_name[name] for name in block.factors]
+    def pieces(self, block: Block) -> Mapping[str, Tensor]:
+        """Return the pieces of a block by name, (u, *shape) each."""
+        return {name: self.by_name[name] for name in block.pieces}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +79,14 @@ class Pairs:
     weights: Tensor | None
 
     def chain(self, block: Block, like: Tensor) -> list[Tensor]:
-        """Compute A (m, r, in) and B (m, out, r), projected in float32, in the dtype and on the device of ``like``.
+        """Compute the chain, A (m, r, in) and B (m, out, r) of a pair, made in float32, in the dtype and on the device
+        of ``like``.
 
-        Where the pairs of an adapter follow each other, m is u here.
+        Where the pairs of an adapter follow each other, m is u here. A frozen factor that all share has no such axis.
         """
-        factors = (factor.to(like) for factor in self.source.factors(block))
-        return [factor if self.which is None else factor.index_select(0, self.which) for factor in factors]
+        factors = (factor.to(like) for factor in block.chains(self.source.pieces(block), block.target))
+        which = self.which
+        return [factor if which is None or factor.dim() == 2 else factor.index_select(0, which) for factor in factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +225,9 @@ class LayerHook(Hook):
 
 
 def _by_adapter(x: Tensor, factor: Tensor) -> Tensor:
-    """Compute x (m, T, in) times the factor (u, out, in) of each m/u rows."""
+    """Compute x (m, T, in) times the factor (u, out, in) of each m/u rows, or times one factor (out, in) of all."""
+    if factor.dim() == 2:
+        return x @ factor.mT
     return (x.reshape(len(factor), -1, x.shape[-1]) @ factor.mT).view(*x.shape[:2], -1)
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from unilora_core import AdapterFileError, MismatchError, ProjectionSpec, TargetError, ValuesError, combine
 from unilora_core.arithmetic import averages, checked_weights, weighted
-from unilora_torch.gather import Gather
+from unilora_torch.chains import Chains
+from unilora_torch.frozen import frozen_of
 from unilora_torch.opened import Opened, open_file
+from unilora_torch.projection import Projection
 from unilora_torch.targets import Target, is_conv
-from unilora_torch.vector import device_of
+from unilora_torch.vector import device_of, projection_of
 
 __all__ = ["Entry", "Family", "Heads", "OnDisk", "Store", "Values", "combined", "family_of", "named", "values_of"]
 
@@ -30,12 +32,36 @@ NUMBERS = itertools.count(1)
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """The state that all adapters of one spec and the same targets share."""
+    """The state that all adapters of one spec and the same targets share: P, and what their chains have frozen.
+
+    Attributes:
+        number: what its blocks and batches know it by.
+        device: the device of its tensors and of its adapters' θ_d.
+    """
 
     number: int
     spec: ProjectionSpec
     targets: tuple[Target, ...]
-    projection: Gather
+    projection: Projection
+    chains: Chains
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is shared; targets of one size may share what is frozen."""
+        frozen = {id(array): array for arrays in self.chains.frozen.values() for array in arrays.values()}
+        return sum(tensor.nbytes for tensor in (*self.projection.tensors, *frozen.values()))
+
+    def takes(self, found: Opened) -> bool:
+        """Say whether a file's adapter is one of these: an SVD that it keeps may be another machine's."""
+        if (self.spec, self.targets) != (found.spec, found.targets):
+            return False
+        kept = found.frozen or {}
+        return all(
+            torch.equal(array, self.chains.frozen[target][name].to(array.device))
+            for target, arrays in kept.items()
+            for name, array in arrays.items()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +265,7 @@ class Store:
 
 def values_of(model: nn.Module, family: Family, found: Opened) -> Values:
     """Return the values of a file, on the device of its family and in the dtypes of the model."""
-    return Values(found.theta_d.to(family.projection.device), _like(model, found.heads))
+    return Values(found.theta_d.to(family.device), _like(model, found.heads))
 
 
 def named(entries: Mapping[str, Entry], name: Any, what: str) -> Entry:
@@ -294,15 +320,17 @@ def family_of(where: str, model: nn.Module, found: Opened) -> Family:
     Raises:
         TargetError: a layer cannot be adapted by row.
     """
-    if found.spec.frame != "pair" or found.spec.map.groups is None:
+    if found.spec.frame == "dense":
         raise TargetError(
-            f"{where}: a bank serves pairs of A and B that are a gather of θ_d, and this adapter has the frame "
-            f"{found.spec.frame!r} and the grouping {found.spec.grouping!r}; attach such an adapter alone."
+            f"{where}: with the frame 'dense' θ_D is as large as the layers' weights, and a batch would need one for "
+            "each adapter; attach such an adapter alone."
         )
     for target in found.targets:
         _check_by_row(where, model, target)
-    projection = Gather.of(found.spec).to(device_of(model, found.targets))
-    return Family(next(NUMBERS), found.spec, found.targets, projection)
+    frozen = frozen_of(model, found.spec, found.targets) if found.frozen is None else found.frozen
+    device = device_of(model, found.targets)
+    projection, chains = projection_of(found.spec).to(device), Chains.of(found.spec, found.targets, frozen).to(device)
+    return Family(next(NUMBERS), found.spec, found.targets, projection, chains, device)
 
 
 def _like(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unilora_core import TargetError, ValuesError, rates, save_adapter
+from unilora_core import TargetError, ValuesError, rates
 from unilora_core.header import write_identity, write_targets
 from unilora_torch import base
 from unilora_torch.batches import read_rows
+from unilora_torch.frozen import tensors_of
 from unilora_torch.hooked import Hooked
-from unilora_torch.saving import storable
+from unilora_torch.saving import rows_of, write
 from unilora_torch.stored import Store, Values, named
-from unilora_torch.targets import row_of
 
 __all__ = ["Tenants"]
 
@@ -180,11 +180,12 @@ class Tenants(nn.Module):
             ValuesError: no tenant has this name, or θ_d or a head holds NaN or infinity; an old file is kept.
         """
         values, entry = self._values_of(name, "save"), self._entries[name]
-        spec, targets = entry.family.spec, entry.family.targets
-        written = write_targets([row_of(target, False) for target in targets], entry.heads)
+        family = entry.family
+        written = write_targets(rows_of(family.spec, family.targets), entry.heads)
         written |= write_identity(base.identity(self.model, entry.heads, entry.fresh)) | dict(metadata or {})
-        tensors = {f"{module}.{key}": storable(t) for module, state in values.heads.items() for key, t in state.items()}
-        save_adapter(path, spec, storable(values.theta_d), tensors=tensors, metadata=written)
+        heads = {f"{module}.{key}": tensor for module, state in values.heads.items() for key, tensor in state.items()}
+        tensors = heads | tensors_of(family.spec, family.chains.frozen)
+        write(path, family.spec, values.theta_d, tensors, written)
 
     def close(self) -> None:
         """Let the base's parameters train again that did before; the bank goes on serving what was trained."""

@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small_models import Block, Conv1D, adapted, assert_unchanged, hooks, mlp, naive_factors, snapshot
+from methods import OPTIONS
+from small_models import Block, Conv1D, adapted, assert_unchanged, hooks, mlp, move, naive_factors, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -20,7 +21,9 @@ from unilora_core import (
     ValuesError,
     combine_files,
     read_adapter,
+    save_adapter,
 )
+from unilora_core.methods import METHODS
 from unilora_torch import Bank, Target
 from unilora_torch.targets import parameter_target
 
@@ -346,6 +349,89 @@ def test_the_model_stays_the_base(saved):
     bank.close()
     assert_unchanged(base, before)
     assert bank.names == ()
+
+
+# ---- other methods --------------------------------------------------------------------------------------------------
+
+SERVED = [name for name, method in METHODS.items() if method.frame != "dense"]
+SMALL = OPTIONS | {"lora-xs": {"rank": 2}, "vb-lora": {"vectors": 6, "length": 3}, "fourierft": {"frequencies": 12}}
+"""What the layers of `mlp`, 6 and 9 wide, need in place of the methods' defaults."""
+
+
+@pytest.fixture
+def of_method(tmp_path):
+    """of_method(name, model, method): the file of an adapter that moved, on a copy of this model."""
+
+    def make(name, model, method, seed=0):
+        options = {"targets": "all-linear", "method": method, "seed": seed} | SMALL.get(method, {})
+        adapter = unilora_torch.attach(copy.deepcopy(model), **options)
+        move(adapter, seed=ord(name[-1]))
+        adapter.save(path := tmp_path / f"{name}.safetensors")
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("method", SERVED)
+@pytest.mark.parametrize("rows", ["abc", "aab-b", "c"])
+def test_rows_of_every_method(of_method, method, rows):
+    """Three adapters, one of another seed, beside rows of the base."""
+    base = mlp()
+    paths = {name: of_method(name, base, method, seed=int(name == "c")) for name in "abc"}
+    bank, models = bank_of(base, paths), singles(base, paths)
+    names = [None if name == "-" else name for name in rows]
+    for shape in ((len(rows),), (len(rows), 4)):
+        x = inputs(*shape)
+        found, wanted = run(bank, names, x), one_by_one(models, names, x)
+        assert_close(found, wanted)
+        assert (found - base(x)).flatten(1).abs().amax(1).bool().tolist() == [name is not None for name in names]
+
+
+def test_methods_beside_each_other_and_mixed(of_method):
+    base = mlp()
+    paths = {method: of_method(method, base, method) for method in SERVED}
+    bank, models = bank_of(base, paths), singles(base, paths)
+    names = [*SERVED, None, *reversed(SERVED)]
+    x = inputs(len(names))
+    assert_close(run(bank, names, x), one_by_one(models, names, x))
+    assert len(bank.families) == len(SERVED)
+
+
+def test_a_mixture_of_methods(of_method):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6))
+    paths = {method: of_method(method, base, method) for method in ("vera", "lora-xs", "fastfood")}
+    bank, models = bank_of(base, paths), singles(base, paths)
+    x = inputs(2, 3)
+    with torch.no_grad():
+        updates = {name: models[name](x) - base(x) for name in paths}
+    weights = {"vera": 0.5, "lora-xs": -2.0, "fastfood": 1.0}
+    wanted = base(x).detach() + sum(weight * updates[name] for name, weight in weights.items())
+    assert_close(run(bank, [weights, weights], x), wanted)
+
+
+def test_singular_vectors_of_two_machines_are_two_families(of_method, tmp_path):
+    """An SVD is one but for signs: what a file keeps counts."""
+    base = mlp()
+    paths = {name: of_method(name, base, "lora-xs") for name in "ab"}
+    file = read_adapter(paths["b"])
+    tensors = {name: -array for name, array in file.tensors.items()}
+    paths["c"] = tmp_path / "c.safetensors"
+    save_adapter(paths["c"], file.spec, file.theta_d, tensors=tensors, metadata=file.metadata)
+    bank, models = bank_of(base, paths), singles(base, paths)
+    assert len(bank.families) == 2
+    x = inputs(3)
+    assert_close(run(bank, list("abc"), x), one_by_one(models, list("abc"), x))
+    bank.remove("c")
+    assert len(bank.families) == 1
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - set(SERVED)))
+def test_updates_as_large_as_weights_are_refused(of_method, method):
+    base = mlp()
+    path = of_method("x", base, method)
+    bank = Bank(base)
+    refused(bank, TargetError, "θ_D is as large as the layers' weights", lambda: bank.add("x", path))
 
 
 # ---- refused --------------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def test_threads_add_replace_and_remove_while_others_serve(paths):
     assert errors == []
     for name in bank.names:
         bank.remove(name)
-    assert (bank.store.nbytes, len(bank.store.used), bank.handles, bank.families) == (0, 0, [], {})
+    assert (bank.store.nbytes, len(bank.store.used), bank.handles, bank.families) == (0, 0, [], ())
 
 
 def test_a_name_that_is_replaced_is_never_missing(paths):
@@ -243,4 +243,4 @@ def test_a_name_that_is_replaced_is_never_missing(paths):
     assert gone == []
     bank.remove("a")
     assert gone == [("a",)]
-    assert (bank.store.nbytes, bank.families) == (0, {})
+    assert (bank.store.nbytes, bank.families) == (0, ())

@@ -136,21 +136,6 @@ def test_singular_vectors_of_no_numbers():
         unilora_torch.attach(model, method="lora-xs", rank=2)
 
 
-@every_method
-def test_a_bank_takes_what_is_a_gather_of_pairs(path, method):
-    base, _, adapter, _ = moved(method)
-    adapter.save(path)
-    bank = unilora_torch.Bank(base)
-    before = snapshot(base)
-    if method == "uni-lora":
-        bank.add("a", path)
-        return
-    with pytest.raises(TargetError, match=rf"a bank serves pairs of A and B.*{adapter.spec.frame!r}.*attach such an"):
-        bank.add("a", path)
-    assert bank.names == ()
-    assert_unchanged(base, before)
-
-
 # ---- exported -------------------------------------------------------------------------------------------------------
 
 FACTORS = [method for method in METHODS if method not in ("fourierft", "gpart", "intrinsic-dimension")]

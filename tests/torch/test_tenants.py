@@ -129,6 +129,17 @@ def test_other_specs_together(trained):
     assert_equal_runs(*trained(mlp(), kinds, torch.optim.AdamW))
 
 
+def test_other_methods_together(trained):
+    """Maps that are no gather, and chains with frozen factors."""
+    usual = {"start": None, "bound": None, "d": "auto"}
+    kinds = {
+        "a": usual | {"method": "vera", "rank": 4, "start": "zero"},
+        "b": usual | {"method": "fastfood", "start": "identity", "d": 30},
+        "c": usual | {"method": "lora-xs", "rank": 2, "start": "zero"},
+    }
+    assert_equal_runs(*trained(mlp(), kinds, torch.optim.AdamW))
+
+
 def test_each_trains_its_own_head(trained):
     torch.manual_seed(0)
     base = Classifier().eval()
