@@ -24,7 +24,7 @@ def _positional(purpose: str, metavar: str = "FILE", **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes(Command):
-    """`unilora recipes`."""
+    """The options of `unilora recipes`."""
 
     word, purpose = "recipes", "list the recipes for finetune"
     details = """
@@ -41,7 +41,7 @@ Lists the recipes that are shipped, or prints one. They hold the settings of the
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Command):
-    """`unilora inspect`."""
+    """The options of `unilora inspect`."""
 
     word, purpose = "inspect", "show what an adapter file holds"
     details = """
@@ -71,7 +71,7 @@ class Methods(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Analyze(Methods):
-    """`unilora analyze`."""
+    """The options of `unilora analyze`."""
 
     word, purpose = "analyze", "measure what the projection of each method is: global, uniform, isometric, cheap"
     details = """
@@ -133,7 +133,7 @@ class BaseModel(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(BaseModel, ToLora):
-    """`unilora convert`."""
+    """The options of `unilora convert`."""
 
     word, purpose = "convert", "turn an adapter into another format, or another format into an adapter"
     details = """
@@ -159,7 +159,7 @@ The base model is needed, because the file holds one vector and not the layers.
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Command):
-    """`unilora check`."""
+    """The options of `unilora check`."""
 
     word, purpose = "check", "say which serving engines take a LoRA folder"
     details = """
@@ -177,7 +177,7 @@ stops them. Reads the config and the names of the tensors; loads no framework.
 
 @dataclass(frozen=True, kw_only=True)
 class Combine(Command):
-    """`unilora combine`."""
+    """The options of `unilora combine`."""
 
     word, purpose = "combine", "make one adapter of several: their mean, an interpolation, a sum"
     details = """
@@ -199,7 +199,7 @@ training has changed since the start that all have in common; then no file may h
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(BaseModel):
-    """`unilora merge`."""
+    """The options of `unilora merge`."""
 
     word, purpose = "merge", "write the base model with the adapter merged into its weights"
     details = """

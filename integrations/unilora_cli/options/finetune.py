@@ -202,7 +202,7 @@ class Augmentation(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Vit(Augmentation, Finetune):
-    """`unilora finetune vit`."""
+    """The options of `unilora finetune vit`."""
 
     word, purpose = "vit", "fine-tune an image classifier of timm"
     details = f"""
@@ -244,7 +244,7 @@ Also confusion.csv and .png, predictions.csv (each held-out image, or test image
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Finetune, Memory):
-    """`unilora finetune text`."""
+    """The options of `unilora finetune text`."""
 
     word, purpose = "text", "fine-tune a text classifier of transformers"
     details = f"""
@@ -275,7 +275,7 @@ local folder that datasets can load). Model: anything that AutoModelForSequenceC
 
 @dataclass(frozen=True, kw_only=True)
 class Lm(Finetune, Memory):
-    """`unilora finetune lm`."""
+    """The options of `unilora finetune lm`."""
 
     word, purpose = "lm", "fine-tune a causal language model of transformers"
     details = f"""

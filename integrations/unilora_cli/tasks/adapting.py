@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ __all__ = [
     "longest",
 ]
 
-OPTIONS = ("targets", "exclude", "modules_to_save", "method", "rank", "d", "seed", "grouping", "start", "bound")
+OPTIONS = {each.name for each in fields(Adapting)} - {"method_arg", "grow_to"}
+"""Those of `attach`, by the same names."""
 
 
 def adapter_options(options: Adapting) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def adapter_options(options: Adapting) -> dict[str, Any]:
         CommandError: a --method-arg that has an option of its own.
     """
     own = dict(options.method_arg)
-    if taken := sorted(own.keys() & {*OPTIONS, "model", "name", "example"}):
+    if taken := sorted(own.keys() & (OPTIONS | {"model", "name", "example"})):
         instead = "" if taken[0] in ("name", "example") else f"; say --{taken[0].replace('_', '-')}"
         raise CommandError(f"--method-arg {taken[0]}: no option of a method{instead}.")
     return {name: value for name in OPTIONS if (value := getattr(options, name)) is not None} | own
@@ -117,12 +119,12 @@ def check_method(options: Adapting) -> None:
         SpecError: an option that the method does not have, or a value out of its range.
     """
     said = adapter_options(options)
-    fields = {name: said[name] for name in ("method", "rank", "seed", "grouping", "start", "bound") if name in said}
+    named = {name: said[name] for name in ("method", "rank", "seed", "grouping", "start", "bound") if name in said}
     more = {name: value for name, value in said.items() if name not in OPTIONS}
-    whole = [value for value in (fields.get("rank"), *more.values()) if type(value) is int and 0 < value < 2**63]
+    whole = [value for value in (named.get("rank"), *more.values()) if type(value) is int and 0 < value < 2**63]
     width = math.lcm(2**10, *whole)  # which they divide
     if width <= 2**15:  # of wider layers no weight may have all entries, so that is left to the model's own
-        plan_spec([("layer", Sizes(width, width))], options=more, **fields)
+        plan_spec([("layer", Sizes(width, width))], options=more, **named)
 
 
 def check_classes(options: Source, count: int) -> None:
