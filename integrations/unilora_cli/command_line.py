@@ -69,12 +69,12 @@ def _add_command(commands: Any, command: type[Command]) -> None:
     parser.set_defaults(command=command, parser=parser)
     parser.add_argument("--debug", action="store_true", help=DEBUG)
     options, groups, either = options_of(command), {"": parser}, dict[str, Any]()
-    for name, option in sorted(options.items(), key=lambda item: bool(item[1].group)):
+    for option in sorted(options.values(), key=lambda each: bool(each.group)):
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(*option.group.split("\n"))
         place = either.get(option.instead_of, groups[option.group])
-        if any(other.instead_of == name for other in options.values()):
-            place = either[name] = place.add_mutually_exclusive_group()
+        if any(other.instead_of == option.word for other in options.values()):
+            place = either[option.word] = place.add_mutually_exclusive_group()
         _add_argument(place, option, by_recipe="recipe" in options)
 
 

@@ -30,7 +30,7 @@ def run(options: Recipes) -> None:
     """
     if options.name:
         _read(options.name)
-        say(_text(options.name).rstrip())
+        say(_path(options.name).read_text("utf-8").rstrip())
         return
     rows = [(name, _read(name)) for name in shipped()]
     say(table([(name, recipe["task"], recipe["about"]) for name, recipe in rows], indent=""))
@@ -56,14 +56,13 @@ def filled_in(command: type[Command], said: Mapping[str, Any]) -> dict[str, Any]
     if unknown := [key for key in settings if key not in options]:
         known = ", ".join([*HEADER, *options])
         raise CommandError(f"{name}: there is no setting {shown(unknown[0])}; a recipe may have {known}.")
-    values = {options[key].name: _value(options[key], value, f"{name}: {key}") for key, value in settings.items()}
-    for either, other in ((option.name, option.instead_of) for option in options.values() if option.instead_of):
-        if {either, other} <= values.keys():
-            words = (each.replace("_", "-") for each in (either, other))
-            raise CommandError("{}: {} takes the place of {}; leave one of them out.".format(name, *words))
-        if {either, other} & said.keys():
-            values = {key: value for key, value in values.items() if key not in (either, other)}
-    return {**values, **said}
+    values = {key: _value(options[key], value, f"{name}: {key}") for key, value in settings.items()}
+    for key, other in ((key, option.instead_of) for key, option in options.items() if option.instead_of):
+        if {key, other} <= values.keys():
+            raise CommandError(f"{name}: {key} takes the place of {other}; leave one of them out.")
+        if {options[key].name, options[other].name} & said.keys():
+            values = {k: value for k, value in values.items() if k not in (key, other)}
+    return {options[key].name: value for key, value in values.items()} | dict(said)
 
 
 def _may_stand(option: Option) -> bool:
@@ -76,25 +75,17 @@ def _read(name: str) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
-    text = _text(name)
+    path = _path(name)
     try:
-        recipe = tomllib.loads(text)
+        recipe = tomllib.loads(path.read_text("utf-8"))
         repr(recipe)  # or no message could show what is wrong
-    except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: numbers of too many digits, deep nesting
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML; too many digits, deep nesting
         raise CommandError(f"{name}: not TOML ({one_line(error, 200)}).") from error
     if (task := recipe.get("task")) not in tuple(TASKS):
         raise CommandError(f'{name}: expected task = "vit", "text" or "lm", got {shown(task)}.')
     if not isinstance(about := recipe.get("about", ""), str):
         raise CommandError(f"{name}: about: expected a text, got {shown(about)}.")
     return {"about": ""} | recipe
-
-
-def _text(name: str) -> str:
-    path = _path(name)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{path}: not TOML ({error}).") from error
 
 
 def _path(name: str) -> Path:

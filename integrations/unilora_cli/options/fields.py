@@ -43,7 +43,7 @@ class Option:
         group: the title above it in the help, and perhaps a line below that; its class's, unless it has one.
         scope: ``"experiment"``: a recipe may set it, and ``--resume`` wants it alike; ``"computing"``: it says how to
             compute, and may change then; ``"run"``: it may change, and is nothing for a recipe.
-        instead_of: the field whose place it takes: only one of both may be said.
+        instead_of: the word of the option whose place it takes: only one of both may be said.
     """
 
     name: str

@@ -98,7 +98,7 @@ class Training(Command):
 
     group = "training"
     lora_rate: Rate = option("the learning rate that LoRA would have; theta_d's follows from it", 5e-3)
-    theta_rate: Rate | None = option("theta_d's own learning rate instead", instead_of="lora_rate")
+    theta_rate: Rate | None = option("theta_d's own learning rate instead", instead_of="lora-rate")
     head_rate: Rate = option("of the head", 5e-3)
     epochs: Positive = option("passes over the data", 3)
     max_steps: Positive | None = option("stop after N steps")
@@ -226,7 +226,7 @@ Also confusion.csv and .png, predictions.csv (each held-out image, or test image
     group = Source.group
     no_pretrained: bool = option("random weights instead of pretrained ones", False, action="store_true")
     checkpoint: File | None = option(
-        "pretrained weights from a file (.safetensors, .pth; .npz of some models)", instead_of="no_pretrained"
+        "pretrained weights from a file (.safetensors, .pth; .npz of some models)", instead_of="no-pretrained"
     )
     data_dir: Folder | None = option("where data of torchvision are")
     download: bool = option("let torchvision fetch them, if they are not there", False)
