@@ -51,7 +51,8 @@ def filled_in(command: type[Command], said: Mapping[str, Any]) -> dict[str, Any]
     name, recipe = said["recipe"], _read(said["recipe"])
     if recipe["task"] != command.word:
         raise CommandError(f"{name}: this recipe is for `unilora finetune {recipe['task']}`.")
-    options = {option.word: option for option in options_of(command).values() if _may_stand(option)}
+    every = options_of(command).values()
+    options = {option.word: option for option in every if option.scope != "run" and not option.repeated}
     settings = {key: value for key, value in recipe.items() if key not in HEADER}
     if unknown := [key for key in settings if key not in options]:
         known = ", ".join([*HEADER, *options])
@@ -63,11 +64,6 @@ def filled_in(command: type[Command], said: Mapping[str, Any]) -> dict[str, Any]
         if {options[key].name, options[other].name} & said.keys():
             values = {k: value for k, value in values.items() if k not in (key, other)}
     return {options[key].name: value for key, value in values.items()} | dict(said)
-
-
-def _may_stand(option: Option) -> bool:
-    """Whether a recipe may set it: not what belongs to one run; TOML has no pairs for what is said as NAME=VALUE."""
-    return option.scope != "run" and option.argument.get("action") != "append"
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -59,6 +59,11 @@ class Option:
         """Its name on the command line, without the dashes in front, and in a recipe."""
         return self.name.replace("_", "-")
 
+    @property
+    def repeated(self) -> bool:
+        """Whether each time that it is said adds a value."""
+        return self.argument.get("action") == "append"
+
 
 def option(purpose: str, default: T = None, **more: Any) -> T:  # type: ignore[assignment]
     """A field that is an option; ``more``: of `Option`, or of its ``argument``, where its type does not say that.

@@ -84,8 +84,12 @@ def forget(folder: Path) -> None:
 
 def made_for(options: Finetune) -> dict[str, str]:
     """What a run and its continuation must agree on: the options that say what to compute, not how."""
-    names = [option.name for option in options_of(type(options)).values() if option.scope == "experiment"]
-    return {name: str(getattr(options, name)) for name in names} | {"processes": str(distributed.processes())}
+    said = {"processes": str(distributed.processes())}
+    for option in options_of(type(options)).values():
+        if option.scope == "experiment":
+            value = getattr(options, option.name)
+            said[option.name] = str(list(value) if option.repeated else value)
+    return said
 
 
 def check_settings(run: Run, options: Finetune, folder: Path) -> None:
