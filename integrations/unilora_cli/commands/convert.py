@@ -19,7 +19,7 @@ KINDS = {"SEQ_CLS": "text", "CAUSAL_LM": "lm"}
 
 
 def run(options: Convert) -> None:
-    """Convert as the arguments say.
+    """Convert as the options say.
 
     Raises:
         CommandError: the source does not fit the wanted format.

@@ -51,7 +51,7 @@ def _train(options: Finetune, about: dict[str, Any]) -> None:
     if not getattr(task.model, "is_quantized", False):  # that one is where it was loaded to
         task.model.to(torch.device(options.device))
     half = prepare(task.model, task.adapter)
-    how = replace(options, bf16=options.bf16 or (half and not options.fp16))  # beside half precision
+    how = replace(options, bf16=options.bf16 or (half and not options.fp16))  # as beside a base in half precision
     _save_memory_or_time(task, options)
     trainer.growth_of(task, options.grow_to)
     plan = plan_of(task, how)

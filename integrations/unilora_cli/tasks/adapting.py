@@ -1,4 +1,4 @@
-"""What the three tasks share: from arguments to the options of `attach`, and from examples to batches."""
+"""What the three tasks share: from options of the command to those of `attach`, and from examples to batches."""
 
 import functools
 import math

@@ -32,7 +32,7 @@ class Run:
     Attributes:
         settings: see `made_for`.
         spec: of the projection that it began with.
-        step: the steps that are done; 0: nothing is but what the arguments say.
+        step: the steps that are done; 0: nothing is but what the options say.
         epochs, losses, skipped, seconds: what `Recorder` knows.
         growth: of `--grow-to`; empty without.
         files: the names of those that the Trainer wrote.
@@ -93,7 +93,7 @@ def made_for(options: Finetune) -> dict[str, str]:
 
 
 def check_settings(run: Run, options: Finetune, folder: Path) -> None:
-    """Refuse to go on with other arguments than the run began with.
+    """Refuse to go on with other options than the run began with.
 
     Raises:
         CommandError: it names the first argument that differs, and both values.

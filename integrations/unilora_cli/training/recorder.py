@@ -33,6 +33,7 @@ class Recorder:
 
     Attributes:
         folder: the output folder.
+        options: what the user said; ``keep`` is the epoch whose adapter stays in the file, the last or the best.
         about: what metrics.json says of the run beside its results.
         epochs: a record per evaluation: epoch, step, mean training loss, the scores, seconds.
         test: the scores of the kept adapter on the test data, where there are any.
