@@ -1,6 +1,5 @@
 """Images with classes: which are trained on, which are held out, and which are tested on once at the end."""
 
-import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from unilora_cli.data import image_sources as sources
 from unilora_cli.data.image_sources import ImageSource, images_of_folder
 from unilora_cli.data.labels import class_index, class_names
 from unilora_cli.data.records import HELD_OUT, class_notes, column, draw, is_local, load_tables, seen, some, split_off
+from unilora_cli.options.finetune import Vit
 from unilora_cli.tasks.models import readable_errors
 
 __all__ = ["ImageSet", "Images", "Part", "load_images"]
@@ -72,7 +72,7 @@ class ImageSet(Dataset):
         return {"x": self.transform(image), "labels": self.part.source.labels[index]}
 
 
-def load_images(arguments: argparse.Namespace) -> Images:
+def load_images(arguments: Vit) -> Images:
     """The images that the arguments name, parted as they say.
 
     Raises:
@@ -139,13 +139,13 @@ def _left_out(found: Sources, folder: Path) -> list[tuple[str, Any]]:
     return notes
 
 
-def _sources(arguments: argparse.Namespace) -> Sources:
+def _sources(arguments: Vit) -> Sources:
     data = arguments.data
     if data.startswith("torch/"):
         if arguments.data_dir is None:
             raise CommandError(f"{data} wants the folder that it is in, or goes to: --data-dir FOLDER.")
         if data not in FOLDERS:
-            return _from_torchvision(arguments)
+            return _from_torchvision(arguments, path_of(arguments.data_dir))
         return _from_folder(arguments, path_of(arguments.data_dir))
     if data.startswith(STREAMED):
         raise CommandError(f"{data}: data that come as a stream are not read; use hfds/NAME or torch/NAME.")
@@ -161,7 +161,7 @@ def _sources(arguments: argparse.Namespace) -> Sources:
     return _from_folder(arguments, folder) if images else _from_tables(arguments)
 
 
-def _parted(folder: Path, arguments: argparse.Namespace) -> bool:
+def _parted(folder: Path, arguments: Vit) -> bool:
     """Whether a folder holds the parts of the data, each with its class folders; else its own folders are the classes.
 
     Raises:
@@ -190,7 +190,7 @@ def _parted(folder: Path, arguments: argparse.Namespace) -> bool:
     return "train" in parts and not others
 
 
-def _from_folder(arguments: argparse.Namespace, folder: Path) -> Sources:
+def _from_folder(arguments: Vit, folder: Path) -> Sources:
     parted = _parted(folder, arguments)
     train = images_of_folder(folder / arguments.train_split if parted else folder)
 
@@ -210,19 +210,20 @@ def _from_folder(arguments: argparse.Namespace, folder: Path) -> Sources:
     return train, held_out, chosen(arguments.test_data, arguments.test_split, usual)
 
 
-def _from_tables(arguments: argparse.Namespace) -> Sources:
+def _from_tables(arguments: Vit) -> Sources:
     import datasets
 
     tables = load_tables(arguments, arguments.test_data, arguments.test_split)
-    kinds = getattr(tables.train, "features", {})
+    trained: Any = tables.train
+    kinds = getattr(trained, "features", {})
     pictures = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
     image, label = arguments.image_column or next(iter(pictures), ""), arguments.label_column
     if image not in pictures:
         asked = f"no column {image!r} of images" if image else "no column of images"
         raise CommandError(f"{arguments.data}: there is {asked}; its columns are {', '.join(kinds) or 'plain text'}.")
-    column(tables.train, label, (), arguments.data)
+    column(trained, label, (), arguments.data)
     named = tables.names.get(label, ())
-    classes = named or class_names(tables.train[label], arguments.data)
+    classes = named or class_names(trained[label], arguments.data)
 
     def source(rows: Any, where: str) -> ImageSource | None:
         if rows is None:
@@ -233,7 +234,7 @@ def _from_tables(arguments: argparse.Namespace) -> Sources:
         labels = [class_index(classes, bool(named), value, where, i) for i, value in enumerate(undecoded[label])]
         return ImageSource(where, classes, labels, undecoded.select_columns([image]))
 
-    train = source(tables.train, arguments.data)
+    train = source(trained, arguments.data)
     assert train is not None
     return (
         train,
@@ -242,19 +243,18 @@ def _from_tables(arguments: argparse.Namespace) -> Sources:
     )
 
 
-def _from_torchvision(arguments: argparse.Namespace) -> Sources:
+def _from_torchvision(arguments: Vit, root: Path) -> Sources:
     """Data in timm's notation, by timm's own reader: ``torch/cifar10``."""
     from timm.data import create_dataset
 
     if other := arguments.eval_data or arguments.test_data:
         raise CommandError(f"{other}: data of torchvision are parted by --eval-split and --test-split.")
-    root, download = path_of(arguments.data_dir), arguments.download or False
 
     def part(split: str | None) -> ImageSource | None:
         if not split:
             return None
         with readable_errors(f"cannot load {arguments.data} from {root} (--download fetches what torchvision can)"):
-            found: Any = create_dataset(arguments.data, root=str(root), split=split, download=download)
+            found: Any = create_dataset(arguments.data, root=str(root), split=split, download=arguments.download)
         where = f"{arguments.data}, {split}"
         if not (hasattr(found, "targets") and hasattr(found, "classes")):
             raise CommandError(f"{where}: this data set of torchvision does not list its classes and labels.")

@@ -1,6 +1,5 @@
 """Texts for a causal language model as tokens: one stream cut into blocks, or prompts with responses."""
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from unilora_cli.data.corpus import Corpus
 from unilora_cli.data.packing import pack
 from unilora_cli.data.records import draw, seen, split_off
 from unilora_cli.data.templates import chat_tokens, fitted, for_training, left_out
+from unilora_cli.options.finetune import Lm
 
 __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
 
@@ -50,9 +50,7 @@ class Language:
     notes: Notes = field(default_factory=list)
 
 
-def encode_corpora(
-    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int
-) -> Language:
+def encode_corpora(train: Corpus, held_out: Corpus | None, arguments: Lm, tokenizer: Any, length: int) -> Language:
     """Tokenise, split off what is held out, and pack.
 
     Args:
@@ -94,7 +92,7 @@ def encode_corpora(
 
 
 def _texts(
-    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int, notes: Notes
+    train: Corpus, held_out: Corpus | None, arguments: Lm, tokenizer: Any, length: int, notes: Notes
 ) -> Language:
     """Blocks; without held-out texts the last are held out, as neighbours in a text know too much of each other to draw
     them at random.
@@ -130,7 +128,7 @@ def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
 
 
 def _dialogues(
-    corpus: Corpus, tokenizer: Any, length: int, arguments: argparse.Namespace, notes: Notes
+    corpus: Corpus, tokenizer: Any, length: int, arguments: Lm, notes: Notes
 ) -> list[tuple[Example, Prompt]]:
     """Prompts with their responses, without those that leave no room for a response."""
     found, count, cut = [], 0, 0

@@ -1,6 +1,5 @@
 """Tables of records from a file (.tsv, .csv, .jsonl, .json, .txt, .parquet), a folder or the hub; and parting them."""
 
-import argparse
 import codecs
 import csv
 import functools
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, path_of
+from unilora_cli.options.finetune import Source
 from unilora_cli.tasks.models import readable_errors
 from unilora_core.schema import shown
 
@@ -55,7 +55,7 @@ class Tables:
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def load_tables(arguments: argparse.Namespace, test_data: str | None = None, test_split: str | None = None) -> Tables:
+def load_tables(arguments: Source, test_data: str | None = None, test_split: str | None = None) -> Tables:
     """The records that ``--data`` and ``--eval-data`` name, and those to test on.
 
     Raises:
@@ -68,8 +68,8 @@ def load_tables(arguments: argparse.Namespace, test_data: str | None = None, tes
         name = arguments.eval_split or _held_out(others) or arguments.train_split
         held_out = _split(arguments.eval_data, others, name)
     else:
-        name = None if LONE in splits else arguments.eval_split or _held_out(splits, test_split)
-        held_out = None if name in (None, arguments.train_split) else _split(arguments.data, splits, name)
+        other = None if LONE in splits else arguments.eval_split or _held_out(splits, test_split)
+        held_out = _split(arguments.data, splits, other) if other and other != arguments.train_split else None
     test = None
     if test_data:
         others = _load(test_data, None)

@@ -1,6 +1,5 @@
 """Labelled texts as lists of token numbers, and their batches."""
 
-import argparse
 import functools
 import math
 import re
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from unilora_cli.console import CommandError
 from unilora_cli.data.labels import class_index, class_names
 from unilora_cli.data.records import class_notes, column, draw, load_tables, seen, split_off
+from unilora_cli.options.finetune import Text
 from unilora_core.schema import shown
 
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
@@ -43,7 +43,7 @@ class LabelledTexts:
     notes: list[tuple[str, Any]]
 
 
-def load_texts(arguments: argparse.Namespace) -> LabelledTexts:
+def load_texts(arguments: Text) -> LabelledTexts:
     """Read labelled texts.
 
     Raises:

@@ -25,7 +25,7 @@ from unilora_cli.training.metrics import PERPLEXITY, Metric, chosen
 __all__ = ["score", "task"]
 
 
-def task(options: Any) -> Task:
+def task(options: Lm) -> Task:
     """Texts, model and adapter, as the options say; what is wrong with the data is said before the model loads."""
     check_available(options, options.shard)
     wanted = chosen(options.metric, ("perplexity", "exact-match"), ("perplexity",))

@@ -1,12 +1,11 @@
 """The task of `unilora finetune text`: a text classifier of transformers, or a model that gives a number."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import nn
 
 import unilora_transformers
 from unilora_cli.data.texts import encode, load_texts, pad
+from unilora_cli.options.finetune import Text
 from unilora_cli.tasks.adapting import (
     adapter_options,
     check_classes,
@@ -24,7 +23,7 @@ from unilora_cli.training.metrics import CLASSES, NUMBERS, chosen
 __all__ = ["score", "task"]
 
 
-def task(options: Any) -> Task:
+def task(options: Text) -> Task:
     """Texts, model and adapter, as the options say."""
     check_available(options)
     known, usual = (NUMBERS, ("pearson", "spearman")) if options.regression else (CLASSES, ("accuracy",))

@@ -22,7 +22,7 @@ __all__ = ["score", "task"]
 GUESSES = 5
 
 
-def task(options: Any) -> Task:
+def task(options: Vit) -> Task:
     """Images, model and adapter, as the options say."""
     images = load_images(options)
     check_classes(options, len(images.classes))
