@@ -41,38 +41,38 @@ class Corpus:
     unused: Sequence[str] = ()
 
 
-def read_corpora(arguments: Lm) -> tuple[Corpus, Corpus | None]:
+def read_corpora(options: Lm) -> tuple[Corpus, Corpus | None]:
     """What ``--data`` and ``--eval-data`` hold.
 
     Raises:
         CommandError: no such data, or no known columns; a record without text; a chat with an unknown role; whole texts
             where pairs or chats are wanted.
     """
-    tables, elsewhere = load_tables(arguments), arguments.eval_data or arguments.data
+    tables, elsewhere = load_tables(options), options.eval_data or options.data
     corpora = (
-        _corpus(tables.train, arguments, arguments.data),
-        None if tables.held_out is None else _corpus(tables.held_out, arguments, elsewhere),
+        _corpus(tables.train, options, options.data),
+        None if tables.held_out is None else _corpus(tables.held_out, options, elsewhere),
     )
     for corpus in corpora:
-        if corpus and corpus.texts and (what := _wants_dialogues(arguments)):
+        if corpus and corpus.texts and (what := _wants_dialogues(options)):
             raise CommandError(f"{corpus.where}: it holds whole texts, so there is no {what}.")
     return corpora
 
 
-def _wants_dialogues(arguments: Lm) -> str | None:
+def _wants_dialogues(options: Lm) -> str | None:
     """The argument that makes no sense for whole texts."""
-    if "exact-match" in (arguments.metric or ()):
+    if "exact-match" in (options.metric or ()):
         return "--metric exact-match"
-    if arguments.packing:
+    if options.packing:
         return "--packing"
-    return "--response-only" if arguments.response_only else None
+    return "--response-only" if options.response_only else None
 
 
-def _corpus(rows: Sequence[Row], arguments: Lm, where: str) -> Corpus:
-    if arguments.prompt:
-        pairs, used = _filled_in(rows, arguments.prompt, arguments.response_column, where)
+def _corpus(rows: Sequence[Row], options: Lm, where: str) -> Corpus:
+    if options.prompt:
+        pairs, used = _filled_in(rows, options.prompt, options.response_column, where)
         return Corpus(where, pairs=pairs, unused=_others(rows, used))
-    columns = _columns(rows[0], arguments, where)
+    columns = _columns(rows[0], options, where)
     if columns[0] in CHATS or isinstance(rows[0][columns[0]], list):
         dense = without_none if hasattr(rows, "features") else dict  # a table of `datasets`, or records as they were
         chats = [read_chat(dense(row), columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
@@ -93,10 +93,10 @@ def _others(rows: Sequence[Row], used: Collection[str]) -> list[str]:
     return [name for name in rows[0] if name not in used and any(row[name] not in (None, "", [], {}) for row in rows)]
 
 
-def _columns(row: Row, arguments: Lm, where: str) -> tuple[str, ...]:
+def _columns(row: Row, options: Lm, where: str) -> tuple[str, ...]:
     """The columns that count, from those that there are."""
     chats = [(name,) for name in CHATS]
-    known = ((nfc(arguments.text_column),),) if arguments.text_column else (*chats, *DIALOGUES, ("text",))
+    known = ((nfc(options.text_column),),) if options.text_column else (*chats, *DIALOGUES, ("text",))
     for columns in known:
         if set(columns) <= row.keys():
             return columns
