@@ -83,7 +83,7 @@ class Adapting(Command):
     grow_to: Positive | None = option(
         "double d, up to N, after an epoch whose held-out loss has come to rest, while that pays"
     )
-    targets: Selection | None = _layers("all-linear")
+    targets: Selection | None = None  # a task has the help for it, with the names of its layers
     exclude: Selection | None = option("layers left out, said likewise")
     modules_to_save: Names | None = option("comma list of modules trained in full (default: the head)")
     seed: Natural = option("of the projection, the head and the data", 0)
