@@ -33,8 +33,8 @@ COMMAND = {"unilora_core"}
 SEAM = "_namespace.py"
 """The one file that imports array_api_compat."""
 
-HEADER = {"unilora_core": {"header.py"}}
-"""The file that looks into what an adapter file says."""
+HEADER = {"unilora_core": {"header.py"}, "unilora_cli": {"options/fields.py"}}
+"""The file that looks into what an adapter file says; and one that reads the metadata of a dataclass's field."""
 
 KERNELS = "kernels/"
 """Triton's kernels, imported on CUDA only: the one folder of a backend that imports triton."""

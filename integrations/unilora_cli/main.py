@@ -1,6 +1,5 @@
-"""The entry point of `unilora`: the parser, and the one place where an error becomes a line and an exit code."""
+"""The entry point of `unilora`, and the one place where an error becomes a line and an exit code."""
 
-import argparse
 import importlib
 import io
 import os
@@ -8,12 +7,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from unilora_cli import options, options_finetune, recipes
+from unilora_cli.command_line import parse
 from unilora_cli.console import one_line
-from unilora_core import UniLoraError, __version__
+from unilora_core import UniLoraError
 from unilora_core.errors import printable
 
-__all__ = ["build_parser", "main", "parse"]
+__all__ = ["main", "parse"]
 
 EXTRAS = (
     "torch",
@@ -43,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without θ must not end a training run
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        arguments = parse(argv)
-        module, function = arguments.run.split(":")
-        getattr(importlib.import_module(module), function)(arguments)
+        options = parse(argv)
+        module, function = options.run.split(":")
+        getattr(importlib.import_module(module), function)(options)
     except KeyboardInterrupt:
         sys.stderr.write("unilora: interrupted\n")
         return 130
@@ -55,42 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"unilora: error{_process()}: {_message(error)}\n")
         return 1
     return 0
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of a command line, with those of its recipe where it names one.
-
-    Raises:
-        CommandError: a recipe that cannot be used.
-    """
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if getattr(arguments, "recipe", None):
-        recipes.fill_in(arguments)
-        arguments = parser.parse_args(argv)
-    options_finetune.complete(arguments)
-    return arguments
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each names the function that runs it as ``module:function``."""
-    parser = argparse.ArgumentParser(
-        prog="unilora",
-        description="One trainable vector adapts a whole model (Uni-LoRA): train it, look at it, convert it, merge it.",
-        epilog="`unilora COMMAND --help` explains each command, with examples.",
-    )
-    parser.add_argument("--version", action="version", version=f"unilora {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    options_finetune.add_finetune(commands)
-    options_finetune.add_recipes(commands)
-    options.add_inspect(commands)
-    options.add_analyze(commands)
-    options.add_convert(commands)
-    options.add_check(commands)
-    options.add_combine(commands)
-    options.add_merge(commands)
-    return parser
 
 
 def _process() -> str:

@@ -4,33 +4,33 @@ A recipe's keys are the options of `unilora finetune vit`, `text` or `lm` withou
 which of them, ``about`` what the recipe is. Options of the command line win over it.
 """
 
-import argparse
 import sys
+from argparse import ArgumentTypeError
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, one_line, path_of, say, table
-from unilora_cli.defaults import DEFAULTS
+from unilora_cli.options.fields import Command, Option, options_of
+from unilora_cli.options.files import Recipes
+from unilora_cli.options.finetune import TASKS
 from unilora_core.schema import shown
 
-__all__ = ["FOLDER", "fill_in", "run", "shipped"]
+__all__ = ["FOLDER", "filled_in", "run", "shipped"]
 
 FOLDER = Path(__file__).with_name("recipes")
 HEADER = ("task", "about")
-NOT_SETTINGS = {"help", "debug", "recipe", "model_arg", "method_arg", "trainer_arg"}
-NOT_SETTINGS |= {"report_to", "out", "overwrite", "resume"}
-"""What belongs to one run, not to an experiment."""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Recipes) -> None:
     """List the shipped recipes, or print one.
 
     Raises:
         CommandError: no such recipe, or no TOML.
     """
-    if arguments.name:
-        _read(arguments.name)
-        say(_text(arguments.name).rstrip())
+    if options.name:
+        _read(options.name)
+        say(_path(options.name).read_text("utf-8").rstrip())
         return
     rows = [(name, _read(name)) for name in shipped()]
     say(table([(name, recipe["task"], recipe["about"]) for name, recipe in rows], indent=""))
@@ -41,32 +41,29 @@ def shipped() -> list[str]:
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.toml"))
 
 
-def fill_in(arguments: argparse.Namespace) -> None:
-    """Make the values of ``--recipe`` the defaults of the parser of this subcommand, ``arguments.parser``.
+def filled_in(command: type[Command], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said, and beneath it the values of the recipe that it names.
 
     Raises:
         CommandError: no such recipe, or it is another task's; a key that is no option, or a value that the option does
             not take: the message names the key.
     """
-    name, options = arguments.recipe, _read(arguments.recipe)
-    if options["task"] != arguments.kind:
-        raise CommandError(f"{name}: this recipe is for `unilora finetune {options['task']}`.")
-    actions = {
-        action.option_strings[0].removeprefix("--"): action
-        for action in arguments.parser._actions  # argparse has no public list of them
-        if action.dest not in NOT_SETTINGS
-    }
-    settings = {key: value for key, value in options.items() if key not in HEADER}
-    if unknown := [key for key in settings if key not in actions]:
-        known = ", ".join([*HEADER, *actions])
+    name, recipe = said["recipe"], _read(said["recipe"])
+    if recipe["task"] != command.word:
+        raise CommandError(f"{name}: this recipe is for `unilora finetune {recipe['task']}`.")
+    every = options_of(command).values()
+    options = {option.word: option for option in every if option.scope != "run" and not option.repeated}
+    settings = {key: value for key, value in recipe.items() if key not in HEADER}
+    if unknown := [key for key in settings if key not in options]:
+        known = ", ".join([*HEADER, *options])
         raise CommandError(f"{name}: there is no setting {shown(unknown[0])}; a recipe may have {known}.")
-    if {"lora-rate", "theta-rate"} <= settings.keys():
-        raise CommandError(f"{name}: theta-rate takes the place of lora-rate; leave one of them out.")
-    values = {key: _value(actions[key], value, f"{name}: {key}") for key, value in settings.items()}
-    rates_given = arguments.lora_rate is not None or arguments.theta_rate is not None
-    for key, value in values.items():
-        if not (rates_given and key in ("lora-rate", "theta-rate")):
-            actions[key].default = value
+    values = {key: _value(options[key], value, f"{name}: {key}") for key, value in settings.items()}
+    for key, other in ((key, option.instead_of) for key, option in options.items() if option.instead_of):
+        if {key, other} <= values.keys():
+            raise CommandError(f"{name}: {key} takes the place of {other}; leave one of them out.")
+        if {options[key].name, options[other].name} & said.keys():
+            values = {k: value for k, value in values.items() if k not in (key, other)}
+    return {options[key].name: value for key, value in values.items()} | dict(said)
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -74,25 +71,17 @@ def _read(name: str) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
-    text = _text(name)
+    path = _path(name)
     try:
-        recipe = tomllib.loads(text)
+        recipe = tomllib.loads(path.read_text("utf-8"))
         repr(recipe)  # or no message could show what is wrong
-    except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: numbers of too many digits, deep nesting
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML; too many digits, deep nesting
         raise CommandError(f"{name}: not TOML ({one_line(error, 200)}).") from error
-    if (task := recipe.get("task")) not in tuple(DEFAULTS):
+    if (task := recipe.get("task")) not in tuple(TASKS):
         raise CommandError(f'{name}: expected task = "vit", "text" or "lm", got {shown(task)}.')
     if not isinstance(about := recipe.get("about", ""), str):
         raise CommandError(f"{name}: about: expected a text, got {shown(about)}.")
     return {"about": ""} | recipe
-
-
-def _text(name: str) -> str:
-    path = _path(name)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{path}: not TOML ({error}).") from error
 
 
 def _path(name: str) -> Path:
@@ -106,9 +95,10 @@ def _path(name: str) -> Path:
     return path
 
 
-def _value(action: Any, value: Any, where: str) -> Any:
+def _value(option: Option, value: Any, where: str) -> Any:
     """A TOML value as the option takes it: numbers for numbers, lists for comma lists, true and false for flags."""
-    flag, parts = isinstance(action, argparse.BooleanOptionalAction), value if isinstance(value, list) else [value]
+    choices, flag = option.argument.get("choices"), "action" in option.argument
+    parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, (str, int, float)) for part in parts):
         raise CommandError(f"{where}: expected a text, a number, true or false, or a list of such, got {shown(value)}.")
     text = ",".join(map(str, parts))
@@ -117,13 +107,13 @@ def _value(action: Any, value: Any, where: str) -> Any:
             f"{where}: expected what a command line could say, got {shown(value)}, with a null character."
         )
     try:
-        made = value if flag else (action.type or str)(text)
-    except argparse.ArgumentTypeError as error:
+        made = value if flag else option.argument.get("type", str)(text)
+    except ArgumentTypeError as error:
         raise CommandError(f"{where}: {error}.") from error
     if flag:
         fits, wanted = isinstance(value, bool), "true or false"
-    elif action.choices:
-        fits, wanted = value in action.choices, " or ".join(map(repr, action.choices))
+    elif choices:
+        fits, wanted = value in choices, " or ".join(map(repr, choices))
     elif isinstance(made, (int, float)):
         fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
     else:

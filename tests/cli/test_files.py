@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -292,10 +293,10 @@ def test_check_of_no_folder(unilora, tmp_path):
 
 
 def test_the_engines_of_the_options_are_those_of_the_core():
-    from unilora_cli import options
+    from unilora_cli.options.files import Engine
     from unilora_core.engines import ENGINES
 
-    assert tuple(ENGINES) == options.ENGINES
+    assert tuple(ENGINES) == get_args(Engine)
 
 
 # ---- convert ----------------------------------------------------------------------------------------------------

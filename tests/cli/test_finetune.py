@@ -545,7 +545,7 @@ def test_a_part_of_a_split_is_counted_in_digits(unilora, bert, tmp_path, part):
 
 
 def words_of_help(kind):
-    from unilora_cli.options_training import WORDS
+    from unilora_cli.options.finetune import WORDS
 
     return [word.split(" of ")[0] for word in WORDS[kind].split(", ")]
 

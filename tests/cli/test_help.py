@@ -35,11 +35,11 @@ def test_help_of_a_command_has_examples(unilora, words):
 
 @pytest.mark.parametrize("kind", ["vit", "text", "lm"])
 def test_help_shows_the_defaults(unilora, kind):
-    from unilora_cli.defaults import DEFAULTS
+    from unilora_cli.options.finetune import TASKS
 
     text = " ".join(unilora("finetune", kind, "--help").out.split())
-    assert f"(default: {DEFAULTS[kind].lora_rate})" in text
-    assert f"(default: {DEFAULTS[kind].batch_size})" in text
+    assert f"(default: {TASKS[kind].lora_rate})" in text
+    assert f"(default: {TASKS[kind].batch_size})" in text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`unilora analyze`: the properties of P for methods side by side, measured. Imports the core only."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,9 @@ import numpy as np
 
 from unilora_cli.commands.analyze_cases import Case, made_up, of_file, of_model, planned
 from unilora_cli.console import CommandError, number, path_of, say, table
+from unilora_cli.options.files import Analyze
 from unilora_cli.outputs import blank_figure, write_csv, write_png
+from unilora_cli.tasks.models import Base
 from unilora_core import analyze
 from unilora_core.analysis import Analysis, Projection
 from unilora_core.files import try_files
@@ -26,7 +27,7 @@ PAIRS = {"rows": ENDS, "gains": ENDS, "operations": WAYS, "seconds": WAYS}
 """Figures that come in twos, and the columns of the CSV that they are in."""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Analyze) -> None:
     """Print the table, and write ``analysis.csv`` and ``support.png``.
 
     Raises:
@@ -35,10 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
         CommandError: an option that no method takes.
         OSError: nothing can be written, which is tried first.
     """
-    folder = path_of(arguments.out) if arguments.out else None
+    folder = path_of(options.out) if options.out else None
     if folder:
         try_files(folder / "analysis.csv", folder / "support.png")
-    found = [(case, analyze(case.spec, case.targets, case.frozen)) for case in _cases(arguments)]
+    found = [(case, analyze(case.spec, case.targets, case.frozen)) for case in _cases(options)]
     say(table(table_of(found)))
     if folder:
         write_figures(folder / "analysis.csv", found)
@@ -46,23 +47,27 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"also written: analysis.csv, support.png in {folder}")
 
 
-def _cases(arguments: argparse.Namespace) -> list[Case]:
+def _cases(options: Analyze) -> list[Case]:
     """The file's own P first, where there is a file; then the methods that were asked for, for the same targets.
 
     Raises:
         CommandError: a model without its kind, or beside a file.
     """
-    if bool(arguments.model) != bool(arguments.kind) or (arguments.model and arguments.file):
+    if bool(options.model) != bool(options.kind) or (options.model and options.file):
         raise CommandError("expected FILE, or --model NAME with --kind vit, text or lm, or neither.")
     own: list[Case] = []
-    if arguments.file:
-        case, targets = of_file(arguments.file)
+    if options.model and options.kind:
+        pretrained = not options.no_pretrained
+        base = Base(options.kind, options.model, arguments=dict(options.model_arg), pretrained=pretrained)
+        targets = of_model(base, options.targets)
+    elif options.file:
+        case, targets = of_file(options.file)
         own = [case]
     else:
-        targets = of_model(arguments) if arguments.model else made_up(arguments.layers, arguments.width)
-    names = arguments.method or (() if own else ("all",))
-    fields = {"rank": arguments.rank, "d": arguments.d, "seed": arguments.seed}
-    return own + planned(names, targets, fields, dict(arguments.option))
+        targets = made_up(options.layers, options.width)
+    names = options.method or (() if own else ("all",))
+    fields = {"rank": options.rank, "d": options.d, "seed": options.seed}
+    return own + planned(names, targets, fields, dict(options.option))
 
 
 def table_of(found: Sequence[tuple[Case, Analysis]]) -> list[tuple[str, ...]]:

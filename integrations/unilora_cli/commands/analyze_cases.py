@@ -1,6 +1,5 @@
 """What `unilora analyze` looks at: methods for the targets of a file, or of a small transformer."""
 
-import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from unilora_cli.console import CommandError, say
+from unilora_cli.tasks.models import Base, build
 from unilora_core import ProjectionSpec, SpecError, read_adapter
 from unilora_core.frames import FRAMES, Sizes
 from unilora_core.header import FROZEN, read_header
@@ -95,22 +95,19 @@ def _name(spec: ProjectionSpec) -> str:
     return method if METHODS[method].grouping == spec.grouping else f"{method}/{spec.grouping}"
 
 
-def of_model(arguments: argparse.Namespace) -> Targets:
+def of_model(base: Base, wanted: str | tuple[str, ...] | None) -> Targets:
     """The targets of a base model, by default or as ``--targets`` says, and its own weights.
 
     Raises:
         CommandError: there is no such model.
         TargetError: nothing to adapt.
     """
-    from unilora_cli.tasks.models import Base, build
     from unilora_torch.chains import sizes_of
     from unilora_torch.frozen import frozen_of
 
-    attach = import_module("unilora_timm" if arguments.kind == "vit" else "unilora_transformers").attach
-    settings = dict(arguments.model_arg)
-    base = Base(arguments.kind, arguments.model, arguments=settings, pretrained=not arguments.no_pretrained)
+    attach = import_module("unilora_timm" if base.kind == "vit" else "unilora_transformers").attach
     model, _ = build(base)
-    adapter = attach(model, arguments.targets)
+    adapter = attach(model, wanted)
     found = adapter.targets
     adapter.detach()
 

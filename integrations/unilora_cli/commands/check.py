@@ -1,24 +1,23 @@
 """`unilora check`: which serving engines take a LoRA folder. Imports the core only."""
 
-import argparse
-
 from unilora_cli.console import say
+from unilora_cli.options.files import Check
 from unilora_core.engines import ENGINES, Lora, read_lora, refuse, serving, verdicts
 
 __all__ = ["describe", "run"]
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Check) -> None:
     """Print what each engine says to the folder.
 
     Raises:
         FileNotFoundError, CorruptFileError: no LoRA folder.
         AdapterFileError: the engine that the user named would not serve it.
     """
-    lora = read_lora(arguments.folder)
-    say(describe(arguments.folder, lora))
-    if arguments.engine:
-        refuse(lora, arguments.engine)
+    lora = read_lora(options.folder)
+    say(describe(options.folder, lora))
+    if options.engine:
+        refuse(lora, options.engine)
 
 
 def describe(folder: str, lora: Lora) -> str:

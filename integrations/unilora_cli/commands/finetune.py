@@ -1,8 +1,8 @@
 """`unilora finetune vit|text|lm`: build the task, print the plan, train, report."""
 
-import argparse
 import importlib
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from unilora_cli.console import CommandError, one_line, path_of, say, table
+from unilora_cli.options.finetune import Finetune
 from unilora_cli.tasks.adapting import check_method, checkpoint_activations
 from unilora_cli.tasks.loading import prepare
 from unilora_cli.tasks.models import readable_errors
@@ -23,45 +24,44 @@ from unilora_core.files import try_files
 __all__ = ["run"]
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Fine-tune as the arguments say."""
-    if arguments.fp16 and arguments.bf16:
+def run(options: Finetune) -> None:
+    """Fine-tune as the options say."""
+    if options.fp16 and options.bf16:
         raise CommandError("--fp16 and --bf16 exclude each other; where a recipe sets one, take it back: --no-bf16.")
-    about = _about(arguments)
-    with distributed.started(arguments.device) as device:
-        if arguments.fp16 and device.type == "cpu":
+    with distributed.started(options.device) as device:
+        if options.fp16 and device.type == "cpu":
             raise CommandError(f"--fp16 is for GPUs, and this run is on {device}; say --bf16, or neither.")
-        about["settings"]["processes"] = distributed.processes()
-        arguments.device = str(device)
-        _train(arguments, about)
+        said = asdict(options) | {"processes": distributed.processes()}
+        about = {"command": f"finetune {options.word}", "unilora": __version__, "settings": said}
+        _train(replace(options, device=str(device)), about)
 
 
-def _train(arguments: argparse.Namespace, about: dict[str, Any]) -> None:
-    settings.check_more(dict(arguments.trainer_arg))
-    check_method(arguments)
-    folder = distributed.from_first(lambda: _output_folder(arguments))
-    resumed = distributed.from_first(lambda: checkpoints.read(folder)) if arguments.resume else None
+def _train(options: Finetune, about: dict[str, Any]) -> None:
+    settings.check_more(options)
+    check_method(options)
+    folder = distributed.from_first(lambda: _output_folder(options))
+    resumed = distributed.from_first(lambda: checkpoints.read(folder)) if options.resume else None
     run = resumed[1] if resumed else None
     if run:
-        checkpoints.check_settings(run, about["settings"], folder)
-    device = torch.device(arguments.device)
-    _seed(arguments.seed)
-    task = importlib.import_module(f"unilora_cli.tasks.{arguments.kind}").task(arguments)
+        checkpoints.check_settings(run, options, folder)
+    _seed(options.seed)
+    task = importlib.import_module(f"unilora_cli.tasks.{options.word}").task(options)
     if run:
         checkpoints.check_task(run, task, folder)
     if not getattr(task.model, "is_quantized", False):  # that one is where it was loaded to
-        task.model.to(device)
-    how = settings.settings_of(arguments, half=prepare(task.model, task.adapter))
-    _save_memory_or_time(task, arguments)
-    trainer.growth_of(task, how.grow_to)
+        task.model.to(torch.device(options.device))
+    half = prepare(task.model, task.adapter)
+    how = replace(options, bf16=options.bf16 or (half and not options.fp16))  # as beside a base in half precision
+    _save_memory_or_time(task, options)
+    trainer.growth_of(task, options.grow_to)
     plan = plan_of(task, how)
     say("plan\n" + table(rows_of(task, plan, how)) + "\n\ntraining")
-    with Recorder(folder, task, {**about, "plan": plan, **task.facts}, arguments.keep, run) as recorder:
+    with Recorder(folder, task, options, {**about, "plan": plan, **task.facts}, run) as recorder:
         with readable_errors("the Trainer takes no such options"):
             trains = trainer.AdapterTrainer(task, how, recorder, run)
-        _seed(arguments.seed + distributed.rank())  # after the Trainer, which gives all processes the same
+        _seed(options.seed + distributed.rank())  # after the Trainer, which gives all processes the same
         try:
-            trainer.fit(trains, how.patience, resumed)
+            trainer.fit(trains, options.patience, resumed)
             trainer.conclude(trains)
         except torch.OutOfMemoryError as error:
             recorder.failed("out of memory")
@@ -79,33 +79,33 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _save_memory_or_time(task: Task, arguments: argparse.Namespace) -> None:
+def _save_memory_or_time(task: Task, options: Finetune) -> None:
     """``--gradient-checkpointing`` of a model of timm (others are loaded with it), and ``--compile``."""
-    if arguments.gradient_checkpointing and arguments.kind == "vit":
-        checkpoint_activations(task.model, arguments.model)
-    if arguments.compile:
+    if options.gradient_checkpointing and options.word == "vit":
+        checkpoint_activations(task.model, options.model)
+    if options.compile:
         known = torch.compiler.list_backends(exclude_tags=())
-        if arguments.compile not in known:
-            raise CommandError(f"--compile {arguments.compile}: torch has no such backend; it has {', '.join(known)}.")
-        task.model.compile(backend=arguments.compile)
+        if options.compile not in known:
+            raise CommandError(f"--compile {options.compile}: torch has no such backend; it has {', '.join(known)}.")
+        task.model.compile(backend=options.compile)
 
 
-def _output_folder(arguments: argparse.Namespace) -> Path:
+def _output_folder(options: Finetune) -> Path:
     """The folder to write to, which is tried; no adapter is overwritten unless asked.
 
     Raises:
         CommandError: there is an adapter in it, or its name is a file's; ``--resume`` without ``--out``.
         OSError: nothing can be written there.
     """
-    folder = _new_folder(arguments) if arguments.out is None else _given_folder(arguments)
+    folder = _new_folder(options) if options.out is None else _given_folder(options.out, options)
     try_files(folder / ADAPTER)
     return folder
 
 
-def _new_folder(arguments: argparse.Namespace) -> Path:
-    if arguments.resume:
+def _new_folder(options: Finetune) -> Path:
+    if options.resume:
         raise CommandError("--resume wants the folder of the interrupted run: --out FOLDER.")
-    names = (Path(arguments.model).name, Path(arguments.data).stem)
+    names = (Path(options.model).name, Path(options.data).stem)
     stem = "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in name) for name in names)
     stem = stem.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
     folder, number = Path("runs", stem), 1
@@ -115,17 +115,10 @@ def _new_folder(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def _given_folder(arguments: argparse.Namespace) -> Path:
-    folder = path_of(arguments.out)
+def _given_folder(out: str, options: Finetune) -> Path:
+    folder = path_of(out)
     if folder.exists() and not folder.is_dir():
-        raise CommandError(f"{arguments.out}: this is a file; --out wants a folder.")
-    if (folder / ADAPTER).exists() and not (arguments.overwrite or arguments.resume):
-        raise CommandError(
-            f"{arguments.out}: there is an adapter in it already; add --overwrite, or choose another --out."
-        )
+        raise CommandError(f"{out}: this is a file; --out wants a folder.")
+    if (folder / ADAPTER).exists() and not (options.overwrite or options.resume):
+        raise CommandError(f"{out}: there is an adapter in it already; add --overwrite, or choose another --out.")
     return folder
-
-
-def _about(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "debug", "kind")}
-    return {"command": f"finetune {arguments.kind}", "unilora": __version__, "settings": settings}

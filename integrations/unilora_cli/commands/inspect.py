@@ -1,6 +1,5 @@
 """`unilora inspect`: what an adapter file holds. Imports the core only."""
 
-import argparse
 import json
 import math
 from collections import Counter
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from unilora_cli.console import say, table
+from unilora_cli.options.files import Inspect
 from unilora_core import AdapterFile, read_adapter
 from unilora_core.header import FROZEN, Header, read_header
 from unilora_core.maps import FIRST_D, MAPS
@@ -19,12 +19,12 @@ from unilora_core.serialisation import FORMAT_VERSION
 __all__ = ["describe", "run"]
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Inspect) -> None:
     """Print a description of a file."""
-    file = read_adapter(arguments.file)
-    header = read_header(arguments.file, file)
-    facts = describe(arguments.file, file, header)
-    say(json.dumps(facts, indent=2) if arguments.json else _text(facts, header))
+    file = read_adapter(options.file)
+    header = read_header(options.file, file)
+    facts = describe(options.file, file, header)
+    say(json.dumps(facts, indent=2) if options.json else _text(facts, header))
 
 
 def describe(path: str, file: AdapterFile, header: Header) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a causal language model is trained on, before a tokenizer has seen it: whole texts, pairs, or chats."""
 
-import argparse
 import string
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 from unilora_cli.console import CommandError
 from unilora_cli.data.chats import CHATS, OPTIONS, Chat, read_chat, without_none
 from unilora_cli.data.records import load_tables, nfc
+from unilora_cli.options.finetune import Lm
 from unilora_core.schema import shown
 
 __all__ = ["Corpus", "read_corpora"]
@@ -41,38 +41,38 @@ class Corpus:
     unused: Sequence[str] = ()
 
 
-def read_corpora(arguments: argparse.Namespace) -> tuple[Corpus, Corpus | None]:
+def read_corpora(options: Lm) -> tuple[Corpus, Corpus | None]:
     """What ``--data`` and ``--eval-data`` hold.
 
     Raises:
         CommandError: no such data, or no known columns; a record without text; a chat with an unknown role; whole texts
             where pairs or chats are wanted.
     """
-    tables, elsewhere = load_tables(arguments), arguments.eval_data or arguments.data
+    tables, elsewhere = load_tables(options), options.eval_data or options.data
     corpora = (
-        _corpus(tables.train, arguments, arguments.data),
-        None if tables.held_out is None else _corpus(tables.held_out, arguments, elsewhere),
+        _corpus(tables.train, options, options.data),
+        None if tables.held_out is None else _corpus(tables.held_out, options, elsewhere),
     )
     for corpus in corpora:
-        if corpus and corpus.texts and (what := _wants_dialogues(arguments)):
+        if corpus and corpus.texts and (what := _wants_dialogues(options)):
             raise CommandError(f"{corpus.where}: it holds whole texts, so there is no {what}.")
     return corpora
 
 
-def _wants_dialogues(arguments: argparse.Namespace) -> str | None:
+def _wants_dialogues(options: Lm) -> str | None:
     """The argument that makes no sense for whole texts."""
-    if "exact-match" in (arguments.metric or ()):
+    if "exact-match" in (options.metric or ()):
         return "--metric exact-match"
-    if arguments.packing:
+    if options.packing:
         return "--packing"
-    return "--response-only" if arguments.response_only else None
+    return "--response-only" if options.response_only else None
 
 
-def _corpus(rows: Sequence[Row], arguments: argparse.Namespace, where: str) -> Corpus:
-    if arguments.prompt:
-        pairs, used = _filled_in(rows, arguments, where)
+def _corpus(rows: Sequence[Row], options: Lm, where: str) -> Corpus:
+    if options.prompt:
+        pairs, used = _filled_in(rows, options.prompt, options.response_column, where)
         return Corpus(where, pairs=pairs, unused=_others(rows, used))
-    columns = _columns(rows[0], arguments, where)
+    columns = _columns(rows[0], options, where)
     if columns[0] in CHATS or isinstance(rows[0][columns[0]], list):
         dense = without_none if hasattr(rows, "features") else dict  # a table of `datasets`, or records as they were
         chats = [read_chat(dense(row), columns, f"{where}, record {i + 1}") for i, row in enumerate(rows)]
@@ -93,10 +93,10 @@ def _others(rows: Sequence[Row], used: Collection[str]) -> list[str]:
     return [name for name in rows[0] if name not in used and any(row[name] not in (None, "", [], {}) for row in rows)]
 
 
-def _columns(row: Row, arguments: argparse.Namespace, where: str) -> tuple[str, ...]:
+def _columns(row: Row, options: Lm, where: str) -> tuple[str, ...]:
     """The columns that count, from those that there are."""
     chats = [(name,) for name in CHATS]
-    known = ((nfc(arguments.text_column),),) if arguments.text_column else (*chats, *DIALOGUES, ("text",))
+    known = ((nfc(options.text_column),),) if options.text_column else (*chats, *DIALOGUES, ("text",))
     for columns in known:
         if set(columns) <= row.keys():
             return columns
@@ -118,14 +118,14 @@ def _words(row: Row, columns: Sequence[str], where: str) -> list[str]:
 
 
 def _filled_in(
-    rows: Sequence[Row], arguments: argparse.Namespace, where: str
+    rows: Sequence[Row], prompt: str, response: str | None, where: str
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Pairs of ``--prompt``, filled in from the columns that it names in braces, and the response; and those columns.
 
     ``{prompt}`` and the response are found by name where the data call them otherwise.
     """
     try:
-        pieces = list(string.Formatter().parse(arguments.prompt))
+        pieces = list(string.Formatter().parse(prompt))
     except ValueError as error:
         raise CommandError(f"--prompt: {error}; write {{column}}, and {{{{ for a plain brace.") from error
     if formatted := [name for _, name, format_, conversion in pieces if name is not None and (format_ or conversion)]:
@@ -133,7 +133,7 @@ def _filled_in(
     names = [nfc(name) for _, name, *_ in pieces if name is not None]
     usual = next((pair for pair in DIALOGUES if set(pair) <= rows[0].keys()), DIALOGUES[0])
     columns = [usual[0] if name == "prompt" else name for name in names]
-    columns.append(nfc(arguments.response_column or usual[1]))
+    columns.append(nfc(response or usual[1]))
     if missing := [name for name in columns if name not in rows[0]]:
         raise CommandError(
             f"{where}: there is no column {missing[0]!r} for --prompt or --response-column; it has "
@@ -141,9 +141,9 @@ def _filled_in(
         )
     found = []
     for i, row in enumerate(rows):
-        *parts, response = _words(row, columns, f"{where}, record {i + 1}")
+        *parts, answer = _words(row, columns, f"{where}, record {i + 1}")
         said: dict[str | None, str] = {**dict(zip(names, parts, strict=True)), None: ""}
-        found.append(("".join(before + said[name and nfc(name)] for before, name, *_ in pieces), response))
+        found.append(("".join(before + said[name and nfc(name)] for before, name, *_ in pieces), answer))
     return found, columns
 
 

@@ -1,6 +1,5 @@
 """Images with classes: which are trained on, which are held out, and which are tested on once at the end."""
 
-import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from unilora_cli.data import image_sources as sources
 from unilora_cli.data.image_sources import ImageSource, images_of_folder
 from unilora_cli.data.labels import class_index, class_names
 from unilora_cli.data.records import HELD_OUT, class_notes, column, draw, is_local, load_tables, seen, some, split_off
+from unilora_cli.options.finetune import Vit
 from unilora_cli.tasks.models import readable_errors
 
 __all__ = ["ImageSet", "Images", "Part", "load_images"]
@@ -72,25 +72,25 @@ class ImageSet(Dataset):
         return {"x": self.transform(image), "labels": self.part.source.labels[index]}
 
 
-def load_images(arguments: argparse.Namespace) -> Images:
-    """The images that the arguments name, parted as they say.
+def load_images(options: Vit) -> Images:
+    """The images that the options name, parted as they say.
 
     Raises:
         CommandError: no such data, data without images and classes, one class only, or options that do not go together.
     """
-    train, held_out, test = _sources(arguments)
+    train, held_out, test = _sources(options)
     if len(train.classes) < 2:
-        raise CommandError(f"{arguments.data}: there is one class only, {train.classes[0]!r}; nothing can be learnt.")
+        raise CommandError(f"{options.data}: there is one class only, {train.classes[0]!r}; nothing can be learnt.")
     skipped: list[tuple[str, str]] = []
 
     def usable(source: ImageSource, read: bool) -> Part:
         part = Part(source, range(len(source.labels)))
-        return _decodable(part, arguments.workers, skipped) if read else part
+        return _decodable(part, options.workers, skipped) if read else part
 
-    skip = arguments.bad_images == "skip"
+    skip = options.bad_images == "skip"
     learnt = usable(train, skip)
     if lost := set(train.labels) - {train.labels[i] for i in learnt.indices}:
-        raise CommandError(f"{arguments.data}: no image of the class {train.classes[min(lost)]!r} can be decoded.")
+        raise CommandError(f"{options.data}: no image of the class {train.classes[min(lost)]!r} can be decoded.")
     apart = None if held_out is None else usable(held_out, skip)
     tested = None if test is None else usable(test, True)  # read after training only, when it would be late to stop
     if skipped and not skip:
@@ -100,11 +100,11 @@ def load_images(arguments: argparse.Namespace) -> Images:
             raise CommandError(f"{part.source.name(0)}: none of the images beside it can be decoded either.")
     kept = learnt.indices
     if apart is None:
-        left, others = split_off(len(kept), arguments.holdout, arguments.seed, [train.labels[i] for i in kept])
+        left, others = split_off(len(kept), options.holdout, options.seed, [train.labels[i] for i in kept])
         apart, kept = Part(train, [kept[i] for i in others]), [kept[i] for i in left]
-    learnt = Part(train, [kept[i] for i in draw(len(kept), arguments.limit, arguments.seed)])
+    learnt = Part(train, [kept[i] for i in draw(len(kept), options.limit, options.seed)])
     labels = ([part.source.labels[i] for i in part.indices] for part in (learnt, apart))
-    notes = _left_out((train, held_out, test), path_of(arguments.data))
+    notes = _left_out((train, held_out, test), path_of(options.data))
     notes += [*class_notes(train.classes, *labels), *_seen(learnt, apart)]
     return Images(train.classes, learnt, apart, tested, tuple(skipped), tuple(notes))
 
@@ -139,37 +139,37 @@ def _left_out(found: Sources, folder: Path) -> list[tuple[str, Any]]:
     return notes
 
 
-def _sources(arguments: argparse.Namespace) -> Sources:
-    data = arguments.data
+def _sources(options: Vit) -> Sources:
+    data = options.data
     if data.startswith("torch/"):
-        if arguments.data_dir is None:
+        if options.data_dir is None:
             raise CommandError(f"{data} wants the folder that it is in, or goes to: --data-dir FOLDER.")
         if data not in FOLDERS:
-            return _from_torchvision(arguments)
-        return _from_folder(arguments, path_of(arguments.data_dir))
+            return _from_torchvision(options, path_of(options.data_dir))
+        return _from_folder(options, path_of(options.data_dir))
     if data.startswith(STREAMED):
         raise CommandError(f"{data}: data that come as a stream are not read; use hfds/NAME or torch/NAME.")
     for name in ("data_dir", "download"):
-        if getattr(arguments, name):
+        if getattr(options, name):
             raise CommandError(f"--{name.replace('_', '-')} is for data of torchvision, --data torch/NAME.")
     if data.startswith("hfds/"):
-        return _from_tables(arguments)
+        return _from_tables(options)
     folder = path_of(data)
     if is_local(data) and not folder.exists():
         raise CommandError(f"{data}: no such folder.")
-    images = folder.is_dir() and _is_image_folder(folder, arguments.train_split)
-    return _from_folder(arguments, folder) if images else _from_tables(arguments)
+    images = folder.is_dir() and _is_image_folder(folder, options.train_split)
+    return _from_folder(options, folder) if images else _from_tables(options)
 
 
-def _parted(folder: Path, arguments: argparse.Namespace) -> bool:
+def _parted(folder: Path, options: Vit) -> bool:
     """Whether a folder holds the parts of the data, each with its class folders; else its own folders are the classes.
 
     Raises:
         CommandError: one may be meant as well as the other, or there is no part to train on.
     """
     names = [path.name for path in sources.class_folders(folder)]
-    train = arguments.train_split
-    if train != "train" or arguments.eval_split or arguments.test_split:
+    train = options.train_split
+    if train != "train" or options.eval_split or options.test_split:
         if train not in names:
             raise CommandError(f"{folder}: there is no folder {train!r} in it.")
         return True
@@ -190,9 +190,9 @@ def _parted(folder: Path, arguments: argparse.Namespace) -> bool:
     return "train" in parts and not others
 
 
-def _from_folder(arguments: argparse.Namespace, folder: Path) -> Sources:
-    parted = _parted(folder, arguments)
-    train = images_of_folder(folder / arguments.train_split if parted else folder)
+def _from_folder(options: Vit, folder: Path) -> Sources:
+    parted = _parted(folder, options)
+    train = images_of_folder(folder / options.train_split if parted else folder)
 
     def chosen(data: str | None, split: str | None, usual: Sequence[str]) -> ImageSource | None:
         """The folder that the options name, or the first of the usual ones that is there."""
@@ -204,25 +204,26 @@ def _from_folder(arguments: argparse.Namespace, folder: Path) -> Sources:
             raise CommandError(f"{path}: no such folder.")
         return images_of_folder(path, train.classes)
 
-    others = [name for name in HELD_OUT if name != arguments.test_split]
-    held_out = chosen(arguments.eval_data, arguments.eval_split, others)
+    others = [name for name in HELD_OUT if name != options.test_split]
+    held_out = chosen(options.eval_data, options.eval_split, others)
     usual = () if held_out is not None and held_out.folder == folder / "test" else ("test",)
-    return train, held_out, chosen(arguments.test_data, arguments.test_split, usual)
+    return train, held_out, chosen(options.test_data, options.test_split, usual)
 
 
-def _from_tables(arguments: argparse.Namespace) -> Sources:
+def _from_tables(options: Vit) -> Sources:
     import datasets
 
-    tables = load_tables(arguments, arguments.test_data, arguments.test_split)
-    kinds = getattr(tables.train, "features", {})
+    tables = load_tables(options, options.test_data, options.test_split)
+    trained: Any = tables.train
+    kinds = getattr(trained, "features", {})
     pictures = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-    image, label = arguments.image_column or next(iter(pictures), ""), arguments.label_column
+    image, label = options.image_column or next(iter(pictures), ""), options.label_column
     if image not in pictures:
         asked = f"no column {image!r} of images" if image else "no column of images"
-        raise CommandError(f"{arguments.data}: there is {asked}; its columns are {', '.join(kinds) or 'plain text'}.")
-    column(tables.train, label, (), arguments.data)
+        raise CommandError(f"{options.data}: there is {asked}; its columns are {', '.join(kinds) or 'plain text'}.")
+    column(trained, label, (), options.data)
     named = tables.names.get(label, ())
-    classes = named or class_names(tables.train[label], arguments.data)
+    classes = named or class_names(trained[label], options.data)
 
     def source(rows: Any, where: str) -> ImageSource | None:
         if rows is None:
@@ -233,38 +234,37 @@ def _from_tables(arguments: argparse.Namespace) -> Sources:
         labels = [class_index(classes, bool(named), value, where, i) for i, value in enumerate(undecoded[label])]
         return ImageSource(where, classes, labels, undecoded.select_columns([image]))
 
-    train = source(tables.train, arguments.data)
+    train = source(trained, options.data)
     assert train is not None
     return (
         train,
-        source(tables.held_out, arguments.eval_data or arguments.data),
-        source(tables.test, arguments.test_data or arguments.data),
+        source(tables.held_out, options.eval_data or options.data),
+        source(tables.test, options.test_data or options.data),
     )
 
 
-def _from_torchvision(arguments: argparse.Namespace) -> Sources:
+def _from_torchvision(options: Vit, root: Path) -> Sources:
     """Data in timm's notation, by timm's own reader: ``torch/cifar10``."""
     from timm.data import create_dataset
 
-    if other := arguments.eval_data or arguments.test_data:
+    if other := options.eval_data or options.test_data:
         raise CommandError(f"{other}: data of torchvision are parted by --eval-split and --test-split.")
-    root, download = path_of(arguments.data_dir), arguments.download or False
 
     def part(split: str | None) -> ImageSource | None:
         if not split:
             return None
-        with readable_errors(f"cannot load {arguments.data} from {root} (--download fetches what torchvision can)"):
-            found: Any = create_dataset(arguments.data, root=str(root), split=split, download=download)
-        where = f"{arguments.data}, {split}"
+        with readable_errors(f"cannot load {options.data} from {root} (--download fetches what torchvision can)"):
+            found: Any = create_dataset(options.data, root=str(root), split=split, download=options.download)
+        where = f"{options.data}, {split}"
         if not (hasattr(found, "targets") and hasattr(found, "classes")):
             raise CommandError(f"{where}: this data set of torchvision does not list its classes and labels.")
         classes = tuple(name if isinstance(name, str) else str(name[0]) for name in found.classes)
         files = [Path(path) for path, _ in getattr(found, "imgs", ())]
         return ImageSource(where, classes, list(map(int, found.targets)), files or found)
 
-    train = part(arguments.train_split)
-    held_out = part(arguments.eval_split or ("" if arguments.test_split else "validation"))
-    test = part(arguments.test_split)
+    train = part(options.train_split)
+    held_out = part(options.eval_split or ("" if options.test_split else "validation"))
+    test = part(options.test_split)
     assert train is not None
     for source in (held_out, test):
         if source is not None and source.classes != train.classes:

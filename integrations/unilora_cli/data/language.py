@@ -1,6 +1,5 @@
 """Texts for a causal language model as tokens: one stream cut into blocks, or prompts with responses."""
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from unilora_cli.data.corpus import Corpus
 from unilora_cli.data.packing import pack
 from unilora_cli.data.records import draw, seen, split_off
 from unilora_cli.data.templates import chat_tokens, fitted, for_training, left_out
+from unilora_cli.options.finetune import Lm
 
 __all__ = ["IGNORED", "Language", "Prompt", "encode_corpora"]
 
@@ -50,9 +50,7 @@ class Language:
     notes: Notes = field(default_factory=list)
 
 
-def encode_corpora(
-    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int
-) -> Language:
+def encode_corpora(train: Corpus, held_out: Corpus | None, options: Lm, tokenizer: Any, length: int) -> Language:
     """Tokenise, split off what is held out, and pack.
 
     Args:
@@ -63,39 +61,37 @@ def encode_corpora(
     """
     for corpus in (train, held_out):
         if corpus and bool(corpus.texts) != bool(train.texts):
-            raise CommandError(f"{corpus.where}: expected whole texts or none, as in {arguments.data}.")
+            raise CommandError(f"{corpus.where}: expected whole texts or none, as in {options.data}.")
     notes: Notes = [
         ("columns left out", f"{', '.join(map(repr, corpus.unused))} of {corpus.where}")
         for corpus in (train, held_out)
         if corpus and corpus.unused
     ]
     if train.texts:
-        return _texts(train, held_out, arguments, tokenizer, length, notes)
+        return _texts(train, held_out, options, tokenizer, length, notes)
     chats = [chat for corpus in (train, held_out) if corpus for chat in corpus.chats]
-    if any(arguments.response_only or chat.silent for chat in chats):
+    if any(options.response_only or chat.silent for chat in chats):
         own, tokenizer = tokenizer, for_training(tokenizer)
         if tokenizer is not own:
             notes.append(("chat template", "TRL's for training this model, which marks what the assistant says"))
-    learnt = _dialogues(train, tokenizer, length, arguments, notes)
+    learnt = _dialogues(train, tokenizer, length, options, notes)
     if held_out is not None:
-        apart = _dialogues(held_out, tokenizer, length, arguments, notes)
+        apart = _dialogues(held_out, tokenizer, length, options, notes)
     else:
-        kept, others = split_off(len(learnt), arguments.holdout, arguments.seed)
+        kept, others = split_off(len(learnt), options.holdout, options.seed)
         learnt, apart = [learnt[i] for i in kept], [learnt[i] for i in others]
-    examples = [learnt[i][0] for i in draw(len(learnt), arguments.limit, arguments.seed)]
+    examples = [learnt[i][0] for i in draw(len(learnt), options.limit, options.seed)]
     tested, prompts = [example for example, _ in apart], [prompt for _, prompt in apart]
     keys = [[tuple(example["input_ids"]) for example in part] for part in (examples, tested)]
     notes += seen(keys[0], keys[1], len(tested))
-    if not arguments.packing:
+    if not options.packing:
         return Language(examples, tested, prompts, notes=notes)
     packed = pack(examples, length, IGNORED)
     notes.append(("packed", f"{len(examples):,} examples in {len(packed):,} blocks of at most {length} tokens"))
     return Language(packed, pack(tested, length, IGNORED), prompts, examples, notes)
 
 
-def _texts(
-    train: Corpus, held_out: Corpus | None, arguments: argparse.Namespace, tokenizer: Any, length: int, notes: Notes
-) -> Language:
+def _texts(train: Corpus, held_out: Corpus | None, options: Lm, tokenizer: Any, length: int, notes: Notes) -> Language:
     """Blocks; without held-out texts the last are held out, as neighbours in a text know too much of each other to draw
     them at random.
     """
@@ -105,13 +101,13 @@ def _texts(
         notes += seen(train.texts, held_out.texts, len(held_out.texts))
     elif len(blocks) < 2:
         raise CommandError(
-            f"{arguments.data}: it fills one block of {length} tokens only, so nothing is left to hold out; "
+            f"{options.data}: it fills one block of {length} tokens only, so nothing is left to hold out; "
             "use a smaller --length, or give --eval-data."
         )
     else:
-        count = min(len(blocks) - 1, max(1, round(len(blocks) * arguments.holdout)))
+        count = min(len(blocks) - 1, max(1, round(len(blocks) * options.holdout)))
         blocks, apart = blocks[:-count], blocks[-count:]
-    return Language([blocks[i] for i in draw(len(blocks), arguments.limit, arguments.seed)], apart, notes=notes)
+    return Language([blocks[i] for i in draw(len(blocks), options.limit, options.seed)], apart, notes=notes)
 
 
 def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
@@ -129,12 +125,10 @@ def _blocks(corpus: Corpus, tokenizer: Any, length: int) -> list[Example]:
     return [_example(tokens, tokens) for tokens in (stream[start : start + length] for start in starts)]
 
 
-def _dialogues(
-    corpus: Corpus, tokenizer: Any, length: int, arguments: argparse.Namespace, notes: Notes
-) -> list[tuple[Example, Prompt]]:
+def _dialogues(corpus: Corpus, tokenizer: Any, length: int, options: Lm, notes: Notes) -> list[tuple[Example, Prompt]]:
     """Prompts with their responses, without those that leave no room for a response."""
     found, count, cut = [], 0, 0
-    for tokens, silent, prompt, response in _tokenised(corpus, tokenizer, arguments.response_only, notes):
+    for tokens, silent, prompt, response in _tokenised(corpus, tokenizer, options.response_only, notes):
         labels = [IGNORED if skip else token for token, skip in zip(tokens, silent, strict=True)][:length]
         count += 1
         if len(prompt) < length and any(label != IGNORED for label in labels[1:]):

@@ -1,6 +1,5 @@
 """Tables of records from a file (.tsv, .csv, .jsonl, .json, .txt, .parquet), a folder or the hub; and parting them."""
 
-import argparse
 import codecs
 import csv
 import functools
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, path_of
+from unilora_cli.options.finetune import Source
 from unilora_cli.tasks.models import readable_errors
 from unilora_core.schema import shown
 
@@ -55,41 +55,41 @@ class Tables:
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def load_tables(arguments: argparse.Namespace, test_data: str | None = None, test_split: str | None = None) -> Tables:
+def load_tables(options: Source, test_data: str | None = None, test_split: str | None = None) -> Tables:
     """The records that ``--data`` and ``--eval-data`` name, and those to test on.
 
     Raises:
         CommandError: no such data, or data that cannot be read; the message names the file and the line.
     """
-    splits = _load(arguments.data, arguments.subset)
-    train = _split(arguments.data, splits, arguments.train_split)
-    if arguments.eval_data:
-        others = _load(arguments.eval_data, arguments.eval_subset)
-        name = arguments.eval_split or _held_out(others) or arguments.train_split
-        held_out = _split(arguments.eval_data, others, name)
+    splits = _load(options.data, options.subset)
+    train = _split(options.data, splits, options.train_split)
+    if options.eval_data:
+        others = _load(options.eval_data, options.eval_subset)
+        name = options.eval_split or _held_out(others) or options.train_split
+        held_out = _split(options.eval_data, others, name)
     else:
-        name = None if LONE in splits else arguments.eval_split or _held_out(splits, test_split)
-        held_out = None if name in (None, arguments.train_split) else _split(arguments.data, splits, name)
+        other = None if LONE in splits else options.eval_split or _held_out(splits, test_split)
+        held_out = _split(options.data, splits, other) if other and other != options.train_split else None
     test = None
     if test_data:
         others = _load(test_data, None)
         test = _split(test_data, others, test_split or ("test" if len(others) > 1 else next(iter(others))))
     elif test_split:
         if LONE in splits:
-            raise CommandError(f"{arguments.data}: there are no splits in it, so none is {test_split!r}.")
-        test = _split(arguments.data, splits, test_split)
+            raise CommandError(f"{options.data}: there are no splits in it, so none is {test_split!r}.")
+        test = _split(options.data, splits, test_split)
     tables = Tables(train, held_out, test, _named_classes(train))
     for source, rows in (
-        (arguments.data, train),
-        (arguments.eval_data or arguments.data, held_out),
-        (test_data or arguments.data, test),
+        (options.data, train),
+        (options.eval_data or options.data, held_out),
+        (test_data or options.data, test),
     ):
         if rows is not None and len(rows) == 0:
             raise CommandError(f"{source}: there are no records in it.")
         classes = _named_classes(rows)
         for name in tables.names:
             if classes.get(name, tables.names[name]) != tables.names[name]:
-                raise CommandError(f"{source}: the classes of {name!r} are not those of {arguments.data}.")
+                raise CommandError(f"{source}: the classes of {name!r} are not those of {options.data}.")
     return tables
 
 

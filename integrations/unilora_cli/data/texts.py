@@ -1,6 +1,5 @@
 """Labelled texts as lists of token numbers, and their batches."""
 
-import argparse
 import functools
 import math
 import re
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from unilora_cli.console import CommandError
 from unilora_cli.data.labels import class_index, class_names
 from unilora_cli.data.records import class_notes, column, draw, load_tables, seen, split_off
+from unilora_cli.options.finetune import Text
 from unilora_core.schema import shown
 
 __all__ = ["LabelledTexts", "encode", "load_texts", "pad"]
@@ -43,19 +43,19 @@ class LabelledTexts:
     notes: list[tuple[str, Any]]
 
 
-def load_texts(arguments: argparse.Namespace) -> LabelledTexts:
+def load_texts(options: Text) -> LabelledTexts:
     """Read labelled texts.
 
     Raises:
         CommandError: no such data, no such column, a record without text or label, fewer than two classes, a label
             that is no number where numbers are wanted.
     """
-    tables, where = load_tables(arguments), arguments.data
-    asked = [(arguments.text_column, TEXT), (arguments.pair_column, ()), (arguments.label_column, ())]
+    tables, where = load_tables(options), options.data
+    asked = [(options.text_column, TEXT), (options.pair_column, ()), (options.label_column, ())]
     *columns, label = (column(tables.train, name, usual, where) for name, usual in asked if name or usual)
     classes: tuple[str, ...] = ()
     target: Any = _number
-    if not arguments.regression:
+    if not options.regression:
         named = tables.names.get(label, ())
         classes = named or _checked(class_names((row[label] for row in tables.train), where), where, label)
         target = functools.partial(class_index, classes, bool(named))
@@ -70,13 +70,11 @@ def load_texts(arguments: argparse.Namespace) -> LabelledTexts:
 
     train = pairs(tables.train, where)
     if tables.held_out is None:
-        kept, apart = split_off(
-            len(train), arguments.holdout, arguments.seed, [of for _, of in train] if classes else ()
-        )
+        kept, apart = split_off(len(train), options.holdout, options.seed, [of for _, of in train] if classes else ())
         train, held_out = [train[i] for i in kept], [train[i] for i in apart]
     else:
-        held_out = pairs(tables.held_out, arguments.eval_data or where)
-    train = [train[i] for i in draw(len(train), arguments.limit, arguments.seed)]
+        held_out = pairs(tables.held_out, options.eval_data or where)
+    train = [train[i] for i in draw(len(train), options.limit, options.seed)]
     (learnt, labels), (tested, others) = (zip(*part, strict=True) for part in (train, held_out))
     notes = [*class_notes(classes, labels, others), *seen(learnt, tested, len(tested))]
     return LabelledTexts(classes, train, held_out, notes)

@@ -1,9 +1,9 @@
-"""What the three tasks share: from arguments to the options of `attach`, and from examples to batches."""
+"""What the three tasks share: from options of the command to those of `attach`, and from examples to batches."""
 
-import argparse
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from unilora_cli.console import CommandError
+from unilora_cli.options.finetune import Adapting, Finetune, Source
 from unilora_cli.tasks.lengths import fit_length
 from unilora_cli.training import distributed
 from unilora_core.frames import Sizes
@@ -30,25 +31,26 @@ __all__ = [
     "longest",
 ]
 
-OPTIONS = ("targets", "exclude", "modules_to_save", "method", "rank", "d", "seed", "grouping", "start", "bound")
+OPTIONS = {each.name for each in fields(Adapting)} - {"method_arg", "grow_to"}
+"""Those of `attach`, by the same names."""
 
 
-def adapter_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def adapter_options(options: Adapting) -> dict[str, Any]:
     """Keyword arguments for `attach`: those that the user gave; the library knows the other defaults.
 
     Raises:
         CommandError: a --method-arg that has an option of its own.
     """
-    own = dict(arguments.method_arg)
-    if taken := sorted(own.keys() & {*OPTIONS, "model", "name", "example"}):
+    own = dict(options.method_arg)
+    if taken := sorted(own.keys() & (OPTIONS | {"model", "name", "example"})):
         instead = "" if taken[0] in ("name", "example") else f"; say --{taken[0].replace('_', '-')}"
         raise CommandError(f"--method-arg {taken[0]}: no option of a method{instead}.")
-    return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None} | own
+    return {name: value for name in OPTIONS if (value := getattr(options, name)) is not None} | own
 
 
 def loader(
     examples: Any,
-    arguments: argparse.Namespace,
+    options: Finetune,
     collate: Callable | None = None,
     *,
     shuffle: bool = False,
@@ -61,9 +63,9 @@ def loader(
     """
     return DataLoader(
         examples,
-        batch_sampler=Shares(len(examples), arguments.batch_size, arguments.seed if shuffle else None),
+        batch_sampler=Shares(len(examples), options.batch_size, options.seed if shuffle else None),
         collate_fn=functools.partial(_collated, collate or default_collate, blank),
-        num_workers=arguments.workers,
+        num_workers=options.workers,
     )
 
 
@@ -109,29 +111,29 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
         raise CommandError(f"--gradient-checkpointing: timm has none for {name}; leave it out.") from error
 
 
-def check_method(arguments: argparse.Namespace) -> None:
+def check_method(options: Adapting) -> None:
     """Refuse what no layers of any size could have, before a model is loaded.
 
     Raises:
         CommandError: a --method-arg that has an option of its own.
         SpecError: an option that the method does not have, or a value out of its range.
     """
-    said = adapter_options(arguments)
-    fields = {name: said[name] for name in ("method", "rank", "seed", "grouping", "start", "bound") if name in said}
-    options = {name: value for name, value in said.items() if name not in OPTIONS}
-    whole = [value for value in (fields.get("rank"), *options.values()) if type(value) is int and 0 < value < 2**63]
+    said = adapter_options(options)
+    named = {name: said[name] for name in ("method", "rank", "seed", "grouping", "start", "bound") if name in said}
+    more = {name: value for name, value in said.items() if name not in OPTIONS}
+    whole = [value for value in (named.get("rank"), *more.values()) if type(value) is int and 0 < value < 2**63]
     width = math.lcm(2**10, *whole)  # which they divide
     if width <= 2**15:  # of wider layers no weight may have all entries, so that is left to the model's own
-        plan_spec([("layer", Sizes(width, width))], options=options, **fields)
+        plan_spec([("layer", Sizes(width, width))], options=more, **named)
 
 
-def check_classes(arguments: argparse.Namespace, count: int) -> None:
+def check_classes(options: Source, count: int) -> None:
     """Refuse another number of classes than the data have.
 
     Raises:
         CommandError: it names the --model-arg.
     """
-    for name, value in arguments.model_arg:
+    for name, value in options.model_arg:
         if name in ("num_classes", "num_labels") and value != count:
             raise CommandError(f"--model-arg {name}={shown(value)}: by the data it is {count}; leave it out.")
 

@@ -1,6 +1,5 @@
 """What is done to images before a model of timm sees them: timm's own transforms, mixup and CutMix."""
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from unilora_cli.console import CommandError
+from unilora_cli.options.finetune import Augmentation, Vit
 from unilora_cli.tasks.models import readable_errors
 
 __all__ = ["Mixing", "Transforms", "mixing", "transforms"]
@@ -50,14 +50,14 @@ class Transforms:
         return (x * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
-def transforms(model: nn.Module, arguments: argparse.Namespace) -> Transforms:
+def transforms(model: nn.Module, options: Vit) -> Transforms:
     """The transforms for a model, of the size and normalisation that its config has.
 
     Raises:
         CommandError: an option that timm does not take, or one that ``--augment none`` leaves without effect.
     """
-    wanted = {key: value for key, value in arguments.model_arg if key in ("img_size", "in_chans")}
-    wanted |= {key: getattr(arguments, key) for key in ("crop_pct", "interpolation")}
+    wanted = {key: value for key, value in options.model_arg if key in ("img_size", "in_chans")}
+    wanted |= {key: getattr(options, key) for key in ("crop_pct", "interpolation")}
     if isinstance(wanted.get("img_size"), (tuple, list)):
         wanted["input_size"] = (wanted.get("in_chans", 3), *wanted.pop("img_size"))
     config = timm.data.resolve_data_config(wanted, model=model)
@@ -66,11 +66,11 @@ def transforms(model: nn.Module, arguments: argparse.Namespace) -> Transforms:
         if len(config[name]) != channels:
             config[name] = (sum(config[name]) / len(config[name]),) * channels
     reading = timm.data.create_transform(**config)
-    if arguments.augment == "none" and (given := _given(arguments)):
+    if options.augment == "none" and (given := _given(options)):
         option = next(option for option, key in OPTIONS.items() if key in given)
         raise CommandError(f"--{option.replace('_', '-')} has no effect with --augment none; leave one out.")
     return Transforms(
-        training=reading if arguments.augment == "none" else _for_training(config, arguments),
+        training=reading if options.augment == "none" else _for_training(config, options),
         reading=reading,
         mode="L" if channels == 1 else "RGB",
         mean=tuple(config["mean"]),
@@ -78,19 +78,17 @@ def transforms(model: nn.Module, arguments: argparse.Namespace) -> Transforms:
     )
 
 
-def _for_training(config: dict[str, Any], arguments: argparse.Namespace) -> Any:
-    given = _given(arguments)
+def _for_training(config: dict[str, Any], options: Augmentation) -> Any:
+    given = _given(options)
     if "color_jitter" in given and "auto_augment" in given:
         raise CommandError("--color-jitter has no effect beside --aa, which changes the colours itself; leave one out.")
-    options = (
-        PRESETS[arguments.augment] | given | ({"re_mode": "pixel"} if "re_prob" in given else {})
-    )  # noise, not grey
+    noise = {"re_mode": "pixel"} if "re_prob" in given else {}  # and not grey
     with readable_errors("cannot make the transforms for training (--aa, --scale, …)"):
-        return timm.data.create_transform(**config | options, is_training=True)
+        return timm.data.create_transform(**config | PRESETS[options.augment] | given | noise, is_training=True)
 
 
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    values = {key: getattr(arguments, option) for option, key in OPTIONS.items()}
+def _given(options: Augmentation) -> dict[str, Any]:
+    values = {key: getattr(options, option) for option, key in OPTIONS.items()}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -114,16 +112,16 @@ class Mixing:
         return {"x": batch["x"], "labels": labels}
 
 
-def mixing(classes: int, arguments: argparse.Namespace) -> Mixing | None:
+def mixing(classes: int, options: Augmentation) -> Mixing | None:
     """How the batches for training are made; None for plain ones."""
     mixup = None
-    if arguments.mixup or arguments.cutmix:
+    if options.mixup or options.cutmix:
         mixup = Mixup(
-            mixup_alpha=arguments.mixup,
-            cutmix_alpha=arguments.cutmix,
-            prob=arguments.mixup_prob,
-            switch_prob=arguments.mixup_switch_prob,
-            label_smoothing=arguments.smoothing,
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            prob=options.mixup_prob,
+            switch_prob=options.mixup_switch_prob,
+            label_smoothing=options.smoothing,
             num_classes=classes,
         )
-    return Mixing(classes, arguments.smoothing, mixup) if mixup or arguments.smoothing else None
+    return Mixing(classes, options.smoothing, mixup) if mixup or options.smoothing else None

@@ -1,6 +1,5 @@
 """How a base model is loaded for training: its device, its precision, and what saves memory."""
 
-import argparse
 import importlib.util
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from unilora_cli.console import CommandError, one_line
+from unilora_cli.options.finetune import Memory
 from unilora_cli.tasks.models import Base, build, readable_errors
 from unilora_torch import Adapter
 
@@ -36,22 +36,22 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def check_available(arguments: argparse.Namespace) -> None:
+def check_available(options: Memory, shard: bool = False) -> None:
     """Say what is missing before anything is read.
 
     Raises:
         CommandError: ``--load-in-4bit`` without bitsandbytes, or with ``--shard``.
     """
-    if arguments.load_in_4bit and vars(arguments).get("shard"):
+    if options.load_in_4bit and shard:
         raise CommandError("--load-in-4bit and --shard exclude each other: FSDP2 does not part quantised weights here.")
-    if arguments.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if options.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise CommandError(
             "--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes accelerate"
         )
 
 
-def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
-    """A base model of transformers in the precision of the arguments, and the names of its parameters that no
+def loaded(base: Base, options: Memory, shard: bool = False) -> tuple[Any, list[str]]:
+    """A base model of transformers in the precision of the options, and the names of its parameters that no
     checkpoint gave values; on its device, so that no check of a large model runs on the CPU. One that ``--shard`` is
     going to part stays on the CPU till then, as the whole may not fit on a device.
 
@@ -60,30 +60,30 @@ def loaded(base: Base, arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     Raises:
         CommandError: it cannot be built so.
     """
-    options: dict[str, Any] = {}
-    if arguments.dtype != "auto":
-        options["dtype"] = DTYPES[arguments.dtype]
-    if arguments.load_in_4bit:
+    how: dict[str, Any] = {}
+    if options.dtype != "auto":
+        how["dtype"] = DTYPES[options.dtype]
+    if options.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
         from unilora_transformers.targets import HEADS
 
-        options["device_map"] = {"": device_of(arguments.device)}
-        options["quantization_config"] = BitsAndBytesConfig(
+        how["device_map"] = {"": device_of(options.device)}
+        how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=[rf"(.*\.)?{name}" for name in ("lm_head", "pooler", *HEADS)],  # some train in full
         )
-    model, fresh = build(base, **options)
+    model, fresh = build(base, **how)
     if not getattr(model, "is_quantized", False):  # that one is where it was loaded to
-        device = device_of(arguments.device)
-        if not vars(arguments).get("shard"):
+        device = device_of(options.device)
+        if not shard:
             model.to(device)
         if device.type == "cpu" and any(p.dtype == torch.float16 for p in model.parameters()):
             model.float()  # the same values: a CPU's norms take no float16 beside the bfloat16 of autocast
-    if arguments.gradient_checkpointing:
+    if options.gradient_checkpointing:
         with readable_errors(f"--gradient-checkpointing of {base.name!r}"):
             renamed = hasattr(model, "activation_checkpointing_enable")  # in later versions of transformers 5
             enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable

@@ -4,7 +4,6 @@ A file may come from anybody. It names a base and states settings from a closed 
 that runs code, or opens what lies elsewhere, follows from a file alone.
 """
 
-import argparse
 import contextlib
 import errno
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, one_line, path_of
+from unilora_cli.options.files import BaseModel
 from unilora_core import UniLoraError, __version__
 from unilora_core.header import Header
 from unilora_core.schema import shown
@@ -94,30 +94,30 @@ class Base:
         }
 
 
-def remembered(said: Header, arguments: argparse.Namespace) -> Base:
+def remembered(said: Header, options: BaseModel) -> Base:
     """The base model that a file names, with what the command line says put over it.
 
     Raises:
         CommandError: neither the file nor the command line says what the base model is, or only the command line may.
         CorruptFileError: the file states a setting that it may not; see `Header.settings`.
     """
-    kind, name, how = arguments.kind or said.task, arguments.model or said.base_model, said.base_arguments
+    kind, name, how = options.kind or said.task, options.model or said.base_model, said.base_arguments
     if not name:
         raise CommandError(
             f"{said.where} does not say what its base model is; add --model NAME and --kind vit, text or lm."
         )
     if kind is None:
         raise CommandError(f"{said.where} does not say what kind of model {name!r} is; add --kind vit, text or lm.")
-    if not arguments.model:
+    if not options.model:
         _check_name(kind, name, said.where)
-    if kind == "vit" and how.checkpoint and not arguments.checkpoint:
+    if kind == "vit" and how.checkpoint and not options.checkpoint:
         raise CommandError(
             f"{said.where}: the weights of its base came from a file, {shown(how.checkpoint)}, which is not opened on "
             "its word; add --checkpoint PATH."
         )
-    given = dict(arguments.model_arg)
+    given = dict(options.model_arg)
     settings = said.settings(given) | given
-    return Base(kind, name, said.labels, settings, how.pretrained, arguments.checkpoint, how.seed)
+    return Base(kind, name, said.labels, settings, how.pretrained, options.checkpoint, how.seed)
 
 
 def _check_name(kind: str, name: str, where: str) -> None:

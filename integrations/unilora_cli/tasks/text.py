@@ -1,12 +1,11 @@
 """The task of `unilora finetune text`: a text classifier of transformers, or a model that gives a number."""
 
-import argparse
-
 import torch.nn.functional as F
 from torch import nn
 
 import unilora_transformers
 from unilora_cli.data.texts import encode, load_texts, pad
+from unilora_cli.options.finetune import Text
 from unilora_cli.tasks.adapting import (
     adapter_options,
     check_classes,
@@ -24,41 +23,41 @@ from unilora_cli.training.metrics import CLASSES, NUMBERS, chosen
 __all__ = ["score", "task"]
 
 
-def task(arguments: argparse.Namespace) -> Task:
-    """Texts, model and adapter, as the arguments say."""
-    check_available(arguments)
-    known, usual = (NUMBERS, ("pearson", "spearman")) if arguments.regression else (CLASSES, ("accuracy",))
-    metrics = tuple(known[name] for name in chosen(arguments.metric, known, usual))
-    texts = load_texts(arguments)
-    check_classes(arguments, len(texts.classes) or 1)
-    number = {"num_labels": 1, "problem_type": "regression"} if arguments.regression else {}
+def task(options: Text) -> Task:
+    """Texts, model and adapter, as the options say."""
+    check_available(options)
+    known, usual = (NUMBERS, ("pearson", "spearman")) if options.regression else (CLASSES, ("accuracy",))
+    metrics = tuple(known[name] for name in chosen(options.metric, known, usual))
+    texts = load_texts(options)
+    check_classes(options, len(texts.classes) or 1)
+    number = {"num_labels": 1, "problem_type": "regression"} if options.regression else {}
     base = Base(
         "text",
-        arguments.model,
+        options.model,
         labels=texts.classes,
-        arguments=number | dict(arguments.model_arg),
-        seed=arguments.seed,
+        arguments=number | dict(options.model_arg),
+        seed=options.seed,
     )
     tokens = tokenizer(base)
-    model, _ = loaded(base, arguments)
+    model, _ = loaded(base, options)
     fill = pad_with(model, tokens)
-    length = fit_length(model.config, arguments.length)
+    length = fit_length(model.config, options.length)
     train, held_out = (encode(pairs, tokens, length) for pairs in (texts.train, texts.held_out))
-    check_tokens(model, tokens, [*train, *held_out], fill, arguments.model)
+    check_tokens(model, tokens, [*train, *held_out], fill, options.model)
     collate = pad({"input_ids": fill})
-    tried = collate(longest(train, arguments.batch_size))
+    tried = collate(longest(train, options.batch_size))
     example = {name: values.to(model.device) for name, values in tried.items() if name != "labels"}
-    with readable_errors(f"cannot adapt {arguments.model!r}"):
-        adapter = unilora_transformers.attach(model, example=example, **adapter_options(arguments))
+    with readable_errors(f"cannot adapt {options.model!r}"):
+        adapter = unilora_transformers.attach(model, example=example, **adapter_options(options))
     classes = ", ".join(texts.classes[:8]) + (" …" if len(texts.classes) > 8 else "")
     notes = [("classes", classes) if texts.classes else ("labels", "numbers"), *texts.notes]
-    notes.append(length_note(length, arguments.length))
+    notes.append(length_note(length, options.length))
     return Task(
         base=base,
         model=model,
         adapter=adapter,
-        train=loader(train, arguments, collate, shuffle=True),
-        held_out=loader(held_out, arguments, collate),
+        train=loader(train, options, collate, shuffle=True),
+        held_out=loader(held_out, options, collate),
         score=score,
         metrics=metrics,
         notes=notes,

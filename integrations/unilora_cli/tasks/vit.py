@@ -1,6 +1,5 @@
 """The task of `unilora finetune vit`: an image classifier of timm."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 import unilora_timm
 from unilora_cli.console import say
 from unilora_cli.data.images import Images, ImageSet, Part, load_images
+from unilora_cli.options.finetune import Vit
 from unilora_cli.tasks import augmentation, pictures
 from unilora_cli.tasks.adapting import adapter_options, check_classes, loader
 from unilora_cli.tasks.models import Base, build, readable_errors
@@ -22,43 +22,43 @@ __all__ = ["score", "task"]
 GUESSES = 5
 
 
-def task(arguments: argparse.Namespace) -> Task:
-    """Images, model and adapter, as the arguments say."""
-    images = load_images(arguments)
-    check_classes(arguments, len(images.classes))
+def task(options: Vit) -> Task:
+    """Images, model and adapter, as the options say."""
+    images = load_images(options)
+    check_classes(options, len(images.classes))
     base = Base(
         "vit",
-        arguments.model,
+        options.model,
         labels=images.classes,
-        arguments=_model_options(arguments),
-        pretrained=not arguments.no_pretrained,
-        checkpoint=arguments.checkpoint,
-        seed=arguments.seed,
+        arguments=_model_options(options),
+        pretrained=not options.no_pretrained,
+        checkpoint=options.checkpoint,
+        seed=options.seed,
     )
     model, _ = build(base)
-    transforms = augmentation.transforms(model, arguments)
+    transforms = augmentation.transforms(model, options)
 
     def read(part: Part) -> ImageSet:
         return ImageSet(part, transforms.reading, transforms.mode)
 
     with readable_errors("cannot make an input of the first image (--crop-pct, --model-arg img_size=…)"):
         example = read(images.train)[0]["x"].unsqueeze(0)
-    with readable_errors(f"cannot adapt {arguments.model!r}"):
-        adapter = unilora_timm.attach(model, example=example, **adapter_options(arguments))
+    with readable_errors(f"cannot adapt {options.model!r}"):
+        adapter = unilora_timm.attach(model, example=example, **adapter_options(options))
     trained = ImageSet(images.train, transforms.training, transforms.mode)
     shown = read(images.held_out if images.test is None else images.test)
     return Task(
         base=base,
         model=model,
         adapter=adapter,
-        train=loader(trained, arguments, augmentation.mixing(len(images.classes), arguments), shuffle=True),
-        held_out=loader(read(images.held_out), arguments),
+        train=loader(trained, options, augmentation.mixing(len(images.classes), options), shuffle=True),
+        held_out=loader(read(images.held_out), options),
         score=score,
         metrics=(CLASSES["accuracy"], *([TOP_5] if len(images.classes) > GUESSES else [])),
         notes=_notes(images, example),
         facts={"skipped_images": [{"file": name, "why": why} for name, why in images.skipped]},
-        test=None if images.test is None else loader(read(images.test), arguments),
-        look=_looking(shown, arguments, transforms),
+        test=None if images.test is None else loader(read(images.test), options),
+        look=_looking(shown, options, transforms),
     )
 
 
@@ -69,10 +69,10 @@ def score(model: nn.Module, batch: Batch) -> Scores:
     return Scores(F.cross_entropy(logits, batch["labels"]), len(logits), guesses)
 
 
-def _model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _model_options(options: Vit) -> dict[str, Any]:
     """What timm's `create_model` is given."""
-    rates = {"drop_rate": arguments.drop, "drop_path_rate": arguments.drop_path}
-    return dict(arguments.model_arg) | {name: value for name, value in rates.items() if value is not None}
+    rates = {"drop_rate": options.drop, "drop_path_rate": options.drop_path}
+    return dict(options.model_arg) | {name: value for name, value in rates.items() if value is not None}
 
 
 def _notes(images: Images, example: Tensor) -> list[tuple[str, Any]]:
@@ -87,12 +87,12 @@ def _notes(images: Images, example: Tensor) -> list[tuple[str, Any]]:
 
 
 def _looking(
-    images: ImageSet, arguments: argparse.Namespace, transforms: augmentation.Transforms
+    images: ImageSet, options: Vit, transforms: augmentation.Transforms
 ) -> Callable[[Callable[[Tensor], Tensor], Path], list[str]]:
     """See `Task.look`: predictions and confusions as tables and pictures."""
 
     def look(logits: Callable[[Tensor], Tensor], folder: Path) -> list[str]:
-        found = pictures.predict(logits, images, arguments.batch_size, arguments.workers)
+        found = pictures.predict(logits, images, options.batch_size, options.workers)
         pictures.write_predictions(folder / "predictions.csv", found)
         pictures.write_confusion(folder / "confusion.csv", found)
         pictures.draw_confusion(folder / "confusion.png", found)

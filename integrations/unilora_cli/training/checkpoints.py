@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError
+from unilora_cli.options.fields import options_of
+from unilora_cli.options.finetune import Finetune
 from unilora_cli.tasks.task import Task
-from unilora_core import CorruptFileError, ProjectionSpec
+from unilora_cli.training import distributed
+from unilora_core import CorruptFileError
 from unilora_core.files import write_file
 from unilora_core.schema import parse_json, read_json, shown, typed
 
@@ -21,18 +24,15 @@ __all__ = ["FOLDER", "Run", "check_settings", "check_task", "forget", "made_for"
 
 FOLDER, FILE = "unilora-training", "run.json"
 
-FREE = {"out", "overwrite", "resume", "recipe", "device", "workers", "compile", "gradient_checkpointing", "report_to"}
-FREE |= {"shard"}
-"""Arguments that may change between a run and its continuation: they say how to compute, not what."""
-
 
 @dataclass(frozen=True)
 class Run:
     """What a run knows beside the Trainer.
 
     Attributes:
-        settings, spec: see `made_for`.
-        step: the steps that are done; 0: nothing is but what the arguments say.
+        settings: see `made_for`.
+        spec: of the projection that it began with.
+        step: the steps that are done; 0: nothing is but what the options say.
         epochs, losses, skipped, seconds: what `Recorder` knows.
         growth: of `--grow-to`; empty without.
         files: the names of those that the Trainer wrote.
@@ -82,20 +82,25 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
-def made_for(settings: Mapping[str, Any], spec: ProjectionSpec) -> dict[str, Any]:
-    """What a run must agree on with its continuation: the arguments, and the projection that it began with."""
-    kept = {name: str(value) for name, value in settings.items() if name not in FREE}
-    return {"settings": kept, "spec": spec.first.to_json()}
+def made_for(options: Finetune) -> dict[str, str]:
+    """What a run and its continuation must agree on: the options that say what to compute, not how."""
+    said = {"processes": str(distributed.processes())}
+    for option in options_of(type(options)).values():
+        if option.scope == "experiment":
+            value = getattr(options, option.name)
+            said[option.name] = str(list(value) if option.repeated else value)
+    return said
 
 
-def check_settings(run: Run, settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with other arguments than the run began with.
+def check_settings(run: Run, options: Finetune, folder: Path) -> None:
+    """Refuse to go on with other options than the run began with.
 
     Raises:
         CommandError: it names the first argument that differs, and both values.
     """
+    settings = made_for(options)
     for name, was in run.settings.items():
-        if was != (now := str(settings.get(name))):
+        if was != (now := settings.get(name, "None")):
             was, now = ("its default" if value == "None" else value for value in (was, now))
             raise CommandError(
                 f"{folder}: the interrupted run has {name} = {was}, this one {now}; --resume with the same arguments, "

@@ -3,19 +3,20 @@
 from typing import Any
 
 from unilora_cli.console import number
+from unilora_cli.options.finetune import Finetune, Training
 from unilora_cli.tasks.task import Task
 from unilora_cli.training import distributed
-from unilora_cli.training.settings import Settings, parameter_groups, steps_of
+from unilora_cli.training.settings import parameter_groups, steps_of
 from unilora_core import ProjectionSpec, rates
 from unilora_core.methods import method_of
 
 __all__ = ["plan_of", "rows_of"]
 
 
-def plan_of(task: Task, settings: Settings) -> dict[str, Any]:
+def plan_of(task: Task, options: Training) -> dict[str, Any]:
     """The numbers of a run, for the printed plan and for metrics.json."""
     adapter, spec = task.adapter, task.adapter.spec
-    groups = parameter_groups(task, settings)
+    groups = parameter_groups(task, options)
     return {
         "method": method_of(spec),
         "targets": len(adapter.targets),
@@ -34,13 +35,13 @@ def plan_of(task: Task, settings: Settings) -> dict[str, Any]:
         "train_examples": len(task.train.dataset),
         "held_out_examples": len(task.held_out.dataset),
         "processes": distributed.processes(),
-        "batch": task.train.batch_sampler.whole * settings.accumulate,
-        "steps": steps_of(task, settings),
-        "device": str(settings.device),
+        "batch": task.train.batch_sampler.whole * options.accumulate,
+        "steps": steps_of(task, options),
+        "device": options.device,
     }
 
 
-def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[str, str]]:
+def rows_of(task: Task, plan: dict[str, Any], options: Finetune) -> list[tuple[str, str]]:
     """The lines of the printed plan."""
     heads = ", ".join(plan["modules_to_save"])
     rows = [
@@ -50,12 +51,12 @@ def rows_of(task: Task, plan: dict[str, Any], settings: Settings) -> list[tuple[
         ("adapter", task.adapter.summary()),
         ("D/d", f"{plan['D']:,} / {plan['d']:,} = {plan['D/d']:.4g}"),
         ("projection", f"{_method(task.adapter.spec)}, seed {plan['seed']}, start {plan['start']}"),
-        *_rate_rows(plan["theta_rate"], settings, task.adapter.spec),
-        ("batch", _batch(plan, settings)),
-        ("steps", _steps(plan, settings)),
+        *_rate_rows(plan["theta_rate"], options, task.adapter.spec),
+        ("batch", _batch(plan, options)),
+        ("steps", _steps(plan, options)),
     ]
-    if settings.grow_to is not None:
-        rows.insert(-2, ("growth", f"d doubles up to {settings.grow_to:,}, where the held-out loss has come to rest"))
+    if options.grow_to is not None:
+        rows.insert(-2, ("growth", f"d doubles up to {options.grow_to:,}, where the held-out loss has come to rest"))
     if heads:
         rows.insert(-2, ("rate of the head", f"{plan['head_rate']:g} ({heads})"))
     return rows
@@ -67,25 +68,25 @@ def _method(spec: ProjectionSpec) -> str:
     return f"{method_of(spec) or 'no published method'} (grouping {spec.grouping}, frame {spec.frame}{options})"
 
 
-def _rate_rows(theta_rate: float, settings: Settings, spec: ProjectionSpec) -> list[tuple[str, str]]:
+def _rate_rows(theta_rate: float, options: Training, spec: ProjectionSpec) -> list[tuple[str, str]]:
     """θ_d's rate, and why it is what it is."""
-    if settings.theta_rate is not None:
+    if options.theta_rate is not None:
         return [("rate of θ_d", f"{theta_rate:.4g}, as given")]
-    lora = settings.lora_rate
+    lora = options.lora_rate
     says = f"{theta_rate:.4g} = {theta_rate / lora:.4g} × {lora:g}, the rate that trains as LoRA would at {lora:g}"
     of_map, of_frame = f"{rates.map_rate(spec):.4g} of the grouping {spec.grouping}", f"{spec.form.rate:g} of the frame"
     return [("rate of θ_d", says), ("", f"{of_map} × {of_frame} {spec.frame}")]
 
 
-def _steps(plan: dict[str, Any], settings: Settings) -> str:
+def _steps(plan: dict[str, Any], options: Training) -> str:
     parts = [f"{plan['steps']:,} on {plan['device']}"]
-    parts += [f"{str(settings.precision).removeprefix('torch.')} autocast"] if settings.precision is not None else []
+    parts += [f"{options.precision} autocast"] if options.precision else []
     return ", ".join(parts)
 
 
-def _batch(plan: dict[str, Any], settings: Settings) -> str:
+def _batch(plan: dict[str, Any], options: Training) -> str:
     """Examples per step, as a product where several batches make one."""
-    processes, batches = plan["processes"], settings.accumulate
+    processes, batches = plan["processes"], options.accumulate
     factors = [str(plan["batch"] // (processes * batches))]
     factors += [f"{processes} processes"] if processes > 1 else []
     factors += [f"{batches} batches"] if batches > 1 else []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_cli.console import CommandError, number, one_line, say, table
+from unilora_cli.options.finetune import Finetune
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
 from unilora_cli.tasks.task import Task
 from unilora_cli.training import checkpoints
@@ -32,7 +33,8 @@ class Recorder:
 
     Attributes:
         folder: the output folder.
-        keep: the adapter of which epoch stays in the file: ``"last"``, or ``"best"`` by the task's first metric.
+        options: what the user said; ``keep`` is the epoch whose adapter stays in the file, the last or the best.
+        about: what metrics.json says of the run beside its results.
         epochs: a record per evaluation: epoch, step, mean training loss, the scores, seconds.
         test: the scores of the kept adapter on the test data, where there are any.
         also_written: names of further files in the folder.
@@ -42,9 +44,9 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, task: Task, about: Mapping[str, Any], keep: str, resumed: checkpoints.Run | None = None
+        self, folder: Path, task: Task, options: Finetune, about: Mapping[str, Any], resumed: checkpoints.Run | None
     ):
-        self.folder, self.task, self.about, self.keep = folder, task, dict(about), keep
+        self.folder, self.task, self.options, self.about = folder, task, options, dict(about)
         self.epochs: list[dict[str, Any]] = list(resumed.epochs) if resumed else []
         self.losses: list[tuple[int, float, float]] = list(resumed.losses) if resumed else []
         self.test: dict[str, float] = {}
@@ -107,7 +109,7 @@ class Recorder:
         recent = [loss for _, loss, _ in self.losses[self._since :]]
         self._since = len(self.losses)
         loss = {"train_loss": sum(recent) / len(recent)} if recent else {}
-        width = {"d": self.task.adapter.spec.d} if self.about["settings"].get("grow_to") else {}
+        width = {"d": self.task.adapter.spec.d} if self.options.grow_to else {}
         self.epochs.append({"epoch": epoch, "step": step, **loss, **width, **scores, "seconds": self._seconds()})
         if epoch and self.kept() is self.epochs[-1]:
             self.save()
@@ -125,12 +127,12 @@ class Recorder:
     @property
     def keeps(self) -> str:
         """In words, the epoch whose adapter is in the file."""
-        return {"last": "last whole", "best": "best"}[self.keep]
+        return {"last": "last whole", "best": "best"}[self.options.keep]
 
     def kept(self) -> dict[str, Any]:
         """The record of the epoch whose adapter is in the file; of the last evaluation before there is one."""
         trained = [row for row in self.epochs if row["epoch"]]
-        if self.keep == "last" or not trained:
+        if self.options.keep == "last" or not trained:
             return self.epochs[-1] if self.epochs else {}
         return self._best(trained)
 
@@ -158,9 +160,9 @@ class Recorder:
     def checkpoint(self, step: int, growth: Mapping[str, Any]) -> None:
         """Write down what ``--resume`` needs beside the Trainer's own checkpoint of this step."""
         known = {"epochs": self.epochs, "losses": self.losses, "skipped": self.skipped, "seconds": self._seconds()}
-        made_for = checkpoints.made_for(self.about["settings"], self.task.adapter.spec)
+        known |= {"settings": checkpoints.made_for(self.options), "spec": self.task.adapter.spec.first.to_json()}
         with self.beside(checkpoints.FOLDER):
-            checkpoints.write(self.folder, {"step": step, "growth": growth, **known, **made_for})
+            checkpoints.write(self.folder, {"step": step, "growth": growth, **known})
 
     @only_first
     def save(self) -> None:
@@ -271,7 +273,7 @@ def _summary(recorder: Recorder) -> list[tuple[str, str]]:
     scores = [(f"held-out {name}", number(kept[name])) for name in names]
     if not recorder.epochs[0]["epoch"]:
         scores = [(name, f"{value} (before: {number(recorder.epochs[0][name[9:]])})") for name, value in scores]
-    if recorder.keep == "best":
+    if recorder.options.keep == "best":
         scores.append(("epoch", f"{kept['epoch']}, the best of {recorder.epochs[-1]['epoch']}"))
     if recorder.stopped_early:
         scores.append(("stopped early", recorder.stopped_early))

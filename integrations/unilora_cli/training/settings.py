@@ -1,10 +1,9 @@
-"""How to train, as the user said it, and what transformers' Trainer is told of that."""
+"""What transformers' Trainer is told of the options of a run."""
 
-import argparse
 import difflib
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 from transformers import TrainingArguments
 
 from unilora_cli.console import CommandError
+from unilora_cli.options.finetune import Finetune, Training
 from unilora_cli.tasks.models import readable_errors
 from unilora_cli.tasks.task import Task
 
-__all__ = ["Settings", "parameter_groups", "settings_of", "steps_of", "trainer_arguments"]
+__all__ = ["check_more", "parameter_groups", "steps_of", "trainer_arguments"]
 
 OURS = re.compile(
     "(eval|save|logging|dataloader|include|do|hub|per_device|warmup|torch_compile|(gradient|activation)_check)_?.*|"
@@ -27,61 +27,14 @@ OURS = re.compile(
 """Options of the Trainer that are set by this command's own, or have no effect: it reads, scores and saves itself."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    Attributes:
-        lora_rate: the learning rate that LoRA would have.
-        warmup: the part of the steps in which the rates rise from 0.
-        schedule: the name of a schedule of transformers.
-        precision: of autocast, ``torch.bfloat16`` or ``torch.float16``; or None.
-        max_steps: an upper bound of the steps, or None.
-        theta_rate: θ_d's own rate, in place of the one that follows from ``lora_rate``; or None.
-        weight_decay: of the head; θ_d has none.
-        accumulate: batches per step.
-        max_grad_norm: gradients are scaled down to this norm, all of them as one vector; or None.
-        patience: epochs without a better score after which training stops; or None.
-        grow_to: d doubles up to this where the held-out loss has come to rest (`unilora_torch.Growth`); or None.
-        report_to: names of trackers, as the Trainer knows them.
-        more: further options of the Trainer.
-    """
-
-    lora_rate: float
-    head_rate: float
-    epochs: int
-    warmup: float
-    schedule: str
-    device: torch.device
-    precision: torch.dtype | None = None
-    max_steps: int | None = None
-    theta_rate: float | None = None
-    weight_decay: float = 0.01
-    accumulate: int = 1
-    max_grad_norm: float | None = None
-    patience: int | None = None
-    grow_to: int | None = None
-    seed: int = 0
-    report_to: tuple[str, ...] = ()
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-def settings_of(arguments: argparse.Namespace, half: bool) -> Settings:
-    """The settings that the arguments say; ``half``: the base is in half precision."""
-    said = {each.name: getattr(arguments, each.name) for each in fields(Settings) if hasattr(arguments, each.name)}
-    precision = torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 or half else None
-    said |= {"device": torch.device(arguments.device), "report_to": arguments.report_to or ()}
-    return Settings(**said, precision=precision, more=dict(arguments.trainer_arg))
-
-
-def check_more(given: dict[str, Any]) -> None:
+def check_more(options: Training) -> None:
     """Refuse what is no option of the Trainer, and those that the command sets itself.
 
     Raises:
         CommandError: it names the option, and the nearest ones.
     """
     known = [each.name for each in fields(TrainingArguments) if each.init]
-    for name in given:
+    for name, _ in options.trainer_arg:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or "listed at TrainingArguments of transformers"
             raise CommandError(f"--trainer-arg {name}: the Trainer has no such option; the nearest are {near}.")
@@ -91,29 +44,30 @@ def check_more(given: dict[str, Any]) -> None:
             raise CommandError(f"--trainer-arg {name}: unilora sets this itself; --help lists its own options.")
 
 
-def trainer_arguments(settings: Settings, steps: int, folder: Path, before: bool) -> TrainingArguments:
+def trainer_arguments(options: Finetune, steps: int, folder: Path, before: bool) -> TrainingArguments:
     """What the Trainer is told.
 
     Args:
         before: whether to evaluate before the first step.
 
     Raises:
-        CommandError: an option of ``settings.more`` that it does not take.
+        CommandError: a ``--trainer-arg`` that it does not take.
     """
-    usual = {"lr_scheduler_type": settings.schedule, "optim": "adamw_torch", "log_level": "error"}
+    device = torch.device(options.device)
+    usual = {"lr_scheduler_type": options.schedule, "optim": "adamw_torch", "log_level": "error"}
     with readable_errors("--trainer-arg: the Trainer takes no such options"):
         made = TrainingArguments(
-            **usual | settings.more,
+            **usual | dict(options.trainer_arg),
             output_dir=str(folder),
             max_steps=steps,
-            gradient_accumulation_steps=settings.accumulate,
-            warmup_steps=round(steps * settings.warmup),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm or 0.0,
-            seed=settings.seed % 2**32,
-            bf16=settings.precision is torch.bfloat16,
-            fp16=settings.precision is torch.float16,
-            use_cpu=settings.device.type == "cpu",
+            gradient_accumulation_steps=options.accumulate,
+            warmup_steps=round(steps * options.warmup),
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm or 0.0,
+            seed=options.seed % 2**32,
+            bf16=options.precision == "bfloat16",
+            fp16=options.precision == "float16",
+            use_cpu=device.type == "cpu",
             logging_strategy="steps",
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -121,12 +75,12 @@ def trainer_arguments(settings: Settings, steps: int, folder: Path, before: bool
             eval_on_start=before,
             save_strategy="epoch",
             save_total_limit=2,  # the one before is there until the new one is whole
-            report_to=list(settings.report_to) or "none",
+            report_to=list(options.report_to or ()) or "none",
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
         )
-        _place(made, settings.device)
+        _place(made, device)
     return made
 
 
@@ -138,15 +92,15 @@ def _place(made: TrainingArguments, device: torch.device) -> None:
         made._n_gpu = 1
 
 
-def parameter_groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
+def parameter_groups(task: Task, options: Training) -> list[dict[str, Any]]:
     """The groups for the optimiser: θ_d, without weight decay, and the head."""
-    groups = task.adapter.parameter_groups(settings.lora_rate, settings.head_rate)
-    if settings.theta_rate is not None:
-        groups[0]["lr"] = settings.theta_rate
+    groups = task.adapter.parameter_groups(options.lora_rate, options.head_rate)
+    if options.theta_rate is not None:
+        groups[0]["lr"] = options.theta_rate
     return groups
 
 
-def steps_of(task: Task, settings: Settings) -> int:
+def steps_of(task: Task, options: Training) -> int:
     """How many steps training takes."""
-    steps = settings.epochs * math.ceil(len(task.train) / settings.accumulate)
-    return steps if settings.max_steps is None else min(settings.max_steps, steps)
+    steps = options.epochs * math.ceil(len(task.train) / options.accumulate)
+    return steps if options.max_steps is None else min(options.max_steps, steps)

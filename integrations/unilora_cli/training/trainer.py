@@ -16,11 +16,12 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from unilora_cli.console import CommandError, one_line
+from unilora_cli.options.finetune import Finetune
 from unilora_cli.tasks.models import readable_errors
 from unilora_cli.tasks.task import Task
 from unilora_cli.training import checkpoints, distributed, evaluating
 from unilora_cli.training.recorder import ADAPTER, Recorder
-from unilora_cli.training.settings import Settings, parameter_groups, steps_of, trainer_arguments
+from unilora_cli.training.settings import parameter_groups, steps_of, trainer_arguments
 from unilora_cli.training.watching import Guard, Watch
 from unilora_core import SpecError, UniLoraError, read_adapter
 from unilora_torch import Growth
@@ -38,19 +39,17 @@ class AdapterTrainer(Trainer):
 
     control: Any
 
-    def __init__(self, task: Task, settings: Settings, recorder: Recorder, run: checkpoints.Run | None):
+    def __init__(self, task: Task, options: Finetune, recorder: Recorder, run: checkpoints.Run | None):
         self.task, self.recorder = task, recorder
-        self.growth = growth_of(task, settings.grow_to)
-        groups, steps = parameter_groups(task, settings), steps_of(task, settings)
-        args = trainer_arguments(settings, steps, recorder.folder, task.before and not run)
-        optimizer, options = self.get_optimizer_cls_and_kwargs(args, task.model)
-        options |= {"params": groups, "weight_decay": settings.weight_decay}
+        self.growth = growth_of(task, options.grow_to)
+        groups, steps = parameter_groups(task, options), steps_of(task, options)
+        args = trainer_arguments(options, steps, recorder.folder, task.before and not run)
+        optimizer, how = self.get_optimizer_cls_and_kwargs(args, task.model)
+        how |= {"params": groups, "weight_decay": options.weight_decay}
         self.guard = Guard([p for group in groups for p in group["params"]], recorder, bool(run and run.step))
-        self.watch = Watch(recorder, self.guard, self.growth, settings.patience)
+        self.watch = Watch(recorder, self.guard, self.growth, options.patience)
         data = {"train_dataset": task.train.dataset, "eval_dataset": task.held_out.dataset}
-        super().__init__(
-            task.model, args, **data, optimizer_cls_and_kwargs=(optimizer, options), callbacks=[self.watch]
-        )
+        super().__init__(task.model, args, **data, optimizer_cls_and_kwargs=(optimizer, how), callbacks=[self.watch])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # which says that `compute_loss` divides by all that counts
         self.still = still_norms(task.model)

@@ -68,7 +68,7 @@ class Guard:
         try:
             yield
         except BaseException:
-            if self.recorder.keep == "last" or not self.epoch_saved:
+            if self.recorder.options.keep == "last" or not self.epoch_saved:
                 with contextlib.suppress(ValuesError):  # θ_d is not finite, and no adapter
                     self.recorder.save()
                     self.recorder.tell(f"  evaluation failed; the adapter is in {self.recorder.folder / ADAPTER}")
