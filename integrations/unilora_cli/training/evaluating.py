@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from unilora_cli.console import CommandError, one_line
@@ -27,7 +28,8 @@ def evaluate(task: Task, precision: Callable[[], AbstractContextManager] = conte
     task.model.eval()
     total, count, predicted, labels = 0.0, 0, [], []
     with torch.no_grad():
-        for batch in filter(None, _on_device(task)):
+        for read in filter(None, readable(task.held_out)):
+            batch = send_to_device(read, task.adapter.theta_d.device, non_blocking=True)
             with precision():
                 scores = task.score(task.model, batch)
             total += scores.loss.item() * scores.count
@@ -42,12 +44,6 @@ def evaluate(task: Task, precision: Callable[[], AbstractContextManager] = conte
         with precision():
             scored = {"loss": outcome.loss} | {metric.name: metric.of(outcome) for metric in task.metrics}
     return distributed.from_first(lambda: scored)  # what is decided by them must be the same everywhere
-
-
-def _on_device(task: Task) -> Iterator[dict[str, Tensor]]:
-    device = task.adapter.theta_d.device
-    for batch in readable(task.held_out):
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def readable(batches: Any) -> Iterator[dict[str, Tensor]]:
