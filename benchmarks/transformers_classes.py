@@ -765,7 +765,8 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 MARKS = "<!-- transformers_classes -->\n", "<!-- /transformers_classes -->\n"
 PAGE = """`python benchmarks/transformers_classes.py` tries {classes} classes of {types} model types, with
-transformers {transformers} and PyTorch {torch}: one class of each type (of a dozen types all), tiny, with random weights.
+transformers {transformers} and PyTorch {torch}: one class of each type (of a dozen types all), tiny, with
+random weights.
 Towers of a type that is there whole are left out.{note}
 [Which types are not alive, or in part](../benchmarks/results/transformers_classes.md).
 
