@@ -764,19 +764,25 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 MARKS = "<!-- transformers_classes -->\n", "<!-- /transformers_classes -->\n"
-PAGE = """`benchmarks/transformers_classes.py`, transformers {transformers}, PyTorch {torch}: {classes} classes of
-{types} model types, one of each type (of a dozen all), tiny, with random weights; towers of a type that is
-there whole are left out.{note}
+PAGE = """`python benchmarks/transformers_classes.py` tries {classes} classes of {types} model types, with
+transformers {transformers} and PyTorch {torch}: one class of each type (of a dozen types all), tiny, with
+random weights.
+Towers of a type that is there whole are left out.{note}
+[Which types are not alive, or in part](../benchmarks/results/transformers_classes.md).
 
 | outcome | classes | what it means |
 |---|---|---|
 {outcomes}
 
-Of those alive, {checkpointed} can be checkpointed: the largest difference of θ_d's gradient from the one without is
+Of those alive, {checkpointed} can be checkpointed. The largest difference of θ_d's gradient from the one without is
 {non_reentrant:.0e} non-reentrant and {reentrant:.0e} reentrant, relative to the largest number. {plain} have no
 checkpointing in transformers, {theirs} fail there without an adapter, too{refused_reentrant}.
 The gradient is that of a plain model with weights W + B·A up to {gradient:.0e} ({worst}), merged outputs are
 the adapted ones up to {merged:.0e}.
+"""
+REST = """# Types of transformers that are not alive, or in part
+
+`python benchmarks/transformers_classes.py` wrote this list, with transformers {transformers}, PyTorch {torch}.
 
 | not, or in part | model types |
 |---|---|
@@ -806,8 +812,8 @@ KINDS = {
 
 
 def write_doc(found: dict[str, Any]) -> None:
-    """The part of docs/bases.md between its marks."""
-    rows = found["classes"]
+    """The part of docs/bases.md between its marks, and beside the results the types that are not alive."""
+    rows, versions = found["classes"], {name: found["machine"][name] for name in ("transformers", "torch")}
     number = counts(rows)
     alive = [each for each in rows if each["outcome"].startswith("alive")]
     kinds = {kind: [each[kind] for each in alive if isinstance(each.get(kind), float)] for kind in KEPT}
@@ -815,8 +821,8 @@ def write_doc(found: dict[str, Any]) -> None:
     refused = [each["type"] for each in alive if str(each.get("reentrant")).startswith("refused")]
     worst = max(alive, key=lambda each: each["eval gradient"])
     page = PAGE.format(
-        **{name: found["machine"][name] for name in ("transformers", "torch")},
-        note=f" ({found['note']}.)" if "note" in found else "",
+        **versions,
+        note=f" ({found['note'].capitalize()}.)" if "note" in found else "",
         classes=len(rows),
         types=len({each["type"] for each in rows}),
         outcomes="\n".join(f"| {name} | {number.get(name, 0)} | {meaning} |" for name, meaning in MEANING.items()),
@@ -829,8 +835,8 @@ def write_doc(found: dict[str, Any]) -> None:
         gradient=max(kinds["eval gradient"] + kinds["train gradient"]),
         worst=worst["class"],
         merged=max(kinds["merged"]),
-        reasons="\n".join(_reasons(rows)),
     )
+    (RESULTS / f"{NAME}.md").write_text(REST.format(**versions, reasons="\n".join(_reasons(rows))), encoding="utf-8")
     path = DOCS / "bases.md"
     before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
     path.write_text(before + MARKS[0] + page + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")

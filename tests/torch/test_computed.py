@@ -172,8 +172,11 @@ def test_the_summary_says_what_computes_them():
     ("options", "text"),
     [
         ({"groups": "none"}, "groups must be 'cached' or 'computed', got 'none'."),
-        ({"groups": "computed", "grouping": "numpy-shuffle"}, "groups='computed': those of the grouping"),
-        ({"groups": "computed", "method": "lora"}, "groups='computed': those of the grouping 'identity' are"),
+        (
+            {"groups": "computed", "grouping": "numpy-shuffle"},
+            "groups='computed': the grouping 'numpy-shuffle' has no computed groups",
+        ),
+        ({"groups": "computed", "method": "lora"}, "groups='computed': the grouping 'identity' has no"),
     ],
 )
 def test_what_has_no_computed_groups_is_refused(options, text):

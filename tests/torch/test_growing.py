@@ -381,7 +381,7 @@ def test_optimisers_that_cannot_go_on():
     refused(adapter, ValuesError, "^WHAT: the optimiser does not have theta_d", torch.optim.Adam(head))
     strange = Strange([adapter.theta_d])
     strange.step()
-    refused(adapter, ValuesError, r"^WHAT: Strange keeps 'hessian' for theta_d.*make a new one after it", strange)
+    refused(adapter, ValuesError, r"^WHAT: Strange keeps 'hessian' for theta_d.*make a new one afterwards", strange)
     shared = torch.optim.Adam([adapter.theta_d, *head])
     refused(
         adapter, ValuesError, "^WHAT: theta_d is in a group of the optimiser with 2 others.*parameter_groups", shared

@@ -184,7 +184,7 @@ def test_the_page_is_made_from_the_lines(quality, own, tmp_path, monkeypatch):
     assert "| 100% |" in line
     assert "uni-lora, **untouched**" in runs
     assert "| uni-lora, rank = 2 |" in runs
-    assert "| lora | 0.0025 → " in runs
+    assert "| lora | 0.005 → " in runs
     (first,) = [line for line in text.splitlines() if line.startswith("| Larger: accuracy ↑ |")]
     begins, untouched, gain, larger, best, lora, *_ = first.split(" | ")[1:]
     assert begins == shown(quality, "head")

@@ -276,8 +276,8 @@ def expert_target(first_row=0, parameter="down_proj", experts=4):
         (["experts"], r"MixtralExperts is no linear layer.*Name its parameters \['down_proj', 'gate_up_proj'\]"),
         (["gate"], r"MixtralTopKRouter is no linear layer.*\['weight'\]"),
         (expert_target(parameter="down"), r"no parameter 'down'; .*down_proj"),
-        (expert_target(experts=3), r"expects 3 × 48 .* has 4 × 48"),
-        (expert_target(first_row=1), r"up to 33, .* has 4 × 48 and 32"),
+        (expert_target(experts=3), r"expects a weight of 3 × 48 .* has 4 × 48"),
+        (expert_target(first_row=1), r"at least 33 outputs, .* has 4 × 48 and 32"),
         ([*expert_target(), *expert_target()], "adapt the same outputs"),
     ],
 )
