@@ -99,6 +99,39 @@ def test_the_plan_says_what_the_method_is(text):
     assert "as LoRA" not in result.out.partition("\nresult\n")[2]
 
 
+def test_a_rank_for_each_target(text, tmp_path):
+    """On the command line, in a recipe, and when a run is gone on with."""
+    words = ("--max-steps", 1, "--out", "run")
+    result = text("--rank", "query=8, value=2", *words)
+    assert result.code == 0, result.err
+    shapes = read_adapter("run/adapter.safetensors").spec.layout.shapes
+    assert {shape[0] for name, shape in shapes.items() if name.endswith("query.A")} == {8}
+    assert {shape[0] for name, shape in shapes.items() if name.endswith("value.A")} == {2}
+    assert metrics()["settings"]["rank"] == {"query": 8, "value": 2}
+    recipe = tmp_path / "ranks.toml"
+    recipe.write_text('task = "text"\nrank = "query=8,value=2"\n')
+    again = text("--recipe", recipe, "--overwrite", *words)
+    assert again.code == 0, again.err
+    assert read_adapter("run/adapter.safetensors").spec.layout.shapes == shapes
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("query=8,query=2", "expected a rank, or NAME=RANK of each target once, got 'query=8,query=2'"),
+        ("query=8,2", "expected a rank, or NAME=RANK of each target once, got 'query=8,2'"),
+        ("=8", "expected a rank, or NAME=RANK of each target once, got '=8'"),
+        ("query=0", "expected a whole number above 0, got '0'"),
+        ("query=8", "there is none for 'bert.encoder.layer.0.attention.self.value' in {'query': 8}; add its name"),
+    ],
+)
+def test_ranks_that_fit_no_targets(text, said, error):
+    result = text("--rank", said, "--out", "run")
+    assert result.code != 0
+    assert error in result.err
+    assert not Path("run").exists()
+
+
 def test_another_grouping_in_the_place_of_the_methods_own(text):
     words = ("--method", "vera", "--rank", 8, "--grouping", "balanced", "--d", 20, "--max-steps", 1, "--out", "run")
     result = text(*words)

@@ -22,6 +22,7 @@ from unilora_cli.options.values import (
     Natural,
     Part,
     Positive,
+    Ranks,
     Rate,
     Selection,
     Span,
@@ -78,7 +79,9 @@ class Adapting(Command):
     method_arg: tuple[Assignment, ...] = option(
         "an option of the method, such as vectors=64 of vb-lora (repeat)", (), metavar="NAME=VALUE"
     )
-    rank: Positive | None = option("of the factors (default: the method's; uni-lora: 16)", metavar="R")
+    rank: Ranks | None = option(
+        "of the factors, or one for each target, as in q_proj=8,v_proj=16 (default: the method's; uni-lora: 16)"
+    )
     d: AutoOrPositive = option("trained numbers; auto: the method's", "auto")
     grow_to: Positive | None = option(
         "double d, up to N, after an epoch whose held-out loss has come to rest, while that pays"

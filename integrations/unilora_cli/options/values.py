@@ -33,6 +33,16 @@ def _auto_or_positive(text: str) -> int | str:
     return text if text == "auto" else _positive(text)
 
 
+def _ranks(text: str) -> int | dict[str, int]:
+    if "=" not in text:
+        return _positive(text)
+    pairs = [part.rpartition("=") for part in _names(text)]
+    ranks = {name.strip(): _positive(rank) for name, equals, rank in pairs if equals and name.strip()}
+    if len(ranks) < len(pairs):
+        raise argparse.ArgumentTypeError(f"expected a rank, or NAME=RANK of each target once, got {shown(text)}")
+    return ranks
+
+
 def _span(text: str) -> tuple[float, float]:
     words = text.split(",")
     values = tuple(_part(word) for word in words) if len(words) == 2 else ()
@@ -86,6 +96,9 @@ _positive = _number(int, "a whole number above 0", lambda n: n > 0, bits=63)  # 
 _part = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 Positive = Annotated[int, _positive, "N"]
+Ranks = Annotated[int | dict[str, int], _ranks, "R"]
+"""One rank, or one for each target: q_proj=8,v_proj=16."""
+
 Natural = Annotated[int, _number(int, "a whole number from 0", lambda n: n >= 0), "N"]
 AutoOrPositive = Annotated[int | str, _auto_or_positive, "N"]
 Part = Annotated[float, _part, "P"]

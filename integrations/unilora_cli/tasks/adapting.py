@@ -120,6 +120,8 @@ def check_method(options: Adapting) -> None:
     """
     said = adapter_options(options)
     named = {name: said[name] for name in ("method", "rank", "seed", "grouping", "start", "bound") if name in said}
+    if isinstance(ranks := named.get("rank"), dict):  # of targets that are not known yet
+        named["rank"] = max(ranks.values())
     more = {name: value for name, value in said.items() if name not in OPTIONS}
     whole = [value for value in (named.get("rank"), *more.values()) if type(value) is int and 0 < value < 2**63]
     width = math.lcm(2**10, *whole)  # which they divide
