@@ -378,9 +378,8 @@ def test_what_a_method_does_not_take(tiny, options, text):
 
 
 @pytest.mark.parametrize("method", [each for each in METHODS if each != "uni-lora"])
-def test_a_bank_and_pefts_unilora_say_what_they_do_not_know(tiny, tmp_path, method):
-    model = tiny("LlamaForCausalLM")
-    adapter = attach(model, method)
+def test_pefts_unilora_says_what_it_does_not_know(tiny, tmp_path, method):
+    adapter = attach(tiny("LlamaForCausalLM"), method)
     frame, grouping = adapter.spec.frame, adapter.spec.grouping
     remedy = "merge the adapter" if method in DENSE else "export_lora writes"
     what = (
@@ -389,12 +388,30 @@ def test_a_bank_and_pefts_unilora_say_what_they_do_not_know(tiny, tmp_path, meth
     with pytest.raises(SpecError, match=f"^save_peft: PEFT knows {what}; {remedy}"):
         unilora_transformers.save_peft(adapter, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bank_gives_each_row_the_logits_of_its_adapter(tiny, tmp_path, method):
+    model, ids = tiny("LlamaForCausalLM"), torch.arange(12).view(2, 6)
+    adapter = attach(model, method)
+    with torch.no_grad():
+        adapter.theta_d.add_(0.1 * torch.randn(adapter.spec.d, generator=torch.Generator().manual_seed(0)))
+        wanted = model(ids).logits[0]
     adapter.save(tmp_path / "a.safetensors")
     adapter.detach()
     bank = unilora_transformers.Bank(model)
-    with pytest.raises(TargetError, match=f"the frame '{frame}' and the grouping '{grouping}'; attach such an adapter"):
-        bank.add("a", tmp_path / "a.safetensors")
-    assert bank.names == ()
+    if adapter.spec.frame == "dense":
+        with pytest.raises(TargetError, match="θ_D is as large as the layers' weights"):
+            bank.add("a", tmp_path / "a.safetensors")
+        return
+    bank.add("a", tmp_path / "a.safetensors")
+    with torch.no_grad():
+        base = model(ids).logits
+        with bank.rows(["a", None]):
+            found = model(ids).logits
+    torch.testing.assert_close(found[0], wanted)
+    torch.testing.assert_close(found[1], base[1])
+    assert not torch.allclose(found[0], base[0])
 
 
 def test_a_swap_to_another_method_is_refused(tiny, tmp_path):
