@@ -350,6 +350,11 @@ def soaked():
     return rows
 
 
+def resolved():
+    keys = ("file_bytes", "lora_bytes", "first_ms", "another_seed_ms", "there_ms")
+    return [loaded("vllm_resolving")[case][key] for case in ("q and v", "all-linear") for key in keys]
+
+
 def vit_b16(*keys):
     found = loaded("vit_b16_cpu")
     cases = ("unilora", "peft-lora", "lora", "peft-unilora", "full")
@@ -412,6 +417,11 @@ DERIVED = {
         + rf" \| {N}" * 4
         + rf" \| {N} → {N} MB",
         soaked,
+    ),
+    "resolver": (
+        "docs/serving.md",
+        rf"\| (?:q and v|all-linear) \| {N} bytes \| {N} bytes \| {N} ms \| {N} ms \| {N} ms \|",
+        resolved,
     ),
     "tenants": (
         "docs/tenants.md",
