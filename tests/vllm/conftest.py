@@ -8,6 +8,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for small_llama
 
 
+def pytest_configure(config):
+    """What vLLM 0.32 itself does when it is imported beside PyTorch 2.13."""
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+
+
 def pytest_collect_file():
     """Skips the folder where what the package stands on is not installed."""
     for name in ("torch", "transformers"):
