@@ -226,7 +226,7 @@ def copied(folder: Path) -> Path:
     """A copy of what benchmarks read of the checkout."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for name in ("backends", "benchmarks", "demo", "docs", "examples", "integrations", "tests", "unilora_core"):
+    for name in ("backends", "benchmarks", "demo", "docs", "integrations", "tests", "unilora_core"):
         shutil.copytree(name, folder / name)
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(name, folder)

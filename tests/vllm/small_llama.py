@@ -11,7 +11,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 def make_base(folder, seed=0, **config):
     """Save a Llama of random weights, and return it as loaded from there."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=48, **config)
+    config = transformers.LlamaConfig(**SIZES | {"num_key_value_heads": 2, "intermediate_size": 48} | config)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

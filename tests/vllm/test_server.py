@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import transformers
-from small_llama import make_adapter
+from small_llama import make_adapter, make_base
 
 PROMPTS = ([5, 9, 2], [40, 41, 42, 43, 44, 45, 46], [60])
 TOKENS, PATIENCE = 12, 600
@@ -39,18 +39,7 @@ def device():
 @pytest.fixture
 def model(tmp_path):
     """A Llama whose heads are as wide as vLLM's attention asks for."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    return make_base(tmp_path / "base", hidden_size=128, intermediate_size=96, eos_token_id=None)
 
 
 def expected(model):
