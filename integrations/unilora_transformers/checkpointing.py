@@ -85,8 +85,10 @@ def tracked(where: str, checkpoint: Callable, function: Callable, *args: Any) ->
     Raises:
         TargetError: the layer writes into an argument, so that tensors leave it without a gradient.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return checkpoint(function, *args)
+    if not torch.is_grad_enabled():  # inside another checkpoint, too, where PyTorch 2.9 would warn of lost gradients
+        return function(*args)
     keywords = function.keywords if isinstance(function, functools.partial) else {}
     (packed_args, packed_keywords), tensors = _packed((args, keywords))
     structure: Any = None

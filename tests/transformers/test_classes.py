@@ -19,7 +19,7 @@ ALIVE = {  # class → its model type, as various as there are
     "DebertaV2ForMaskedLM": "deberta-v2",
     "HieraForImageClassification": "hiera",
     "LlamaForCausalLM": "llama",
-    "LlavaForConditionalGeneration": "llava",
+    "PaliGemmaForConditionalGeneration": "paligemma",
     "MambaForCausalLM": "mamba",
     "PatchTSTModel": "patchtst",
     "PvtV2ForImageClassification": "pvt_v2",
