@@ -10,13 +10,15 @@ import pytest
 import torch
 
 WORKER = Path(__file__).with_name("kernels_worker.py")
+OLD = "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton.runtime.interpreter"
+"""What the interpreter of Triton 3.5, that of PyTorch 2.9, does with NumPy 2."""
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 def run(device: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", WORKER, device],
+        [sys.executable, "-W", "error", "-W", OLD, WORKER, device],
         env=os.environ | environment,
         capture_output=True,
         text=True,
