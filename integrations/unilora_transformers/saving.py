@@ -323,6 +323,14 @@ def _name(model: PreTrainedModel) -> str:
     return name
 
 
+def card_header(base: str) -> list[str]:
+    """Return the lines at the head of a model card; they name a base model of the hub, no folder of this machine."""
+    lines = ["---", "library_name: unilora", "tags:", "- unilora", "- lora", "- adapter"]
+    if HUB.fullmatch(base) and not os.path.exists(base):
+        lines += [f"base_model: {base}", "base_model_relation: adapter"]
+    return [*lines, "---"]
+
+
 def model_card(model: PreTrainedModel) -> str:
     """Write a README for the hub: what the adapter is, what it needs, how it is used."""
     base, there = _name(model), adapters(model)
@@ -332,13 +340,9 @@ def model_card(model: PreTrainedModel) -> str:
         f"| {a.spec.grouping} |"
         for name, a in there.items()
     ]
-    header = ["---", "library_name: unilora", "tags:", "- unilora", "- lora", "- adapter"]
-    if HUB.fullmatch(base) and not os.path.exists(base):
-        header += [f"base_model: {base}", "base_model_relation: adapter"]
     return "\n".join(
         [
-            *header,
-            "---",
+            *card_header(base),
             "",
             f"# Adapter of {base or type(model).__name__}",
             "",

@@ -55,7 +55,7 @@ def test_what_may_change_when_a_run_goes_on():
         if each.scope != "experiment"
     }
     computing = {"device", "workers", "compile", "gradient_checkpointing", "shard"}
-    assert free == computing | {"recipe", "out", "overwrite", "resume", "report_to"}
+    assert free == computing | {"recipe", "out", "overwrite", "resume", "push_to_hub", "private", "report_to"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.word)

@@ -15,7 +15,7 @@ from unilora_cli.tasks.adapting import check_method, checkpoint_activations
 from unilora_cli.tasks.loading import prepare
 from unilora_cli.tasks.models import readable_errors
 from unilora_cli.tasks.task import Task
-from unilora_cli.training import checkpoints, distributed, settings, trainer
+from unilora_cli.training import checkpoints, distributed, hub, settings, trainer
 from unilora_cli.training.plan import plan_of, rows_of
 from unilora_cli.training.recorder import ADAPTER, Recorder
 from unilora_core import __version__
@@ -28,6 +28,8 @@ def run(options: Finetune) -> None:
     """Fine-tune as the options say."""
     if options.fp16 and options.bf16:
         raise CommandError("--fp16 and --bf16 exclude each other; where a recipe sets one, take it back: --no-bf16.")
+    if options.private and not options.push_to_hub:
+        raise CommandError("--private is for a repository on the hub: --push-to-hub USER/NAME.")
     with distributed.started(options.device) as device:
         if options.fp16 and device.type == "cpu":
             raise CommandError(f"--fp16 is for GPUs, and this run is on {device}; say --bf16, or neither.")
@@ -42,6 +44,9 @@ def _train(options: Finetune, about: dict[str, Any]) -> None:
     folder = distributed.from_first(lambda: _output_folder(options))
     resumed = distributed.from_first(lambda: checkpoints.read(folder)) if options.resume else None
     run = resumed[1] if resumed else None
+    if options.push_to_hub:  # before the training: what the hub has against it is said now
+        name, private = options.push_to_hub, options.private
+        options = replace(options, push_to_hub=distributed.from_first(lambda: hub.repository(name, private)))
     if run:
         checkpoints.check_settings(run, options, folder)
     _seed(options.seed)

@@ -168,6 +168,10 @@ class Output(Command):
     resume: bool = option(
         "go on with the interrupted run in --out, with the same arguments", False, action="store_true", scope="run"
     )
+    push_to_hub: str | None = option(
+        "upload the adapter, its losses and a model card in the end", metavar="USER/NAME", scope="run"
+    )
+    private: bool = option("that repository is private, if it is made now", False, action="store_true", scope="run")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from unilora_cli.console import CommandError, number, one_line, say, table
 from unilora_cli.options.finetune import Finetune
 from unilora_cli.outputs import blank_figure, csv_text, write_csv, write_png
 from unilora_cli.tasks.task import Task
-from unilora_cli.training import checkpoints
+from unilora_cli.training import checkpoints, hub
 from unilora_cli.training.distributed import only_first
 from unilora_core import ProjectionSpec, read_adapter
 from unilora_core.files import write_file
@@ -41,6 +41,7 @@ class Recorder:
         skipped: steps that were not taken because the gradient overflowed float16.
         stopped_early: why training ended before its last step; empty unless it did.
         unwritten: what stands beside the adapter and could not be written, and why.
+        pushed: the address of the commit on the hub.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Recorder:
         self.skipped = resumed.skipped if resumed else 0
         self.stopped_early = ""
         self.unwritten: dict[str, str] = {}
+        self.pushed = ""
         self.began = time.perf_counter() - (resumed.seconds if resumed else 0)
         self._since = len(self.losses)
         self._open(fresh=not resumed)
@@ -188,6 +190,9 @@ class Recorder:
         with self.beside("loss.png"):
             _draw(self.folder / "loss.png", self.losses, self.epochs, self.task.metrics[0].name)
         self.write("finished")
+        if name := self.options.push_to_hub:
+            with self.beside(f"{name} on the hub"):
+                self.pushed = _push(self, name)
         checkpoints.forget(self.folder)
         say("\nresult\n" + table(_summary(self)))
         self.unwritten.pop(checkpoints.FOLDER, None)  # which is of no use any more
@@ -265,10 +270,9 @@ def _epoch_rows(recorder: Recorder) -> list[list[object]]:
     return rows
 
 
-def _summary(recorder: Recorder) -> list[tuple[str, str]]:
+def _results(recorder: Recorder) -> list[tuple[str, str]]:
+    """How good the kept adapter is, and how large."""
     kept, plan, saved = recorder.kept(), recorder.about["plan"], _saved(recorder)
-    sizes = _bytes(recorder.folder / ADAPTER, saved)
-    as_lora = f" (as LoRA: {sizes['adapter_as_lora']:,})" if "adapter_as_lora" in sizes else ""
     names = ("loss", *(metric.name for metric in recorder.task.metrics))
     scores = [(f"held-out {name}", number(kept[name])) for name in names]
     if not recorder.epochs[0]["epoch"]:
@@ -282,10 +286,23 @@ def _summary(recorder: Recorder) -> list[tuple[str, str]]:
             ("skipped steps", f"{recorder.skipped} of {len(recorder.losses)}: their gradient overflowed float16")
         )
     scores += [(f"test {name}", number(value)) for name, value in recorder.test.items()]
+    return [*scores, ("trained numbers", f"{plan['trained'] + saved.d - plan['d']:,}")]
+
+
+def _push(recorder: Recorder, name: str) -> str:
+    """Upload the adapter, its losses and a card; what names the data stays here."""
+    files = (recorder.folder / file for file in (ADAPTER, "metrics.csv", "summary.csv", "loss.png"))
+    text = hub.card(name, recorder.options.model, _results(recorder))
+    return hub.push(name, [file for file in files if file.is_file()], text)
+
+
+def _summary(recorder: Recorder) -> list[tuple[str, str]]:
+    sizes = _bytes(recorder.folder / ADAPTER, _saved(recorder))
+    as_lora = f" (as LoRA: {sizes['adapter_as_lora']:,})" if "adapter_as_lora" in sizes else ""
     return [
-        *scores,
-        ("trained numbers", f"{plan['trained'] + saved.d - plan['d']:,}"),
+        *_results(recorder),
         ("adapter", f"{recorder.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
+        *([("on the hub", recorder.pushed)] if recorder.pushed else []),
         ("merge it", f"unilora merge {shlex.quote(str(recorder.folder / ADAPTER))} --out merged/"),
         ("time", f"{recorder._seconds():.1f} s"),
         ("also written", f"{', '.join(recorder.also_written)} in {recorder.folder}"),
