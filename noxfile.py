@@ -222,7 +222,7 @@ def copied(folder: Path) -> Path:
 @nox.parametrize("package", ["unilora_core", "unilora_torch"])
 def mutation(session: nox.Session, package: str) -> None:
     """How many planted faults the tests find, of a sample: half an hour a package, in none of the runs by default."""
-    needs = ["array-api-compat>=1.12", "numpy>=1.26", "safetensors>=0.5"]
+    needs = ["array-api-compat>=1.13", "numpy>=1.26", "safetensors>=0.5"]
     needs += ["torch>=2.9"] if package == "unilora_torch" else []
     session.install(COSMIC_RAY, *needs, *PYTEST)  # not unilora: a copy of it is mutated
     session.run("python", "benchmarks/mutation.py", package, *session.posargs)

@@ -57,10 +57,25 @@ def _installed(name):
     return find_spec(name.partition(".")[0]) is not None
 
 
-def pytest_configure():
+TRACING = (
+    "ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:.*torch.jit.script.*deprecated:DeprecationWarning",
+)
+"""What PyTorch says to itself while it traces or compiles; it is seen only where warnings are errors."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "traces: PyTorch traces or compiles, and its own warnings of that are let pass")
     expected = os.environ.get("UNILORA_EXPECT", "").replace(",", " ").split()
     if missing := [name for name in expected if not _installed(name)]:
         raise pytest.UsageError(f"UNILORA_EXPECT lists {', '.join(missing)}, not installed here")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("traces"):
+            item.add_marker(pytest.mark.filterwarnings(*TRACING))
 
 
 def pytest_generate_tests(metafunc):

@@ -438,9 +438,7 @@ def test_one_kind_of_autocast_only(vit):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+@pytest.mark.traces
 def test_a_compiled_model_trains_as_the_plain_one(vit):
     """Also with a last batch that is smaller; the adapter is that of the model itself."""
     assert vit("--epochs", 2, "--out", "plain").code == 0

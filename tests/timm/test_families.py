@@ -131,8 +131,7 @@ def test_autocast(lively, images, move):
     assert adapter.theta_d.grad.any()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch's, while it traces
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.traces
 def test_compiled(lively, images, move):
     model = lively("beit_base_patch16_224", depth=1)
     adapter = move(unilora_timm.attach(model))

@@ -228,9 +228,7 @@ def test_an_adapter_draws_no_random_number(tiny, images):
     assert torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+@pytest.mark.traces
 def test_a_compiled_model_has_the_same_gradients(adapted, images):
     """As train.py's --torchcompile does it: attach, then compile the whole model."""
     torch.compiler.reset()

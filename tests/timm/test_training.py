@@ -134,9 +134,7 @@ def test_gradient_checkpointing(tiny, images, move, name):
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+@pytest.mark.traces
 def test_compile_without_a_graph_break(model, images, move):  # the warnings are torch's own, raised while it traces
     torch.compiler.reset()
     adapter = move(unilora_timm.attach(model))

@@ -147,8 +147,7 @@ def test_autocast():
     assert_same_run(found, naive_run(base, adapter, X), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.traces
 @pytest.mark.parametrize("training", [True, False])
 def test_under_torch_compile(training):
     base = made("batch first").train(training)

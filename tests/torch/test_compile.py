@@ -12,11 +12,7 @@ import unilora_core
 import unilora_torch
 from unilora_core import Layout, ProjectionSpec
 
-pytestmark = [  # raised inside torch while it traces or imports; none is seen where warnings are not errors
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.traces
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
 

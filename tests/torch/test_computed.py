@@ -14,9 +14,8 @@ from unilora_core import SpecError
 from unilora_core.maps import MAPS
 from unilora_torch.computed import Computed, _Project, _project, _project_transpose
 
-pytestmark = [  # raised inside torch while it traces or reads
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+pytestmark = [
+    pytest.mark.traces,
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
 ]
 

@@ -11,10 +11,7 @@ from unilora_core.testing import Backend, cases
 from unilora_torch.gather import Gather
 from unilora_torch.generic import Mapped
 
-pytestmark = [  # raised inside torch while it traces; none is seen where warnings are not errors
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+pytestmark = pytest.mark.traces
 
 
 def backend(device):

@@ -200,8 +200,7 @@ def test_autocast_and_channels_last():
     torch.testing.assert_close(model(x), found[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.traces
 @TRACES_ATTRIBUTES
 def test_under_torch_compile():
     base = nn.Sequential(nn.Conv2d(4, 6, 3, padding="same"), Standardised(6, 6, 3), nn.Conv2d(6, 6, 3, groups=3))

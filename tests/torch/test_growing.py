@@ -115,8 +115,7 @@ def test_hooks_of_theta_d_stay():
     assert seen == [40, 40, 80, 80]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # see test_compile
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.traces
 def test_a_compiled_model():
     torch.compiler.reset()
     model, adapter = adapted()

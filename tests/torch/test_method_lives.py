@@ -267,8 +267,7 @@ ONE_GRAPH = ("uni-lora", "lora", "tied-lora", "vera", "lora-xs")
 
 
 @every_method
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # see test_compile
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.traces
 def test_compiled(method):
     torch.compiler.reset()
     _, model, adapter, x = moved(method)

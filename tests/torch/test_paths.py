@@ -191,8 +191,7 @@ def test_the_sum_is_made_in_float32_and_rounded_once(dtype):
     assert torch.equal(seen[0], (base.experts.up.float() + adapter.delta_weight(PARTS[0])).to(dtype))
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.traces
 @TRACES_ATTRIBUTES
 def test_parameters_under_torch_compile():
     base = Model()

@@ -9,10 +9,7 @@ from small_models import mlp
 import unilora_torch
 from unilora_core import MismatchError, TargetError, ValuesError
 
-pytestmark = [  # raised inside torch while it traces; none is seen where warnings are not errors
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+pytestmark = pytest.mark.traces
 
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
 KINDS = {

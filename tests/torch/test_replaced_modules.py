@@ -16,10 +16,7 @@ from unilora_core import TargetError
 from unilora_torch import Bank, Target
 from unilora_torch.structure import StructureHook
 
-pytestmark = [  # raised inside torch while it traces
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+pytestmark = pytest.mark.traces
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
 

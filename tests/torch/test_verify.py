@@ -379,7 +379,7 @@ def test_a_model_that_was_watched_keeps_its_parameters():
     assert len(parameters) == 5
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.traces
 def test_a_graph_of_another_mode_is_watched_too():
     model = Fused(lambda model: model.training)
     unilora_torch.attach(model, d=20)

@@ -85,8 +85,7 @@ def test_detach_takes_back_what_checkpointing_needed(tiny):
 
 
 # Dynamo makes an instance of the autograd function that it traces, and reads .grad of A and B; PyTorch warns of both.
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.traces
 def test_compile_in_one_graph(tiny, ids):
     model = tiny("LlamaForCausalLM").train()
     adapter = unilora_transformers.attach(model, "all-linear")
