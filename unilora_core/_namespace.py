@@ -3,7 +3,8 @@
 from types import ModuleType
 from typing import Any
 
-from array_api_compat import array_namespace, device, is_jax_array, is_numpy_namespace, is_torch_array
+import array_api_compat
+from array_api_compat import device, is_jax_array, is_numpy_namespace, is_torch_array
 
 __all__ = [
     "Array",
@@ -18,6 +19,13 @@ __all__ = [
 
 Array = Any
 """An array of any namespace that follows the Array API standard."""
+
+
+def array_namespace(*arrays: Array) -> ModuleType:
+    """Return the Array API namespace of arrays. A compiler that cannot trace how it is found may be told of this
+    function what it gives.
+    """
+    return array_api_compat.array_namespace(*arrays)
 
 
 def standard(xp: ModuleType) -> ModuleType:

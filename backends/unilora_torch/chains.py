@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from unilora_core import ProjectionSpec
-from unilora_core.frames import FRAMES, Frame, Sizes, piece_names
+from unilora_core._namespace import array_namespace, standard
+from unilora_core.frames import FRAMES, Sizes, piece_names
 from unilora_core.maps import Options
 from unilora_torch.targets import Target
+
+TORCH = standard(torch)
+
+torch.compiler.substitute_in_graph(array_namespace)(lambda *_: TORCH)  # how it is found is not to be traced
 
 __all__ = ["Chains", "Frozen", "joined", "product", "sizes_of"]
 
@@ -51,8 +56,7 @@ class Chains:
         if self.frame == "pair":  # a short cut, as this runs in every layer of every step
             return factors[names[0]], factors[names[1]]
         pieces = {piece: factors[name] for piece, name in zip(form.names, names, strict=True)}
-        make = _made if self.frame in TRACED else _untraced
-        return make(form, pieces, self.frozen.get(target.name, {}), self.options)
+        return form.chain(pieces, self.frozen.get(target.name, {}), self.options)
 
     def to(self, device: torch.device) -> "Chains":
         """Return the same chains with what is frozen on another device; what is shared stays shared."""
@@ -74,17 +78,6 @@ class Chains:
         for name, arrays in self.frozen.items():
             for key, array in arrays.items():
                 array.copy_(frozen[name][key])
-
-
-TRACED = ("pair", "scaled", "tied", "core", "dense")
-"""The frames whose chains torch.compile traces; others ask for the namespace of an array."""
-
-
-def _made(form: Frame, pieces: Pieces, frozen: Pieces, options: Options) -> tuple[Tensor, ...]:
-    return form.chain(pieces, frozen, options)
-
-
-_untraced = torch.compiler.disable(_made)
 
 
 def sizes_of(target: Target) -> Sizes:

@@ -2,7 +2,7 @@
 
 On CUDA Triton's kernels keep the groups of ``balanced`` in registers; elsewhere, and of other groupings, a block of
 positions at a time is computed by the core. P and Pᵀ are operators of PyTorch, ``unilora::project`` and
-``unilora::project_transpose``, that graphs hold as they are; an operator takes no spec, so it is told its JSON.
+``unilora::project_transpose``.
 """
 
 import functools
@@ -19,47 +19,38 @@ from unilora_core import ProjectionSpec
 from unilora_core.grouping import ALGORITHMS
 from unilora_core.maps.gather import problem_of
 from unilora_torch.gather import scaled
-from unilora_torch.projection import Projection, Spans
+from unilora_torch.projection import Spans, Told, borders_of, length_of, spec_of
 from unilora_torch.streamed import BLOCK, Place, groups_at, streamed
 
 __all__ = ["Computed", "computes", "kernels_for"]
 
 
 @dataclass(eq=False)
-class Computed(Projection):
+class Computed(Told):
     """P as a function of the positions.
 
     Attributes:
         scale: (d,) float32, 1/√n_j.
         origin: (d,) float32, θ_d⁰ of ``start="identity"``; None without one.
-        told: the spec as JSON.
     """
 
     scale: Tensor
     origin: Tensor | None
-    told: str
 
     @classmethod
     def of(cls, spec: ProjectionSpec) -> "Computed":
         """Make P of a spec, on the CPU."""
         origin = torch.from_numpy(spec.init()) if spec.start == "identity" else None
-        return cls(spec, torch.from_numpy(spec.scale()), origin, json.dumps(spec.to_json()))
+        return cls(spec, json.dumps(spec.to_json()), torch.from_numpy(spec.scale()), origin)
 
     def __call__(self, theta_d: Tensor, spans: Spans) -> Tensor:
         """See `Projection`."""
-        borders = [border for at in spans for border in (at.start, at.stop)]
-        return _Project.apply(theta_d, self.scale, self.origin, self.told, borders)
-
-    def copy_(self, other: Projection) -> None:
-        """See `Projection`."""
-        assert isinstance(other, Computed)
-        super().copy_(other)
-        self.told = other.told
+        return _Project.apply(theta_d, self.scale, self.origin, self.told, borders_of(spans))
 
     def product(self, x: Tensor, theta_d: Tensor, place: Place) -> Tensor:
         """Compute x·ΔWᵀ of a dense frame, all of whose numbers start at zero; see `streamed`."""
         moved = theta_d if self.origin is None else theta_d - self.origin
-        return streamed(x, moved * self.scale, self.spec, place)
+        return streamed(x, moved * self.scale, self.told, place)
 
 
 def kernels_for(spec: ProjectionSpec, device: torch.device) -> ModuleType | None:
@@ -87,9 +78,9 @@ def _kernels() -> ModuleType | None:
 @torch.library.custom_op("unilora::project", mutates_args=())
 def _project(theta_d: Tensor, scale: Tensor, origin: Tensor | None, told: str, borders: Sequence[int]) -> Tensor:
     """Compute the numbers of slices of θ_D, whose borders these are, of θ_d (…, d): (…, n)."""
-    spec, table, spans = _spec(told), scaled(theta_d, scale, origin), _spans(borders)
+    spec, table, spans = spec_of(told), scaled(theta_d, scale, origin), _spans(borders)
     if kernels := kernels_for(spec, table.device):
-        out = table.new_empty((*table.shape[:-1], _length(borders)))
+        out = table.new_empty((*table.shape[:-1], length_of(borders)))
         pi, tiles = kernels.permuted(spec, table.device), kernels.tiles(spec, spans, table.device)
         for row, into in zip(table.reshape(-1, table.shape[-1]), out.view(-1, out.shape[-1]), strict=True):
             kernels.project(row.contiguous(), pi, tiles, into)
@@ -106,7 +97,7 @@ def _project_transpose(
     borders: Sequence[int],
 ) -> Tensor:
     """Compute the transpose of these slices, of y (…, n): (…, d)."""
-    spec, spans = _spec(told), _spans(borders)
+    spec, spans = spec_of(told), _spans(borders)
     if spans == ((0, spec.D),) and (kernels := kernels_for(spec, y.device)):
         pi = kernels.permuted(spec, y.device)
         rows = [kernels.project_transpose(row.contiguous(), pi, scale) for row in y.reshape(-1, spec.D)]
@@ -159,20 +150,11 @@ def _mapped(operator: Callable[..., Tensor], _: Any, axes: tuple, x: Tensor, *ot
     return operator(x.movedim(axes[0], 0), *others), 0
 
 
-_project.register_fake(lambda x, _scale, _origin, _told, borders: x.new_empty((*x.shape[:-1], _length(borders))))
+_project.register_fake(lambda x, _scale, _origin, _told, borders: x.new_empty((*x.shape[:-1], length_of(borders))))
 _project_transpose.register_fake(lambda y, scale, *_: y.new_empty((*y.shape[:-1], len(scale))))
 for _operator, _function in {_project: _Project, _project_transpose: _ProjectTranspose}.items():
     _operator.register_autograd(_function.backward, setup_context=_function.setup_context)  # of an exported graph
     _operator.register_vmap(functools.partial(_mapped, _operator))
-
-
-@functools.lru_cache(maxsize=64)
-def _spec(told: str) -> ProjectionSpec:
-    return ProjectionSpec.from_json(json.loads(told))
-
-
-def _length(borders: Sequence[int]) -> int:
-    return sum(borders[1::2]) - sum(borders[::2])
 
 
 def _spans(borders: Sequence[int]) -> tuple[tuple[int, int], ...]:

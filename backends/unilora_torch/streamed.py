@@ -1,9 +1,10 @@
 """ΔW of a dense frame, a block of rows at a time: x·ΔWᵀ and its gradients, with no ΔW and no table of D ever kept.
 
-The groups of a block follow from its positions, so they are computed where they are used, forwards and backwards.
+The groups of a block follow from its positions, so they are computed where they are used, forwards and backwards. Both
+passes are operators of PyTorch, ``unilora::streamed`` and ``unilora::streamed_gradient``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unilora_core import ProjectionSpec
+from unilora_torch.projection import row_by_row, spec_of
 
 __all__ = ["BLOCK", "Place", "groups_at", "streamed"]
 
@@ -32,10 +34,9 @@ class Place:
         for first in range(0, self.height, step):
             rows = slice(first, min(first + step, self.height))
             at = [self.start + row * self.width for row in (rows.start, rows.stop)]
-            yield rows, groups_at(spec, *at, device).view(-1, self.width)
+            yield rows, groups_at(spec, at[0], at[1], device).view(-1, self.width)
 
 
-@torch.compiler.disable  # which would trace the groups' permutations
 def groups_at(spec: ProjectionSpec, start: int, stop: int, device: torch.device) -> Tensor:
     """Compute g(start) … g(stop-1): (stop-start,) int32; on the meta device as many numbers without values."""
     if device.type == "meta":
@@ -45,46 +46,90 @@ def groups_at(spec: ProjectionSpec, start: int, stop: int, device: torch.device)
     return spec.groups(start, stop, xp=torch, device=device)
 
 
-@torch.compiler.disable
-def streamed(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
+def streamed(x: Tensor, table: Tensor, told: str, place: Place) -> Tensor:
     """Compute x·ΔWᵀ, differentiable in ``x`` and ``table``; computed in the dtype of ``x``.
 
     Args:
         x: (…, width).
         table: (d,) float32, θ_d·s: ΔW is a gather of it.
+        told: the spec, as its JSON.
 
     Returns:
         (…, height).
     """
-    return _Streamed.apply(x, table, spec, place)
+    return _Streamed.apply(x, table, told, [place.start, place.height, place.width])
+
+
+@torch.library.custom_op("unilora::streamed", mutates_args=())
+def _streamed(x: Tensor, table: Tensor, told: str, place: Sequence[int]) -> Tensor:
+    """Compute x·ΔWᵀ: (…, height)."""
+    blocks = Place(*place).blocks(spec_of(told), x.device)
+    return torch.cat([x @ _rows(table, groups, x.dtype).T for _, groups in blocks], dim=-1)
+
+
+@torch.library.custom_op("unilora::streamed_gradient", mutates_args=())
+def _gradient(
+    grad: Tensor, x: Tensor, table: Tensor, told: str, place: Sequence[int], inner: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of x, unless no ``inner`` one is wanted, and of the table."""
+    grad_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))  # blocks add up
+    grad_table, flat = torch.zeros_like(table), x.reshape(-1, x.shape[-1])
+    for rows, groups in Place(*place).blocks(spec_of(told), x.device):
+        part = grad[..., rows].to(x.dtype)
+        if inner:
+            grad_x += part @ _rows(table, groups, x.dtype)
+        update = part.reshape(len(flat), -1).T @ flat
+        grad_table.index_add_(0, groups.flatten(), update.flatten().to(table.dtype))
+    return grad_x.to(x.dtype), grad_table
 
 
 class _Streamed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, _output: Tensor) -> None:
-        x, table, ctx.spec, ctx.place = inputs
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG004 - so it is called
+        x, table, ctx.told, ctx.place = inputs
         ctx.save_for_backward(x, table)
 
     @staticmethod
-    def forward(x: Tensor, table: Tensor, spec: ProjectionSpec, place: Place) -> Tensor:
-        blocks = place.blocks(spec, x.device)
-        return torch.cat([x @ _rows(table, groups, x.dtype).T for _, groups in blocks], dim=-1)
+    def forward(x: Tensor, table: Tensor, told: str, place: Sequence[int]) -> Tensor:
+        return _streamed(x, table, told, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, table = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)  # blocks add up
-        grad_x = torch.zeros_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
-        grad_table, flat = torch.zeros_like(table), x.reshape(-1, x.shape[-1])
-        for rows, groups in ctx.place.blocks(ctx.spec, x.device):
-            part = grad[..., rows].to(x.dtype)
-            if grad_x is not None:
-                grad_x = grad_x + part @ _rows(table, groups, x.dtype)
-            update = part.reshape(len(flat), -1).T @ flat
-            grad_table = grad_table.index_add(0, groups.flatten(), update.flatten().to(table.dtype))
-        return None if grad_x is None else grad_x.to(x.dtype), grad_table, None, None
+        grad_x, grad_table = _Gradient.apply(grad, x, table, ctx.told, ctx.place, ctx.needs_input_grad[0])
+        return grad_x if ctx.needs_input_grad[0] else None, grad_table, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """Both gradients, (y·ΔW, Pᵀ(yᵀ·x)); theirs are made of the same products, as each is linear in what it is of."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG004 - so it is called
+        *tensors, ctx.told, ctx.place, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, table: Tensor, told: str, place: Sequence[int], inner: bool) -> Any:
+        return _gradient(grad, x, table, told, place, inner)
+
+    @staticmethod
+    def backward(ctx: Any, of_x: Tensor, of_table: Tensor) -> tuple[Tensor | None, ...]:
+        (grad, x, table), how = ctx.saved_tensors, (ctx.told, ctx.place)
+        of_grad = _Streamed.apply(of_x, table, *how) + _Streamed.apply(x, of_table, *how)
+        to_x, _ = _Gradient.apply(grad, x, of_table, *how, True)
+        _, to_table = _Gradient.apply(grad, of_x, table, *how, False)
+        return of_grad, to_x, to_table, None, None, None
+
+
+_streamed.register_fake(lambda x, _table, _told, place: x.new_empty((*x.shape[:-1], place[1])))
+_gradient.register_fake(lambda _grad, x, table, *_: (torch.empty_like(x), torch.empty_like(table)))
+_streamed.register_autograd(_Streamed.backward, setup_context=_Streamed.setup_context)  # of an exported graph
+_streamed.register_vmap(row_by_row(_streamed, 2))
+_gradient.register_vmap(row_by_row(_gradient, 3))
 
 
 def _rows(table: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,7 @@
 """Maps beyond the gather, and ΔW in blocks: each against the core's whole θ_D under autograd, with nothing kept."""
 
+import json
+
 import pytest
 import torch
 
@@ -90,7 +92,7 @@ def test_a_streamed_update_is_that_of_the_whole_matrix(monkeypatch, block, group
     theta_d = torch.randn(spec.d, requires_grad=True)
     x = torch.randn(5, 3, 16, dtype=dtype, requires_grad=True)
     place = Place(24 * 16, 24, 16)
-    found = streamed(x, theta_d * torch.from_numpy(spec.scale()), spec, place)
+    found = streamed(x, theta_d * torch.from_numpy(spec.scale()), json.dumps(spec.to_json()), place)
     W = project(spec, theta_d)[24 * 16 : 2 * 24 * 16].view(24, 16)
     expected = x @ W.to(dtype).T
     close = {"rtol": 3e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
@@ -120,5 +122,5 @@ def test_a_streamed_update_keeps_no_matrix():
     x, table = torch.randn(2, 16, requires_grad=True), torch.randn(spec.d, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        streamed(x, table, spec, Place(0, 24, 16))
+        streamed(x, table, json.dumps(spec.to_json()), Place(0, 24, 16))
     assert sorted(tensor.numel() for tensor in saved) == sorted([x.numel(), table.numel()])

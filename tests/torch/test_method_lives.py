@@ -262,19 +262,47 @@ def test_a_vector_that_was_stepped_in_between():
                 output.sum().backward()
 
 
-ONE_GRAPH = ("uni-lora", "lora", "tied-lora", "vera", "lora-xs")
-"""What is compiled whole; elsewhere the graph breaks where random numbers are drawn, or an FFT is taken."""
+@every_method
+@pytest.mark.traces
+def test_a_compiled_model_is_one_graph(method):
+    torch.compiler.reset()
+    _, model, adapter, x = moved(method)
+    wanted = run(model, adapter, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same_run(run(compiled, adapter, x), wanted)
+    torch.compiler.reset()
 
 
 @every_method
 @pytest.mark.traces
-def test_compiled(method):
-    torch.compiler.reset()
+def test_an_exported_model_trains(method):
     _, model, adapter, x = moved(method)
     wanted = run(model, adapter, x)
-    compiled = torch.compile(model, backend="eager", fullgraph=method in ONE_GRAPH)
-    assert_same_run(run(compiled, adapter, x), wanted)
-    torch.compiler.reset()
+    exported = torch.export.export(model, (x,), strict=False).module()
+    assert_same_run(run(exported, exported.unilora, x), wanted)
+
+
+@every_method
+def test_a_second_gradient_is_that_of_the_first(method):
+    """Against differences of the first; a map that is not linear has none, and says so."""
+    _, model, adapter, x = moved(method)
+    model.double(), torch.nn.Module.double(adapter)
+    x, theta_d, before = x.double(), adapter.theta_d, adapter.theta_d.detach().clone()
+
+    def gradient(step=0.0, way=0.0, **how):
+        with torch.no_grad():
+            theta_d.copy_(before + step * way)
+        return torch.autograd.grad(model(x).square().sum(), theta_d, **how)[0]
+
+    first = gradient(create_graph=True)
+    if adapter.spec.map.transpose is None:
+        with pytest.raises(ValuesError, match="is not linear, and has no second gradient here"):
+            torch.autograd.grad(first.square().sum(), theta_d)
+        return
+    (found,) = torch.autograd.grad(first.square().sum(), theta_d)
+    way = 2 * first.detach()
+    expected = (gradient(1e-3, way / way.norm()) - gradient(-1e-3, way / way.norm())) * way.norm() / 2e-3
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
 LEAST = dict.fromkeys(METHODS, 0.93) | {"tinylora": 0.993}  # which has 8 numbers here
