@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def test_the_plan_is_printed_before_and_the_result_after(unilora, bert, tsv):
     assert "held-out accuracy" in training.split("result")[1]
     assert "as LoRA:" in training
     assert "unilora merge run/adapter.safetensors --out merged/" in training
+
+
+def test_the_line_that_merges_says_of_the_base_what_no_file_may_say(unilora, bert, tsv):
+    more = ("--model-arg", "attn_implementation=eager", "--model-arg", "hidden_dropout_prob=0.2")
+    words = ("--max-steps", 1, "--out", "my run", "--device", "cpu", *more)
+    training = unilora("finetune", "text", "--model", bert, "--data", tsv, *words).out
+    (line,) = (line.split("merge it")[1] for line in training.splitlines() if "merge it" in line)
+    said = shlex.split(line)
+    given = ["unilora", "merge", "my run/adapter.safetensors", "--model-arg=attn_implementation=eager"]
+    assert said == [*given, "--out", "merged/"]
+    assert unilora(*said[1:3], "--out", "other").code == 1
+    result = unilora(*said[1:])
+    assert result.code == 0, result.err
 
 
 def test_the_seed_fixes_a_run(unilora, bert, tsv):

@@ -34,8 +34,8 @@ def push(name: str, files: Sequence[Path], text: str) -> str:
     return str(api.create_commit(name, operations, commit_message="Upload adapter").commit_url)
 
 
-def card(name: str, base: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Write the model card of a run: its base, its results, and how it is used."""
+def card(name: str, base: str, rows: Sequence[tuple[str, str]], merging: str) -> str:
+    """Write the model card of a run: its base, its results, and the command that merges it."""
     lines = [
         *card_header(base),
         "",
@@ -49,7 +49,7 @@ def card(name: str, base: str, rows: Sequence[tuple[str, str]]) -> str:
         "",
         "```bash",
         f"hf download {name} adapter.safetensors --local-dir .",
-        "unilora merge adapter.safetensors --out merged/",
+        merging,
         "```",
         "",
     ]

@@ -289,10 +289,20 @@ def _results(recorder: Recorder) -> list[tuple[str, str]]:
     return [*scores, ("trained numbers", f"{plan['trained'] + saved.d - plan['d']:,}")]
 
 
+def _merging(file: str, options: Finetune) -> str:
+    """The command that merges the adapter, with what was said of the base that no file may say."""
+    words = [
+        f"--model-arg={name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in options.model_arg
+        if name not in SETTINGS
+    ]
+    return shlex.join(["unilora", "merge", file, *words, "--out", "merged/"])
+
+
 def _push(recorder: Recorder, name: str) -> str:
     """Upload the adapter, its losses and a card; what names the data stays here."""
     files = (recorder.folder / file for file in (ADAPTER, "metrics.csv", "summary.csv", "loss.png"))
-    text = hub.card(name, recorder.options.model, _results(recorder))
+    text = hub.card(name, recorder.options.model, _results(recorder), _merging(ADAPTER, recorder.options))
     return hub.push(name, [file for file in files if file.is_file()], text)
 
 
@@ -303,7 +313,7 @@ def _summary(recorder: Recorder) -> list[tuple[str, str]]:
         *_results(recorder),
         ("adapter", f"{recorder.folder / ADAPTER}, {sizes['adapter']:,} bytes{as_lora}"),
         *([("on the hub", recorder.pushed)] if recorder.pushed else []),
-        ("merge it", f"unilora merge {shlex.quote(str(recorder.folder / ADAPTER))} --out merged/"),
+        ("merge it", _merging(str(recorder.folder / ADAPTER), recorder.options)),
         ("time", f"{recorder._seconds():.1f} s"),
         ("also written", f"{', '.join(recorder.also_written)} in {recorder.folder}"),
     ]
