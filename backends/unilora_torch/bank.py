@@ -10,16 +10,16 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from unilora_core import AdapterFile, TargetError, ValuesError
-from unilora_core.header import BaseIdentity
 from unilora_torch import base
 from unilora_torch.batches import Row, read_rows
 from unilora_torch.calls import Handle
 from unilora_torch.heads import check_modules
 from unilora_torch.hooked import Hooked
-from unilora_torch.opened import Opened, open_file
+from unilora_torch.opened import open_file
 from unilora_torch.stored import Entry, Family, OnDisk, Store, combined, family_of, named, values_of
 from unilora_torch.tenants import Tenants
 from unilora_torch.vector import attached
@@ -58,7 +58,7 @@ class Bank:
         self.store, self.hooked = Store(model, memory), Hooked(model)
         self.entries, self.live, self.structure = self.store.entries, self.hooked.live, self.hooked.structure
         self._adding = threading.Lock()
-        self._identities: dict[tuple[tuple[str, ...], tuple[str, ...]], BaseIdentity | None] = {}
+        self._identity = base.Identities(model)
 
     def __repr__(self) -> str:
         return f"Bank(adapters: {len(self.entries):,}, specs: {len(self.families):,}, bytes: {self.nbytes:,})"
@@ -118,13 +118,13 @@ class Bank:
         given = file if isinstance(file, AdapterFile) else None
         disk = None if isinstance(file, AdapterFile) else OnDisk.of(file)
         where = f"adapter {name!r}" if disk is None else str(file)
-        with self._adding:
+        with self._adding, torch.inference_mode(False):  # what is kept may train later
             families = self.families
             known = {(family.spec, family.targets) for family in families}
             found = open_file(where, self.model, file=given, any_rank=any_rank, known=known)
             check_modules(self.model, found.heads, where)
             if check_base:
-                base.check_base(where, found.header.base, self._identity(found))
+                base.check_base(where, found.header.base, self._identity(found.header.modules_to_save, found.fresh))
             family = next((each for each in families if each.takes(found)), None) or family_of(where, self.model, found)
             values = values_of(self.model, family, found)
             if disk is not None:
@@ -220,13 +220,6 @@ class Bank:
 
     def _tidy(self) -> None:
         self.hooked.follow(self.store)
-
-    def _identity(self, found: Opened) -> BaseIdentity | None:
-        """Return `base.identity`, taken once for all adapters that save the same heads."""
-        key = found.header.modules_to_save, found.fresh
-        if key not in self._identities:
-            self._identities[key] = base.identity(self.model, *key)
-        return self._identities[key]
 
 
 def _check_bare(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from unilora_core.header import BaseIdentity
 from unilora_core.identity import difference, name_of
 from unilora_torch.heads import inside
 
-__all__ = ["check_base", "identity", "with_fresh"]
+__all__ = ["Identities", "check_base", "identity", "with_fresh"]
 
 VECTORS, EMBEDDINGS = 64, 4
 """The number of vectors and of embeddings that are sampled, spread evenly over their names in order."""
@@ -53,6 +53,24 @@ def identity(model: nn.Module, exclude: Iterable[str] = (), fresh: Iterable[str]
         ends=_pack(_sample({name: value[-1] for name, value in embeddings.items()}, EMBEDDINGS)),
         fresh=_fresh(model, (name for name in fresh if not inside(name, exclude))),
     )
+
+
+class Identities:
+    """The identities of one model, each taken once for all files that save the same heads, until its values change."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._seen: tuple[tuple[int, int], ...] = ()
+        self._taken: dict[tuple[tuple[str, ...], tuple[str, ...]], BaseIdentity | None] = {}
+
+    def __call__(self, exclude: tuple[str, ...], fresh: tuple[str, ...]) -> BaseIdentity | None:
+        """Return `identity` of these."""
+        now = tuple((id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters())
+        if now != self._seen:
+            self._taken, self._seen = {}, now
+        if (exclude, fresh) not in self._taken:
+            self._taken[exclude, fresh] = identity(self.model, exclude, fresh)
+        return self._taken[exclude, fresh]
 
 
 def with_fresh(base: BaseIdentity | None, model: nn.Module, names: Iterable[str]) -> BaseIdentity | None:

@@ -101,9 +101,10 @@ def _pairs(
         pairs = sorted(pairs, key=lambda pair: order[pair[1]])
     rows, names, weights = zip(*pairs, strict=True)
     device, at_once = family.device, training or not isinstance(family.projection, Gather)
+    shares = None if set(weights) == {1.0} else torch.tensor(weights, dtype=torch.float32, device=device)
     return Pairs(
         (_projected if at_once else _gathered)(family, [thetas[name] for name in order]),
         which=None if even else torch.tensor([order[name] for name in names], device=device),
         rows=None if rows == tuple(range(size)) else torch.tensor(rows, device=device),
-        weights=None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1),
+        weights=None if shares is None else shares.view(-1, 1, 1),
     )

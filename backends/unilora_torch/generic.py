@@ -66,7 +66,8 @@ def _numbers(theta_d: Tensor, spec: ProjectionSpec, frozen: tuple[Tensor, ...], 
 @torch.library.custom_op("unilora::map", mutates_args=())
 def _map(theta_d: Tensor, told: str, borders: Sequence[int], frozen: Sequence[Tensor]) -> Tensor:
     """Compute the numbers of slices of θ_D = P(θ_d): (n,)."""
-    return _numbers(theta_d, spec_of(told), tuple(frozen), spans_of(borders))
+    with torch.autocast(theta_d.device.type, enabled=False):  # products of P are float32, whatever the model's are
+        return _numbers(theta_d, spec_of(told), tuple(frozen), spans_of(borders))
 
 
 @torch.library.custom_op("unilora::map_gradient", mutates_args=())
@@ -74,10 +75,11 @@ def _map_gradient(y: Tensor, theta_d: Tensor, told: str, borders: Sequence[int],
     """Compute the gradient (d,) of these numbers at θ_d, for a gradient y of theirs."""
     spec, spans, held = spec_of(told), spans_of(borders), tuple(frozen)
     transpose = spec.map.transpose
-    if transpose is None:
-        return torch.func.vjp(lambda theta: _numbers(theta, spec, held, spans), theta_d)[1](y)[0]
-    parts = zip(y.split([at.stop - at.start for at in spans]), spans, strict=True)
-    return functools.reduce(torch.add, [transpose(spec, part, held, at.start) for part, at in parts])
+    with torch.autocast(y.device.type, enabled=False):
+        if transpose is None:
+            return torch.func.vjp(lambda theta: _numbers(theta, spec, held, spans), theta_d)[1](y)[0]
+        parts = zip(y.split([at.stop - at.start for at in spans]), spans, strict=True)
+        return functools.reduce(torch.add, [transpose(spec, part, held, at.start) for part, at in parts])
 
 
 class _Project(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import nn
 from unilora_core import TargetError
 from unilora_torch.calls import Handle
 from unilora_torch.gather import Gather
-from unilora_torch.rows import Batch, Block, HeadHook, LayerHook, Rows
+from unilora_torch.rows import Batch, Block, HeadHook, LayerHook, OutputHook, Rows
 from unilora_torch.stored import Family, Store
 from unilora_torch.structure import Structure
 from unilora_torch.targets import Target
@@ -18,7 +18,7 @@ from unilora_torch.watch import CallerHook, by_caller
 
 __all__ = ["Hooked"]
 
-Hook = LayerHook | HeadHook | CallerHook
+Hook = LayerHook | HeadHook | OutputHook | CallerHook
 
 
 class Hooked:
@@ -29,6 +29,8 @@ class Hooked:
         live: what they look at.
         structure: the hooked modules.
         families, heads: what they serve at the moment.
+        training: how many `Tenants` train.
+        frozen: the base's parameters that train again when none does.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,6 +38,8 @@ class Hooked:
         self.structure = Structure(self.live, model, ())
         self.families: set[Family] = set()
         self.heads: set[str] = set()
+        self.frozen: list[nn.Parameter] = []
+        self.training = 0
         self._lock = threading.RLock()
         self._hooks: dict[tuple[type[Hook], str], tuple[Hook, Handle]] = {}
 
@@ -47,7 +51,7 @@ class Hooked:
     @contextlib.contextmanager
     def serving(self, store: Store, batch: Batch) -> Iterator[None]:
         """Serve these rows inside the ``with``, in this thread or asyncio task."""
-        with self.live.scope.holds(batch):
+        with self.live.scope.holds(batch), _still(self.model, batch.heads):
             if not (batch.families <= self.families and batch.heads.keys() <= self.heads):
                 self.follow(store)  # another thread's `add` or `remove` is under way
             yield
@@ -80,14 +84,28 @@ class Hooked:
             else:
                 self._hooks[kind, module] = _registered(self.model, kind(self.live, module, knows))
         with contextlib.suppress(TargetError):  # of what was replaced: `rows` and `add` tell
-            self.structure.take(name for kind, name in wanted if kind is not CallerHook)
+            self.structure.take(name for kind, name in wanted if kind in (LayerHook, HeadHook))
+
+
+@contextlib.contextmanager
+def _still(model: nn.Module, heads: Iterable[str]) -> Iterator[None]:
+    """Keep the statistics of the base's own heads, which run on all rows, though each row has a head of its own."""
+    inside = [m for head in heads for m in model.get_submodule(head).modules() if m.training and m._buffers]
+    before = [dict(module._buffers) for module in inside]
+    for module, buffers in zip(inside, before, strict=True):
+        module._buffers.update({name: each if each is None else each.clone() for name, each in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in zip(inside, before, strict=True):
+            module._buffers.update(buffers)
 
 
 def _registered(model: nn.Module, hook: Any) -> tuple[Any, Handle]:
-    """Register a hook on its module; a hook that only watches comes last, another one first, so that foreign hooks see
+    """Register a hook on its module; a hook that only looks comes last, another one first, so that foreign hooks see
     what a merge gives.
     """
-    first = not isinstance(hook, CallerHook)
+    first = isinstance(hook, LayerHook | HeadHook)
     layer = model.get_submodule(hook.module)
     return hook, layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
 
@@ -105,7 +123,8 @@ def _wanted(
     }
     wanted |= {(HeadHook, module): () for module in sorted(heads)}
     inside = by_caller(model, [module for _, module in wanted])
-    return wanted | {(CallerHook, caller): modules for caller, modules in inside.items()}
+    wanted |= {(CallerHook, caller): modules for caller, modules in inside.items()}
+    return wanted | ({(OutputHook, ""): ()} if wanted else {})
 
 
 def _block(family: Family, target: Target) -> Block:

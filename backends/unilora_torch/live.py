@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from unilora_core import TargetError
 from unilora_torch.calls import runs_elsewhere
@@ -42,35 +44,76 @@ class Entered:
 _ENTERED: ContextVar[tuple[Entered, ...]] = ContextVar("unilora_torch", default=())
 
 
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """The value that held in a pass; the hooks on its outputs keep it."""
+
+    value: Any
+
+
 class Scope:
-    """A value that holds inside a ``with``, for the thread or the asyncio task that entered it.
+    """A value that holds inside a ``with``, for the thread or the asyncio task that entered it; and again where
+    gradient checkpointing computes layers of that pass a second time, in whatever thread the backward pass runs.
 
     Attributes:
+        strict: whether a layer is refused that is computed again for a pass without a mark.
         used: whether it was ever entered; until then a compiled graph need not look.
         open: every ``with`` that is not over, in whatever context.
+        passes: number of a backward pass → the mark of the forward pass whose gradients it has come to.
     """
 
-    def __init__(self) -> None:
-        self.used = False
+    def __init__(self, strict: bool = False) -> None:
+        self.strict, self.used = strict, False
         self.open: set[Entered] = set()
+        self.passes: WeakValueDictionary[int, Mark] = WeakValueDictionary()
 
     def __reduce__(self) -> tuple:
-        return type(self), ()
+        return type(self), (self.strict,)
+
+    def mark(self, outputs: Any) -> None:
+        """Let the value that holds now hold again in the backward pass of these outputs of the model, from where their
+        gradients come.
+        """
+        if not self.used or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        mark = Mark(self.get())
+
+        def begin(_gradient: Tensor) -> None:
+            self.passes[torch._C._current_graph_task_id()] = mark
+
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(begin)
 
     def get(self) -> Any:
         """Return the value of the latest ``with`` that is not over in this context; None where there is none.
 
         Raises:
-            TargetError: the value cannot be known, in autograd's own thread.
+            TargetError: a layer is computed again, and the value that held in its pass cannot be known.
         """
         if not self.used:
             return None
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (mark := self.passes.get(torch._C._current_graph_task_id())):
+            return mark.value
         for entered in reversed(_ENTERED.get()):
             if entered.scope is self and not entered.over:
                 return entered.value
-        if not torch.compiler.is_compiling() and self.open:
-            _check_context()
+        if not compiling:
+            self._check()
         return None
+
+    def _check(self) -> None:
+        """Refuse a layer that autograd computes again for a pass that nobody marked."""
+        if torch._C._current_graph_task_id() == -1:
+            return
+        own = isinstance(threading.current_thread(), threading._DummyThread)
+        if self.strict or (own and self.open):
+            raise TargetError(
+                "gradient checkpointing computes a layer again, and the layer cannot know whether disabled() or "
+                "rows(…) held in its pass: call the model itself, not a part of it, and checkpoint its layers, not the "
+                "whole model, or those inside of others. Outputs are to be tensors in tuples, lists or dictionaries."
+            )
 
     @contextlib.contextmanager
     def holds(self, value: Any) -> Iterator[None]:
@@ -96,17 +139,6 @@ class Scope:
         entered.over, entered.value = True, None
         self.open.discard(entered)
         _ENTERED.set(tuple(each for each in _ENTERED.get() if not each.over))
-
-
-def _check_context() -> None:
-    """Refuse a layer that autograd computes again in a thread of its own: it does not say whose pass that was."""
-    own = isinstance(threading.current_thread(), threading._DummyThread)
-    if own and torch._C._current_graph_task_id() != -1:
-        raise TargetError(
-            "gradient checkpointing computes a layer again in a thread of autograd's own, while disabled() or rows(…) "
-            "is open somewhere: the layer cannot know whether it is meant. Leave that `with` before the backward pass; "
-            "unilora_torch.switch(model, ()) turns adapters off for every thread."
-        )
 
 
 class _Here(PerThread):
@@ -262,9 +294,10 @@ class Live:
             self.begin(module.training, torch.is_grad_enabled(), self.adapter.theta_d.device.type)
         self.here.factors = self.adapter() if self.acts() and self.adapter.whole else None
 
-    def close(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def close(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """End a pass: the forward hook of the model; a compiled model has nothing else that ends it."""
         self.here.factors = None
+        self.off.mark(output)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[dict[str, list[Tensor]]]:

@@ -1,5 +1,6 @@
 """The hooks of `unilora_torch.bank`: they give each row of a batch the update of its own adapters."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from unilora_core import ValuesError
+from unilora_core import TargetError, ValuesError
 from unilora_torch.chains import Chains
 from unilora_torch.live import PerThread, Scope
 from unilora_torch.replaced import call_with
@@ -143,7 +144,7 @@ class Rows:
     """
 
     remedy: ClassVar[str] = "It cannot be adapted by row."
-    scope: Scope = field(default_factory=Scope)
+    scope: Scope = field(default_factory=partial(Scope, strict=True))
     reached: set[str] = field(default_factory=set)
     here: _Here = field(default_factory=_Here)
 
@@ -208,8 +209,11 @@ class LayerHook(Hook):
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         batch.check(x, 1, self.module)
-        x = x.reshape(batch.size, -1, x.shape[-1])  # the copies of a row lie side by side: they become its positions
-        total = output.reshape(batch.size, -1, output.shape[-1]).clone()
+        positions = (
+            x.shape[:-1].numel() // batch.size
+        )  # the copies of a row lie side by side: they become its positions
+        x = x.reshape(batch.size, positions, x.shape[-1])
+        total = output.reshape(batch.size, positions, output.shape[-1]).clone()
         for block, pairs in mine:
             *first, last = pairs.chain(block, x)
             rows = None if pairs.rows is None else pairs.rows.to(x.device)
@@ -228,7 +232,8 @@ def _by_adapter(x: Tensor, factor: Tensor) -> Tensor:
     """Compute x (m, T, in) times the factor (u, out, in) of each m/u rows, or times one factor (out, in) of all."""
     if factor.dim() == 2:
         return x @ factor.mT
-    return (x.reshape(len(factor), -1, x.shape[-1]) @ factor.mT).view(*x.shape[:2], -1)
+    each = x.reshape(len(factor), len(x) // len(factor) * x.shape[1], x.shape[-1])
+    return (each @ factor.mT).view(*x.shape[:2], factor.shape[-2])
 
 
 class HeadHook(Hook):
@@ -240,7 +245,15 @@ class HeadHook(Hook):
         if batch is None:
             return None
         self.rows.reach(self.module)
+        if self.module in batch.heads and not isinstance(output, Tensor):
+            raise TargetError(
+                f"{self.module}: expected a tensor as the output of a module that adapters save, got "
+                f"{type(output).__name__}; rows of other adapters cannot be put into it. Attach such an adapter alone."
+            )
+        named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        now = dict(itertools.chain(*named))
         for state, rows in batch.heads.get(self.module, ()):
+            state = {key: tensor.to(now[key].dtype) for key, tensor in state.items()}  # the model may be cast later
 
             def own(x: Any, rows: Tensor = rows) -> Any:
                 if not isinstance(x, Tensor):
@@ -253,6 +266,14 @@ class HeadHook(Hook):
             rows = _repeated(rows, output.shape[0] // batch.size).to(output.device)
             output = output.index_copy(0, rows, result)
         return output
+
+
+class OutputHook(Hook):
+    """The forward hook of the model: layers that are computed again for these outputs find their rows again."""
+
+    def __call__(self, _module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
+        """Mark the outputs."""
+        self.rows.scope.mark(output)
 
 
 def _repeated(rows: Tensor, copies: int) -> Tensor:

@@ -215,7 +215,8 @@ class Store:
         file, values = entry.file, entry.values  # in this order: what loses its file has values before
         if values is None:
             assert file is not None
-            values = file.read(name, self.model, entry.family)
+            with torch.inference_mode(False):  # what is kept may train later
+                values = file.read(name, self.model, entry.family)
         with self.lock:
             if entry.file is not None and self.entries.get(name) is entry:
                 self._uncount(entry)  # it is the latest used now

@@ -56,8 +56,11 @@ class Tenants(nn.Module):
         self._values = {name: _as_parameters(store.model, store.pin(name)) for name in self.names}
         self.theta = nn.ParameterList(self._values[name].theta_d for name in self.names)
         self.heads = nn.ParameterList(p for name in self.names for p in _heads_of(self._values[name]))
-        self._frozen = [p for p in store.model.parameters() if p.requires_grad]
-        for parameter in self._frozen:
+        self._open = True
+        if not hooked.training:
+            hooked.frozen = [p for p in store.model.parameters() if p.requires_grad]
+        hooked.training += 1
+        for parameter in hooked.frozen:
             parameter.requires_grad_(False)
 
     @property
@@ -158,13 +161,18 @@ class Tenants(nn.Module):
                 with no value left has the loss 0.
 
         Raises:
-            ValuesError: there are other numbers of rows.
+            ValuesError: there are other numbers of rows, or weights of another shape.
         """
         places: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             places.setdefault(name, []).append(i)
         if (count := sum(map(len, places.values()))) != len(values):
             raise ValuesError(f"Tenants.losses: expected a loss for each of {count} rows, got {tuple(values.shape)}.")
+        if weights is not None and weights.shape != values.shape:
+            raise ValuesError(
+                f"Tenants.losses: expected weights of the shape {tuple(values.shape)} of the values, got "
+                f"{tuple(weights.shape)}."
+            )
         weights = torch.ones_like(values) if weights is None else weights.to(values)
         totals = {name: weights[at].sum() for name, at in places.items()}
         counted = {name: torch.where(total == 0, 1, total) for name, total in totals.items()}
@@ -188,9 +196,14 @@ class Tenants(nn.Module):
         write(path, family.spec, values.theta_d, tensors, written)
 
     def close(self) -> None:
-        """Let the base's parameters train again that did before; the bank goes on serving what was trained."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        """Let the base's parameters train again that did before, unless other tenants train beside it; the bank goes on
+        serving what was trained.
+        """
+        self._hooked.training -= self._open
+        self._open = False
+        if not self._hooked.training:
+            for parameter in self._hooked.frozen:
+                parameter.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "Tenants":
         """Set the mode of the base, too."""

@@ -1,7 +1,8 @@
 """Gradient checkpointing beside a frozen model: it is made to give θ_d its gradient."""
 
+import contextlib
 import functools
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from unilora_core import TargetError
 
-__all__ = ["watch_checkpointing"]
+__all__ = ["tracked_checkpoints", "watch_checkpointing"]
 
 
 def watch_checkpointing(model: PreTrainedModel) -> list[Any]:
@@ -25,6 +26,17 @@ def watch_checkpointing(model: PreTrainedModel) -> list[Any]:
     inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     made = [(each, TrackedCheckpoints(each)) for each in inner]
     return [handle for each, tracked in made for handle in (tracked, each.register_forward_pre_hook(tracked))]
+
+
+@contextlib.contextmanager
+def tracked_checkpoints(model: PreTrainedModel) -> Iterator[None]:
+    """Make reentrant checkpointing give θ_d its gradient in the passes inside the ``with``."""
+    handles = watch_checkpointing(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class TrackedCheckpoints:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,13 @@ def runs(hub, folder, *each):
 
 def test_a_run_goes_to_the_hub_and_says_so(hub, bert, tsv, tmp_path):
     words = ["finetune", "text", "--model", bert, "--data", tsv, "--device", "cpu", "--epochs", 1]
-    good, full, unknown = runs(
+    hub.files["me/mine"] = {"README.md": b"My own words."}
+    first, good, mine, full, unknown = runs(
         hub,
         tmp_path,
-        ("", [*words, "--out", "good", "--push-to-hub", "good", "--private"]),
+        ("", [*words, "--out", "first", "--push-to-hub", "good", "--private", "--seed", "1"]),
+        ("", [*words, "--out", "good", "--push-to-hub", "good"]),
+        ("", [*words, "--out", "mine", "--push-to-hub", "me/mine"]),
         ("", [*words, "--out", "full", "--push-to-hub", "me/full"]),
         ("hf_wrong", [*words, "--out", "unknown", "--push-to-hub", "me/unknown"]),
     )
@@ -53,7 +57,11 @@ def test_a_run_goes_to_the_hub_and_says_so(hub, bert, tsv, tmp_path):
     assert hub.private == {"me/good"}
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: unilora\n")
-    assert "| held-out accuracy | " in card
+    (loss,) = re.findall(r"held-out loss *(\S+)", good[1])
+    assert f"| held-out loss | {loss} |" in card  # of this run, not of the first
+    assert loss not in first[1]
+    assert hub.files["me/mine"]["README.md"] == b"My own words."
+    assert mine[0] == 0, mine[2]
     assert "hf download me/good adapter.safetensors" in card
     assert str(Path(bert).parent) not in card
 

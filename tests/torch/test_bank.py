@@ -255,7 +255,7 @@ def test_a_thousand_adapters_cost_a_thousand_thetas():
     table = 4 * spec.D + 2 * 4 * spec.d  # groups; scale and origin
     assert bank.nbytes == 1000 * 4 * 32 + table
     assert repr(bank) == f"Bank(adapters: 1,000, specs: 1, bytes: {bank.nbytes:,})"
-    assert len(bank.handles) == 2  # one layer, and what calls it
+    assert len(bank.handles) == 3  # one layer, what calls it, and the model
     other = AdapterFile(type(spec)(spec.layout, 16, seed=1), np.ones(16, np.float32))
     bank.add("other", other)
     assert bank.nbytes == 1000 * 4 * 32 + table + 4 * 16 + 4 * spec.D + 4 * 16
@@ -603,6 +603,79 @@ def test_a_layer_that_is_never_called(saved):
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+# ---- what happens to the base meanwhile ------------------------------------------------------------------------------
+
+
+def test_a_base_that_takes_other_values(bank, saved):
+    """Files of the new base are taken and those of the old one refused, also of heads that were seen before."""
+    other = mlp()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    old, new = saved("spanish", mlp()), saved("dutch", other)
+    bank.model.load_state_dict(other.state_dict())
+    bank.add("dutch", new)
+    with pytest.raises(MismatchError):
+        bank.add("spanish", old)
+
+
+def test_a_base_that_is_cast_later(saved):
+    base = Classifier()
+    bank = bank_of(base, {"a": saved("a", base, modules_to_save=["classifier"])})
+    wanted = run(bank, ["a", None], inputs(2, 6).squeeze(1))
+    bank.model.bfloat16()
+    found = run(bank, ["a", None], inputs(2, 6).squeeze(1).bfloat16())
+    torch.testing.assert_close(found.float(), wanted, rtol=3e-2, atol=3e-2)
+
+
+def test_what_is_added_in_inference_mode_trains_later(tmp_path, saved):
+    base = Classifier()
+    path = saved("a", base, modules_to_save=["classifier"])
+    bank = Bank(base, memory=0)
+    with torch.inference_mode():
+        bank.add("a", path)
+        with bank.rows(["a"]):
+            bank.model(torch.randn(1, 6))
+    tenants = bank.trainable(["a"])
+    with tenants.rows(["a"]):
+        bank.model(torch.randn(1, 6)).sum().backward()
+    assert tenants.theta[0].grad.any()
+
+
+def test_rows_without_positions(bank):
+    with torch.no_grad(), bank.rows(["french", None]):
+        assert bank.model(torch.zeros(2, 0, 6)).shape == mlp()(torch.zeros(2, 0, 6)).shape
+
+
+class Tupled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_a_head_whose_output_is_no_tensor_is_refused(saved):
+    base = nn.ModuleDict({"body": nn.Linear(6, 6), "head": Tupled(6, 3)})
+    base.forward = lambda x: base["head"](base["body"](x))[0]
+    other = copy.deepcopy(base)
+    other.forward = lambda x: other["head"](other["body"](x))[0]
+    adapter = unilora_torch.attach(other, ["body"], d=8, modules_to_save=["head"])
+    bank = Bank(base)
+    path = saved("x", mlp()).with_name("tupled")
+    adapter.save(path)
+    bank.add("a", path)
+    with pytest.raises(TargetError, match="head: expected a tensor as the output of a module that adapters save"):
+        run(bank, ["a"], torch.zeros(1, 6))
+
+
+def test_weights_of_a_mixture_are_float32(bank):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with bank.rows([{"french": 0.1}]):
+            weights = next(iter(bank.hooked.live.batch.pairs.values())).weights
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (weights.dtype, weights.item()) == (torch.float32, pytest.approx(0.1, rel=1e-7))
 
 
 @pytest.fixture

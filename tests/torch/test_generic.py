@@ -83,6 +83,25 @@ def test_many_vectors_at_once(method):
         torch.testing.assert_close(row, numbers(theta, [slice(0, spec.D)]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", OPTIONS)
+def test_autocast_changes_no_number(method):
+    """θ_d and P are float32, whatever the model computes in."""
+    spec, numbers, theta_d = mapped(method)
+    y = torch.randn(spec.D)
+
+    def run():
+        found = numbers(theta_d, [slice(0, spec.D)])
+        return found, torch.autograd.grad(found @ y.to(found.dtype), theta_d)[0]
+
+    wanted = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = numbers(theta_d, [slice(0, spec.D)])
+    assert torch.equal(found, wanted[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        gradient = torch.autograd.grad(found, theta_d, y)[0]
+    torch.testing.assert_close(gradient, wanted[1], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("block", [7, 50, 2**20])
 @pytest.mark.parametrize("grouping", ["balanced", "iid", "local", "unnormalised"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -218,6 +218,39 @@ def test_losses_are_means_of_each_tenant(tenants):
         tenants.losses(["a", "b"], values)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (2, 2)])
+def test_weights_of_another_shape(tenants, shape):
+    with pytest.raises(ValuesError, match=r"expected weights of the shape \(3, 2\) of the values, got"):
+        tenants.losses(["a", "b", "a"], torch.ones(3, 2), torch.ones(shape))
+
+
+def test_the_base_stays_frozen_while_others_train(tenants):
+    other = tenants.bank.trainable(["served"])
+    for _ in range(2):
+        tenants.close()
+    assert not any(parameter.requires_grad for parameter in other.model.parameters())
+    other.close()
+    assert all(parameter.requires_grad for parameter in other.model.parameters())
+
+
+def test_the_statistics_of_the_bases_own_head_stay(tmp_path):
+    """It runs on all rows, whose own heads take its place."""
+    bank = Bank(Classifier().train())
+    for i, name in enumerate("ab"):
+        start_of(tmp_path / name, bank.model, i, modules_to_save=["classifier"])
+        bank.add(name, tmp_path / name)
+    before = {name: value.clone() for name, value in bank.model.state_dict().items()}
+    tenants = bank.trainable(["a", "b"])
+    for _ in range(2):
+        with tenants.rows("abba"):
+            output = bank.model(torch.randn(4, 6))
+        output.square().sum().backward()
+    after = bank.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    moved = bank.entries["a"].values.heads["classifier"]["1.running_mean"]
+    assert not torch.equal(moved, before["classifier.1.running_mean"])
+
+
 @pytest.mark.parametrize(
     ("names", "match"),
     [

@@ -81,6 +81,7 @@ def rows(count=24):
 
 def trainer(model, folder, callbacks=(), **options):
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3, "use_cpu": True}
+    settings |= {"max_grad_norm": 0.0}
     quiet = {"report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False, "remove_unused_columns": False}
     arguments = TrainingArguments(str(folder), **settings | quiet | options)
     optimizer = torch.optim.AdamW(model.tenants.parameter_groups({"a": 1e-3, "b": 3e-3}))
@@ -125,10 +126,52 @@ def test_one_tenant_stops_early(tiny, saved, tmp_path):
     unilora_transformers.load(tiny("LlamaForCausalLM"), tmp_path / "b-trained.safetensors", check_base=False)
 
 
-def test_a_base_without_logits_is_refused(tiny, saved):
+def test_a_base_without_a_loss_is_refused(tiny, saved):
     model = tiny("RobertaModel")
-    made = TenantModel(tenants_of(model, saved(model)))
+    made = TenantModel(tenants_of(model, saved(model))).eval()
     ids = torch.tensor([[5, 6, 7]])
     assert made(torch.tensor([0]), input_ids=ids).last_hidden_state.shape[0] == 1
-    with pytest.raises(ValuesError, match="the base's outputs have no logits"):
+    with pytest.raises(ValuesError, match="RobertaModel takes no labels, so it has no loss to train by"):
         made(torch.tensor([0]), labels=ids, input_ids=ids)
+
+
+def test_a_base_with_another_loss_is_refused(tiny, saved):
+    """It reads its labels otherwise than the loss of its logits; a wrong one would train silently."""
+    model, ids = tiny("T5ForConditionalGeneration"), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    model.config.decoder_start_token_id = 0
+    made = TenantModel(tenants_of(model, saved(model)))
+    with pytest.raises(ValuesError, match=r"loss of T5ForConditionalGeneration is [\d.]+, and one of its logits"):
+        made(torch.tensor([0, 1]), labels=ids, input_ids=ids)
+
+
+def test_labels_that_cannot_be_parted_are_refused(tiny, saved, tmp_path):
+    model, ids = tiny("RobertaForQuestionAnswering"), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    made, at = TenantModel(tenants_of(model, saved(model))), torch.tensor([0, 1])
+    for mode in (True, False):
+        with pytest.raises(ValuesError, match="expected labels for a loss, got none"):
+            made.train(mode)(at, input_ids=ids, start_positions=at, end_positions=at)
+    model = tiny("LlamaForCausalLM")
+    made = trainer(TenantModel(tenants_of(model, saved(model))), tmp_path / "run", label_smoothing_factor=0.1)
+    with pytest.raises(ValuesError, match="a label_smoothing_factor of the Trainer takes them away"):
+        made.train()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing.*is deprecated:FutureWarning"
+)  # transformers 5.23 renamed it
+@pytest.mark.parametrize("how", [{"use_reentrant": True}, {"use_reentrant": False}, None], ids=str)
+def test_gradient_checkpointing_changes_nothing(tiny, saved, tmp_path, how):
+    """The backward pass runs after the rows were named, and computes the layers again."""
+    model = tiny("LlamaForCausalLM")
+    paths = saved(model)
+
+    def moved(**options):
+        made = TenantModel(tenants_of(copy.deepcopy(model), paths))
+        trainer(made, tmp_path / "run", max_steps=2, save_strategy="no", **options).train()
+        assert made.is_gradient_checkpointing == bool(options)
+        return list(made.tenants.theta)
+
+    for found, wanted in zip(
+        moved(gradient_checkpointing=True, gradient_checkpointing_kwargs=how), moved(), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)

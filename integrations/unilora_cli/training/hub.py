@@ -10,6 +10,8 @@ from unilora_transformers.saving import card_header
 
 __all__ = ["card", "push", "repository"]
 
+MADE = "<!-- The next run writes this card anew, unless this line is gone. -->"
+
 
 def repository(name: str, private: bool) -> str:
     """Make the repository of a run, if need be; return its whole name.
@@ -26,10 +28,13 @@ def repository(name: str, private: bool) -> str:
 
 
 def push(name: str, files: Sequence[Path], text: str) -> str:
-    """Upload files in one commit, with a model card where the repository has none; return the commit's address."""
+    """Upload files in one commit, with a model card unless the repository has one of its owner's; return the commit's
+    address.
+    """
     api = HfApi()
     operations = [CommitOperationAdd(path.name, path) for path in files]
-    if not api.file_exists(name, "README.md"):
+    there = api.file_exists(name, "README.md") and Path(api.hf_hub_download(name, "README.md")).read_text("utf-8")
+    if not there or MADE in there:
         operations.append(CommitOperationAdd("README.md", text.encode()))
     return str(api.create_commit(name, operations, commit_message="Upload adapter").commit_url)
 
@@ -38,6 +43,8 @@ def card(name: str, base: str, rows: Sequence[tuple[str, str]], merging: str) ->
     """Write the model card of a run: its base, its results, and the command that merges it."""
     lines = [
         *card_header(base),
+        "",
+        MADE,
         "",
         f"# Adapter of {Path(base).name if Path(base).exists() else base}",
         "",
