@@ -18,7 +18,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.allow_parallel = True
 
 PYTEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
-PEFT = "peft>=0.21"  # the first whose files name no base that is not there
+PEFT = "peft>=0.21.2"  # earlier ones ask T5 for what transformers 5.18 lacks
 ONNX_RUNTIME = "onnxruntime>=1.20"  # the judge of what is exported
 JAX = ["flax>=0.12.8", "equinox>=0.13.8", "optax>=0.2.5"]  # what the JAX tests and documents adapt and train with
 TRL = "trl>=1.16"  # the judge of rollouts: its experimental trainers move from release to release
