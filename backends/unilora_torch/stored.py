@@ -172,6 +172,12 @@ class Store:
         self.pinned = self.evictable = 0
         self.lock = threading.RLock()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a bank, and what trains in it, is neither copied nor pickled: the hooks of its model serve this one. Copy "
+            "the model, make a bank on it, and add the files; a state_dict holds what trains."
+        )
+
     @property
     def nbytes(self) -> int:
         """The bytes of all values in memory."""

@@ -1,6 +1,7 @@
 """Tenants train together as they train alone; nobody's row moves another."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -197,6 +198,13 @@ def test_the_base_is_frozen_until_close(tenants):
     assert not any(parameter.requires_grad for parameter in tenants.model.parameters())
     tenants.close()
     assert all(parameter.requires_grad for parameter in tenants.model.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_no_copy_is_made(tenants, copied):
+    for each in (tenants, tenants.bank):
+        with pytest.raises(TypeError, match="a bank, and what trains in it, is neither copied nor pickled"):
+            copied(each)
 
 
 def test_numbers_stand_for_names(tenants):
