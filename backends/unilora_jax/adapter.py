@@ -83,7 +83,8 @@ class Adapter:
         return wrapped(self.chains, function)
 
     def merge(self, params: Any, theta_d: Array) -> Any:
-        """Make a new tree in which B·A is added to each adapted weight, in float32, rounded once to the weight's dtype.
+        """Make a new tree in which B·A is added to each adapted weight, in float32 or the weight's wider dtype, rounded
+        once.
 
         Call it under `jax.jit`, as all that computes factors: outside, each operation is compiled by itself. Inside no
         value can be looked at, so NaN and infinity are not refused there.

@@ -26,10 +26,11 @@ def merged(chains: Chains, params: Any, theta_d: Array) -> Any:
 
 
 def _sum(path: str, weight: Any, down: Array, up: Array) -> Array:
-    """Compute W + B·A in float32, rounded once to the weight's dtype."""
+    """Compute W + B·A in float32 or what is wider, rounded once to the weight's dtype."""
     update = jnp.einsum("r...,r...->...", down, up)
     if (sharding := explicit_sharding(weight)) is not None:
         update = jax.sharding.reshard(update, sharding)
-    found = (weight.astype(jnp.float32) + update).astype(weight.dtype)
+    wide = max(update.dtype, weight.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    found = (weight.astype(wide) + update.astype(wide)).astype(weight.dtype)
     check_merged(path, weight, found)
     return found

@@ -248,6 +248,19 @@ def test_x64_changes_no_dtype():
     assert (y.dtype, gradient.dtype) == (jnp.float32, jnp.float32)
 
 
+def test_x64_merges_float64_weights_in_float64():
+    with jax.enable_x64(True):
+        params = {"kernel": normal(IN, OUT, dtype=jnp.float64)}
+        adapter, theta_d = planned(params)
+        A, B = (np.asarray(factor, np.float64) for factor in adapter.factors(theta_d).values())
+        with jax.numpy_dtype_promotion("strict"):
+            merged, unmoved = (adapter.merge(params, theta)["kernel"] for theta in (theta_d, adapter.init()))
+        assert (merged.dtype, unmoved.dtype) == (jnp.float64, jnp.float64)
+        update = np.asarray(merged) - np.asarray(params["kernel"])
+        np.testing.assert_allclose(update, (B @ A).T, rtol=1e-6, atol=1e-8)
+        assert (unmoved == params["kernel"]).all()
+
+
 def test_arguments_that_are_no_arrays_are_static():
     def model(params, x, *, train, act, scale=1.0):
         y = x @ params["kernel"]
