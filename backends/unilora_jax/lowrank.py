@@ -1,7 +1,7 @@
 """The low-rank path in any JAX function: x·W becomes x·W + (x·U)·V wherever an adapted weight is contracted.
 
 The function is traced to a jaxpr, which is evaluated with a `LowRank` in the place of each adapted weight. Operations
-that only rearrange a weight (casts, transposes, slices, reshapes) rearrange the pair too, those of
+that only rearrange a weight (casts, transposes, slices, splits, reshapes) rearrange the pair too, those of
 `unilora_jax.products` use it, loops and branches pass it on; any other operation that reads an adapted weight is an
 error, as the update would be lost there.
 """
@@ -67,6 +67,8 @@ def _adapted(eqn: JaxprEqn, values: list[Any], reached: set[str]) -> Any:
         return PRODUCTS[name](eqn, *values)
     if name in CONTROL:
         return CONTROL[name](eqn, values, reached)
+    if name in ("split", "unstack"):
+        return _parts(eqn, *values)
     if name in REARRANGE and not any(isinstance(value, LowRank) for value in values[1:]):
         return _rearranged(eqn, *values)
     raise TargetError(
@@ -85,6 +87,22 @@ def _rearranged(eqn: JaxprEqn, w: LowRank, *rest: Any) -> Any:
     roles, move = REARRANGE[eqn.primitive.name](w, eqn.params, weight.shape, rest)
     moved = replace(w, weight=weight, down=jax.vmap(move)(w.down), up=jax.vmap(move)(w.up), roles=roles)
     return [moved] if many else moved
+
+
+def _parts(eqn: JaxprEqn, w: LowRank) -> list[LowRank]:
+    """Return what `split` or `unstack` makes of W, each part with its own of U and V."""
+    axis, weights = eqn.params["axis"], bind(eqn, w.weight)
+    stacked = eqn.primitive.name == "unstack"
+    sizes = (1,) * len(weights) if stacked else eqn.params["sizes"]
+    roles = w.roles[:axis] + w.roles[axis + 1 :] if stacked else w.roles
+
+    def cut(factor: Array) -> list[Array]:
+        whole = factor.shape[1 + axis] == w.weight.shape[axis]
+        parts = lax.split(factor, sizes, 1 + axis) if whole else [factor] * len(sizes)
+        return [lax.squeeze(part, [1 + axis]) if stacked else part for part in parts]
+
+    each = zip(weights, cut(w.down), cut(w.up), strict=True)
+    return [replace(w, weight=weight, down=down, up=up, roles=roles) for weight, down, up in each]
 
 
 def _same(w: LowRank, *_: Any) -> tuple[str, Move]:

@@ -62,6 +62,32 @@ def split_fused(params, x):
     return x @ w[:, :OUT] + x @ middle + x @ w[:, 2 * OUT :]
 
 
+def split_unevenly(params, x):
+    """Parts of several sizes, one of which no product reads."""
+    q, _, v = jnp.split(params["qkv"]["kernel"], [OUT, OUT + 4], axis=1)
+    return x @ q + (x @ v)[:, :OUT]
+
+
+def split_inputs(params, x):
+    first, second = jnp.split(params["kernel"], [4])
+    return x[:, :4] @ first + x[:, 4:] @ second
+
+
+def unstacked(params, x):
+    """JAX 0.12 iterates over an array by `unstack`, too."""
+    for w in jnp.unstack(params["layers"]["kernel"]):
+        x = jnp.tanh(x @ w)
+    for w in params["layers"]["kernel"]:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def split_layers(params, x):
+    for w in jnp.split(params["layers"]["kernel"], LAYERS):
+        x = jnp.tanh(x @ w[0])
+    return x
+
+
 MODELS = {
     "x @ W": (MATRIX, lambda p, x: x @ p["kernel"]),
     "W.T @ x.T": (MATRIX, lambda p, x: p["kernel"].T @ x.T),
@@ -73,6 +99,11 @@ MODELS = {
     "strided slice": (MATRIX, lambda p, x: x[:, ::2] @ p["kernel"][::2, 1::3]),
     "in two halves": (MATRIX, lambda p, x: x[:, :4] @ p["kernel"][:4] + x[:, 4:] @ p["kernel"][4:]),
     "fused": (FUSED, split_fused),
+    "split": (FUSED, lambda p, x: sum(x @ w for w in jnp.split(p["qkv"]["kernel"], 3, axis=1))),
+    "split unevenly": (FUSED, split_unevenly),
+    "split of the inputs": (MATRIX, split_inputs),
+    "split of the layers": (STACK, split_layers),
+    "unstack": (STACK, unstacked),
     "float16 and back": (MATRIX, lambda p, x: x @ p["kernel"].astype(jnp.float16).astype(jnp.float32)),
     "cond": (MATRIX, chosen),
     "fori_loop": (MATRIX, looped),
