@@ -21,11 +21,11 @@ def merged(chains: Chains, params: Any, theta_d: Array) -> Any:
     pairs = chains.pairs(theta_d)
     leaves, tree = jax.tree.flatten(params)
     for i, path in places.items():
-        leaves[i] = _sum(path, leaves[i], *pairs[path])
+        leaves[i] = _sum(path, jnp.asarray(leaves[i]), *pairs[path])
     return jax.tree.unflatten(tree, leaves)
 
 
-def _sum(path: str, weight: Any, down: Array, up: Array) -> Array:
+def _sum(path: str, weight: Array, down: Array, up: Array) -> Array:
     """Compute W + B·A in float32 or what is wider, rounded once to the weight's dtype."""
     update = jnp.einsum("r...,r...->...", down, up)
     if (sharding := explicit_sharding(weight)) is not None:

@@ -83,7 +83,8 @@ def _run(
     places = places_of(params, {path: leaf.shape for path, leaf in adapted.items()})
     thetas = [checked_theta(chains, theta_d, "wrap") for chains, theta_d in zip(parts, thetas, strict=True)]
     leaves, tree = jax.tree.flatten((params, args, kwargs))
-    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, np.generic))]
+    leaves = [jnp.asarray(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else leaf for leaf in leaves]
+    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
     closed, output = _traced(function, leaves, tree, arrays)
     rest = [leaves[i] for i in arrays if i not in places]
     shardings = _shardings(leaves, places, rest)

@@ -292,6 +292,40 @@ def test_x64_merges_float64_weights_in_float64():
         assert (unmoved == params["kernel"]).all()
 
 
+@pytest.mark.parametrize("name", ["x @ W", "W.T @ x.T", "float16 and back", "scan", "cond"])
+def test_numpy_s_float64_is_read_as_jax_reads_it(name):
+    """As float32 without x64, in silence: a warning is an error here."""
+    params, model = MODELS[name]
+    adapter, theta_d = planned(params)
+    wide, x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, X))
+    found, expected = adapter.wrap(model)(wide, theta_d, x), adapter.wrap(model)(params, theta_d, X)
+    assert found.dtype == jnp.float32
+    assert (found == expected).all()
+    merged, expected = jax.tree.leaves(adapter.merge(wide, theta_d)), jax.tree.leaves(adapter.merge(params, theta_d))
+    assert [leaf.dtype for leaf in merged] == [jnp.float32]
+    assert (merged[0] == expected[0]).all()
+
+
+def test_numpy_s_float64_in_a_table_and_a_convolution():
+    params = {"embedding": np.asarray(normal(8, IN), np.float64), "conv": np.asarray(normal(3, IN, 4), np.float64)}
+    targets = [
+        unilora_jax.embedding_target("embedding", params["embedding"]),
+        unilora_jax.conv_target("conv", params["conv"]),
+    ]
+    adapter = unilora_jax.plan(params, targets, rank=2, d=20)
+    theta_d = adapter.init() + 1
+
+    def model(params, rows):
+        x = jnp.asarray(params["embedding"])[rows]
+        return lax.conv_general_dilated(x, params["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    rows = np.arange(10).reshape(2, 5) % 8
+    found = adapter.wrap(model)(params, theta_d, rows)
+    expected = model(adapter.merge(params, theta_d), rows)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_arguments_that_are_no_arrays_are_static():
     def model(params, x, *, train, act, scale=1.0):
         y = x @ params["kernel"]
