@@ -78,7 +78,7 @@ class Adapter:
             TargetError: the model never multiplies by an adapted weight, contracts other axes than the plan's inputs,
                 or reads it in an operation that has no low-rank path.
             ValuesError: ``theta_d`` has another shape, or is no array of JAX or NumPy of float32 or wider; or the
-                adapter was cast.
+                adapter was cast; or the function returns something that is no array and no number.
         """
         return wrapped(self.chains, function)
 

@@ -145,12 +145,33 @@ def _traced(
         for i, value in zip(arrays, values, strict=True):
             filled[i] = value
         params, args, kwargs = jax.tree.unflatten(tree, filled)
-        found, output = jax.tree.flatten(function(params, *args, **kwargs))
+        returned = function(params, *args, **kwargs)
+        _check_output(returned)
+        found, output = jax.tree.flatten(returned)
         return found
 
     closed = jax.make_jaxpr(flat)(*(leaves[i] for i in arrays))
     assert output is not None  # the function has run
     return closed, output
+
+
+def _check_output(found: Any) -> None:
+    """Refuse what `jax.jit` cannot return either.
+
+    Raises:
+        ValuesError: a leaf is no array and no number; the error says where it is.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        try:
+            jax.typeof(leaf)
+        except (TypeError, ValueError) as error:
+            kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
+            kind += f" of {leaf.dtype}" if isinstance(leaf, (np.ndarray, np.generic)) else ""
+            raise ValuesError(
+                f"wrap: the function: expected arrays and numbers, got a {kind} in its output"
+                f"{jax.tree_util.keystr(path)}. Return arrays and numbers alone, in containers that JAX knows; a class "
+                "of your own becomes one by jax.tree_util.register_dataclass."
+            ) from error
 
 
 def _shardings(leaves: list[Any], places: dict[int, str], inputs: list[Any]) -> dict[str, NamedSharding]:

@@ -474,6 +474,36 @@ def test_a_model_that_does_not_multiply_by_the_weight(adapter, case, jit):
         (jax.jit(adapted) if jit else adapted)(tree(), adapter.init(), X)
 
 
+@dataclasses.dataclass
+class Output:
+    """A dataclass that JAX does not know as a tree."""
+
+    logits: object
+
+
+class Arraylike:
+    def __jax_array__(self):
+        return jnp.ones(3)
+
+
+OUTPUTS = {
+    "text": (lambda y: (y, {"name": "text"}), r"got a builtins\.str in its output\[1\]\['name'\]"),
+    "dataclass": (lambda y: Output(y), r"got a [\w.]*test_errors\.Output in its output\. .*register_dataclass"),
+    "function": (lambda y: [y, len], r"got a builtins\.builtin_function_or_method in its output\[1\]"),
+    "array-like": (lambda y: {"y": Arraylike()}, r"got a [\w.]*test_errors\.Arraylike in its output\['y'\]"),
+    "NumPy's objects": (lambda y: (y, np.array(["a"])), r"got a numpy\.ndarray of <U1 in its output\[1\]"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_a_model_that_returns_what_is_no_array(adapter, case, jit):
+    make, match = OUTPUTS[case]
+    adapted = adapter.wrap(lambda params, x: make(x @ params["up"]["kernel"]))
+    with pytest.raises(ValuesError, match=f"^wrap: the function: expected arrays and numbers.*{match}"):
+        (jax.jit(adapted) if jit else adapted)(tree(), adapter.init(), X)
+
+
 @pytest.mark.parametrize(
     ("make", "path", "shape", "match"),
     [

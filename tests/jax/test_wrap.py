@@ -339,6 +339,13 @@ def test_arguments_that_are_no_arrays_are_static():
     np.testing.assert_allclose(out["scaled"][0], expected["scaled"][0], atol=1e-5)
 
 
+def test_none_and_numbers_among_the_outputs():
+    adapter, theta_d = planned(MATRIX)
+    out = adapter.wrap(lambda p, x: (x @ p["kernel"], None, {"steps": 3, "none": None}))(MATRIX, theta_d, X)
+    assert out[1:] == (None, {"steps": 3, "none": None})
+    assert jax.jit(adapter.wrap(lambda p, x: (None, x @ p["kernel"])))(MATRIX, theta_d, X)[0] is None
+
+
 def test_a_weight_that_the_model_returns_is_the_base_s():
     adapter, theta_d = planned(MATRIX)
     _, params = adapter.wrap(lambda p, x: (x @ p["kernel"], p))(MATRIX, theta_d, X)
