@@ -58,8 +58,8 @@ def combine(spec: ProjectionSpec, thetas: Iterable[Array], weights: Iterable[flo
 def combine_files(files: Mapping[str, AdapterFile], weights: Iterable[float] | None = None) -> AdapterFile:
     """Combine adapter files of one spec, targets and base into one; see `combine`. It is computed in float64.
 
-    Trained heads are averaged by the same weights, which then must add up to 1: where a head began is in no file. What
-    else the first file says stays (labels, the name of its base).
+    Trained heads are averaged by the same weights, which then must add up to 1: where a head began is in no file. Whole
+    numbers in them, and what else the first file says, stay (labels, the name of its base).
 
     Args:
         files: name for messages, such as the path → contents, as `unilora_core.read_adapter` returns them.
@@ -67,7 +67,7 @@ def combine_files(files: Mapping[str, AdapterFile], weights: Iterable[float] | N
     Raises:
         SpecError: the map is not linear.
         MismatchError: the files differ in spec, targets, base, labels or heads; the error has both names, and what
-            differs.
+            differs. Or in what the method keeps.
         ValuesError: there is no file, the weights are not finite numbers, one for each, or there are heads and the
             weights do not add up to 1.
     """
@@ -149,18 +149,20 @@ def _different(ours: ProjectionSpec, theirs: ProjectionSpec) -> str:
 
 
 def _mean(name: str, files: Sequence[AdapterFile], weights: Sequence[float]) -> np.ndarray:
-    """Return the weighted mean of a tensor; one that has none (frozen, or of whole numbers) must be the same in all.
+    """Return the weighted mean of a tensor; of whole numbers the first, such as the batches that a norm has counted.
 
     Raises:
-        MismatchError: it is not.
+        MismatchError: what a method keeps beside θ_d differs.
     """
     arrays = [file.tensors[name] for file in files]
     first = arrays[0]
-    if not name.startswith(FROZEN) and first.dtype.kind == "f":
-        return weighted([array.astype(np.float64) for array in arrays], weights).astype(first.dtype)
-    if any(not np.array_equal(first, array) for array in arrays):
-        raise MismatchError(
-            f"combine: expected the same {name} in every file, as it cannot be averaged; the files differ, so "
-            "these adapters do not fit together."
-        )
-    return first
+    if name.startswith(FROZEN):
+        if any(not np.array_equal(first, array) for array in arrays):
+            raise MismatchError(
+                f"combine: expected the same {name} in every file, as it cannot be averaged; the files differ, so "
+                "these adapters do not fit together."
+            )
+        return first
+    if first.dtype.kind != "f":
+        return first
+    return weighted([array.astype(np.float64) for array in arrays], weights).astype(first.dtype)

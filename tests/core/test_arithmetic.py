@@ -19,7 +19,7 @@ from unilora_core import (
     save_adapter,
 )
 from unilora_core.frames import Sizes
-from unilora_core.header import write_targets
+from unilora_core.header import FROZEN, write_targets
 from unilora_core.methods import plan_spec
 
 LAYOUT = Layout([("a.A", (2, 8)), ("a.B", (6, 2)), ("b.A", (2, 6)), ("b.B", (5, 2))])
@@ -126,9 +126,22 @@ def test_heads_are_averaged_only():
     )
     with pytest.raises(ValuesError, match=match):
         combine_files(files, (1, 1))
-    files["b"].tensors["head.seen"] = np.array(8)
-    with pytest.raises(MismatchError, match=r"expected the same head\.seen in every file, as it cannot be averaged"):
-        combine_files(files)
+
+
+def test_whole_numbers_are_the_first_file_s():
+    """A norm counts its batches: two trainings have seen other numbers of them."""
+    files = {name: file_of(i, tensors=head(i) | {"head.seen": np.array(7 + i)}) for i, name in enumerate("ab")}
+    made = combine_files(files, (0.25, 0.75))
+    assert (made.tensors["head.seen"], made.tensors["head.seen"].dtype) == (7, files["a"].tensors["head.seen"].dtype)
+
+
+def test_what_a_method_keeps_must_be_the_same():
+    frozen = f"{FROZEN}a.U"
+    files = {name: file_of(i, tensors={frozen: np.full((2, 3), 0.5, np.float32)}) for i, name in enumerate("ab")}
+    assert np.array_equal(combine_files(files, (1, 1)).tensors[frozen], files["a"].tensors[frozen])
+    files["b"].tensors[frozen] = np.full((2, 3), 0.25, np.float32)
+    with pytest.raises(MismatchError, match=r"^combine: expected the same frozen\.a\.U in every file.* do not fit"):
+        combine_files(files, (1, 1))
 
 
 @pytest.mark.parametrize("weights", [(1,), (1, 2, 3), (1, float("nan")), (1, "2")])
