@@ -45,3 +45,38 @@ def test_what_does_not_fit_writes_nothing(unilora, files, tmp_path):
         assert result.code == 1
         assert match in result.err
         assert not out.exists()
+
+
+def test_one_file_under_two_names_is_one(unilora, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked.safetensors").symlink_to(files[0])
+    for other in ("./a.safetensors", files[0], tmp_path / "sub" / ".." / "a.safetensors", "linked.safetensors"):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        result = unilora("combine", "a.safetensors", other, "--out", "out.safetensors")
+        said = f"unilora: error: {other} is named twice, before as a.safetensors; give it the sum of its weights.\n"
+        assert (result.code, result.err) == (1, said)
+        assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--overwrite",)])
+def test_no_file_takes_the_place_of_one_that_it_is_made_of(unilora, files, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked.safetensors").symlink_to(files[1])
+    before = [path.read_bytes() for path in files]
+    for out in (files[1], "./b.safetensors", "linked.safetensors"):
+        result = unilora("combine", *files, "--out", out, *words)
+        said = f"unilora: error: {out}: this is one of the files to combine; choose another --out.\n"
+        assert (result.code, result.err) == (1, said)
+        assert [path.read_bytes() for path in files] == before
+
+
+def test_a_file_that_is_there_stays_but_for_overwrite(unilora, files, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert unilora("combine", *files, "--out", out).code == 0
+    before = out.read_bytes()
+    result = unilora("combine", files[0], "--out", out)
+    said = f"unilora: error: {out}: there is a file already; add --overwrite, or choose another --out.\n"
+    assert (result.code, result.err) == (1, said)
+    assert out.read_bytes() == before
+    assert unilora("combine", files[0], "--out", out, "--overwrite").code == 0
+    assert np.array_equal(read_adapter(out).theta_d, read_adapter(files[0]).theta_d)

@@ -195,6 +195,7 @@ training has changed since the start that all have in common; then no file may h
     files: tuple[str, ...] = _positional("adapter files of one spec and base", nargs="+")
     out: File = option("file to write", REQUIRED)
     weights: tuple[float, ...] | None = option("one for each file (default: the mean)", nargs="+", metavar="W")
+    overwrite: bool = option("replace a file that is already there", False, action="store_true")
 
 
 @dataclass(frozen=True, kw_only=True)
