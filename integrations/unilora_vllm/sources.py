@@ -1,5 +1,6 @@
 """Where the file of an adapter is found by its name: a folder, repositories on the hub, an address."""
 
+import http.client
 import re
 import urllib.error
 import urllib.parse
@@ -39,7 +40,7 @@ def find(name: str, sources: tuple[Source, ...]) -> bytes | None:
     """Return the contents of the file of a valid name in the first source that has it; None where none has.
 
     Raises:
-        OSError: a source does not answer.
+        OSError: a source does not answer, or not in HTTP.
         AdapterFileError: the file is too large.
     """
     return next((data for source in sources if (data := source(name)) is not None), None)
@@ -86,6 +87,8 @@ def _from_address(url: str, name: str) -> bytes | None:
         raise OSError(f"{name}: its server answered {error.code}.") from error
     except OSError as error:
         raise OSError(f"{name}: its server does not answer ({error}).") from error
+    except http.client.HTTPException as error:  # no HTTP, or cut off; or an address with no number for its port
+        raise OSError(f"{name}: its address, or what is answered there, cannot be read ({error!r}).") from error
     if len(data) > LARGEST:
         raise AdapterFileError(f"{name}: a file of more than {LARGEST:,} bytes; adapters are kilobytes.")
     return data

@@ -35,12 +35,24 @@ def test_a_folder_has_names_with_folders_but_no_way_out(settings, tmp_path):
     assert find("team", sources) is None
 
 
+UNREADABLE = {
+    "no-http": (b"hello\r\n\r\n", r"BadStatusLine\('hello"),
+    "nothing": (b"", "its server does not answer"),
+    "cut-off": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\nabc", r"IncompleteRead\("),
+    "endless": (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200, r"HTTPException\('got more than 100 headers'"),
+}
+"""Answers, and what is said of them."""
+
+
 @pytest.fixture
 def server(tmp_path):
-    """The address of a server: ``fr`` is there, ``broken`` is its own error."""
+    """The address of a server: ``fr`` is there, ``broken`` is its own error, and some answers are none."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if (name := self.path[len("/a/") : -len(".safetensors")]) in UNREADABLE:
+                self.wfile.write(UNREADABLE[name][0])
+                return
             code = {"/a/team/fr.safetensors": 200, "/a/broken.safetensors": 500}.get(self.path, 404)
             self.send_response(code)
             self.end_headers()
@@ -67,6 +79,17 @@ def test_an_address(server):
     assert find("de", sources) is None
     with pytest.raises(OSError, match="broken: its server answered 500"):
         find("broken", sources)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_answer_that_cannot_be_read(server, name):
+    with pytest.raises(OSError, match=f"^{name}: .*{UNREADABLE[name][1]}"):
+        find(name, sources_of(Settings.read(environment(URL=f"{server}/a"))))
+
+
+def test_an_address_that_is_none():
+    with pytest.raises(OSError, match=r"^fr: .*nonnumeric port: 'x'"):
+        find("fr", sources_of(Settings.read(environment(URL="http://127.0.0.1:x"))))
 
 
 def test_an_address_that_does_not_answer():
