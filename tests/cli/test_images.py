@@ -220,6 +220,18 @@ def test_images_of_every_mode_come_out_as_rgb(tmp_path, mode):
     assert pixel == pytest.approx((200,) * 3 if mode in ("L", "LA", "I;16") else (200, 100, 50), abs=5)
 
 
+@pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
+def test_16_bits_are_scaled_to_8(tmp_path, ending):
+    """Pillow opens a PGM, and before its version 11 a PNG, in the mode of 32 bits."""
+    (tmp_path / "a").mkdir()
+    pixels, path = np.full((4, 4), 200 * 257, np.uint16), tmp_path / f"a/x.{ending}"
+    if ending == "pgm":
+        path.write_bytes(b"P5 4 4 65535\n" + pixels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(pixels).save(path)
+    assert sources.images_of_folder(tmp_path).open(0).convert("RGB").getpixel((0, 0)) == (200,) * 3
+
+
 def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in COLOURS.values()]
     (tmp_path / "a").mkdir()
@@ -306,9 +318,11 @@ def test_too_many_bad_images(load, folder):
 def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     path = tmp_path / "a/x.tiff"
-    Image.fromarray(np.ones((4, 4), np.float32)).save(path)
-    with pytest.raises(CommandError, match=r"x.tiff: cannot be decoded as an image \(its pixels are floating-point"):
-        sources.images_of_folder(tmp_path).open(0)
+    for dtype, said in ((np.float32, "floating-point numbers"), (np.int32, "signed or 32-bit integers")):
+        Image.fromarray(np.full((4, 4), 200, dtype)).save(path)
+        match = rf"x.tiff: cannot be decoded as an image \(its pixels are {said}, of which none is known to be white"
+        with pytest.raises(CommandError, match=match):
+            sources.images_of_folder(tmp_path).open(0)
     painted("RGB").resize((40, 40)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(CommandError, match=r"x.tiff: cannot be decoded as an image \(.*decompression bomb"):

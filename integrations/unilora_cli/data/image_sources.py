@@ -19,6 +19,9 @@ __all__ = ["ImageSource", "class_folders", "endings", "files_beside", "has_image
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}
 """Formats that Pillow knows by name and cannot decode."""
 
+OF_16_BITS = {"PNG", "PPM"}
+"""Formats whose 16 bits may come as Pillow's integers of 32; white is 65535."""
+
 JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 """What systems leave in folders, beside the files whose names begin with a dot."""
 
@@ -180,8 +183,9 @@ def _decode(source: Any, name: str) -> Image.Image:
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
     """What Pillow's own conversion to RGB would clip or warn of; transparency is dropped later, as timm drops it."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of which none is known to be white")
+    if image.mode == "F" or (image.mode == "I" and image.format not in OF_16_BITS):
+        what = "floating-point numbers" if image.mode == "F" else "signed or 32-bit integers"
+        raise ValueError(f"its pixels are {what}, of which none is known to be white")
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
