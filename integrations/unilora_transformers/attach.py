@@ -128,6 +128,7 @@ def from_pretrained(
     Raises:
         TypeError: there are options for loading, but a base model is given.
         FileNotFoundError: there is no adapter.
+        NotADirectoryError: ``name`` is a file, which `load` takes.
         AdapterFileError, MismatchError, TargetError: as in `load`; or the file does not name its base model.
     """
     files = find_files(name, revision, token)

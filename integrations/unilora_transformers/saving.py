@@ -177,8 +177,14 @@ def find_files(
 
     Raises:
         FileNotFoundError: there is none.
+        NotADirectoryError: this is a file.
     """
     folder = Path(name)
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{name}: expected the folder that save_pretrained wrote, or a repository on the hub, got a file; give "
+            f"{folder.parent}, or load this one alone into a model of its base: load(model, path)."
+        )
     if not folder.is_dir():
         patterns = [_file_of(NAME), _file_of("*")]
         folder = Path(snapshot_download(os.fspath(name), revision=revision, token=token, allow_patterns=patterns))

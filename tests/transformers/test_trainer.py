@@ -251,6 +251,10 @@ def test_what_cannot_be_loaded(tiny, tmp_path):
     model = tiny("LlamaForCausalLM")
     unilora_transformers.attach(model)
     model.save_pretrained(tmp_path / "a")
+    match = r"a/adapter\.safetensors: expected the folder .*, got a file; give \S*/a, or .* load\(model, path\)"
+    for file in (tmp_path / "a/adapter.safetensors", str(tmp_path / "a/adapter.safetensors")):
+        with pytest.raises(NotADirectoryError, match=match):
+            unilora_transformers.from_pretrained(file)
     with pytest.raises(AdapterFileError, match=r"base_model = None, base_class = 'LlamaForCausalLM'.*model=model"):
         unilora_transformers.from_pretrained(tmp_path / "a")
     with pytest.raises(TypeError, match=r"\['dtype'\] are for loading the base"):
