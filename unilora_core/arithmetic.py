@@ -163,6 +163,6 @@ def _mean(name: str, files: Sequence[AdapterFile], weights: Sequence[float]) -> 
                 "these adapters do not fit together."
             )
         return first
-    if first.dtype.kind != "f":
+    if first.dtype.kind in "biu":
         return first
     return weighted([array.astype(np.float64) for array in arrays], weights).astype(first.dtype)

@@ -128,6 +128,14 @@ def test_heads_are_averaged_only():
         combine_files(files, (1, 1))
 
 
+def test_heads_in_bfloat16_are_averaged():
+    """NumPy knows their kind of dtype as no float."""
+    bfloat16 = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16
+    files = {name: file_of(i, tensors={"head": np.full(3, i, dtype=bfloat16)}) for i, name in enumerate("ab")}
+    found = combine_files(files).tensors["head"]
+    assert (found.dtype, found.astype(np.float32).tolist()) == (bfloat16, [0.5] * 3)
+
+
 def test_whole_numbers_are_the_first_file_s():
     """A norm counts its batches: two trainings have seen other numbers of them."""
     files = {name: file_of(i, tensors=head(i) | {"head.seen": np.array(7 + i)}) for i, name in enumerate("ab")}
