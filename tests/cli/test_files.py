@@ -334,6 +334,20 @@ def test_convert_to_peft_and_back(unilora, trained, kind, base_of):
     torch.testing.assert_close(logits(adapted(base_of, "back.safetensors"), x), logits(adapted(base_of, file), x))
 
 
+@pytest.mark.parametrize(
+    ("to", "out", "written"), [("lora", "out", "out/adapter_config.json"), ("gguf", "a.gguf", "a.gguf")]
+)
+def test_convert_writes_over_nothing_unasked(unilora, trained, to, out, written):
+    words = ("convert", trained("lm")[0] / ADAPTER, "--to", to, out)
+    Path(written).parent.mkdir(exist_ok=True)
+    Path(written).write_text("mine")
+    result = unilora(*words)
+    assert (result.code, Path(written).read_text()) == (1, "mine")
+    assert f"{written}: there is a file already; add --overwrite, or choose another OUT." in result.err
+    assert unilora(*words, "--overwrite").code == 0
+    assert Path(written).read_bytes() != b"mine"
+
+
 def test_convert_to_gguf(unilora, trained):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     file = trained("lm")[0] / ADAPTER

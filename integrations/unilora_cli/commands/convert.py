@@ -22,7 +22,7 @@ def run(options: Convert) -> None:
     """Convert as the options say.
 
     Raises:
-        CommandError: the source does not fit the wanted format.
+        CommandError: the source does not fit the wanted format, or there is a file where the result goes.
         OSError: the result cannot be written, which is tried first.
     """
     source = path_of(options.source)
@@ -34,7 +34,10 @@ def run(options: Convert) -> None:
     if options.to != "lora" and (options.engine or options.rank):
         raise CommandError(f"--engine and --rank go with --to lora, not with --to {options.to}.")
     out = path_of(options.out)
-    try_files(*([out] if source.is_dir() or options.to == "gguf" else [out / WEIGHTS, out / CONFIG]))
+    files = [out] if source.is_dir() or options.to == "gguf" else [out / WEIGHTS, out / CONFIG]
+    if not options.overwrite and (there := [file for file in files if file.is_file()]):
+        raise CommandError(f"{there[0]}: there is a file already; add --overwrite, or choose another OUT.")
+    try_files(*files)
     (_from_peft if source.is_dir() else _from_file)(source, options)
 
 

@@ -18,6 +18,9 @@ MADE_UP = "without either: q and v of a transformer with random weights"
 """Groups of the options of `unilora analyze`."""
 
 
+OVERWRITE = "replace a file that is already there"
+
+
 def _positional(purpose: str, metavar: str = "FILE", **more: Any) -> Any:
     return option(purpose, REQUIRED, metavar=metavar, positional=True, **more)
 
@@ -155,6 +158,7 @@ The base model is needed, because the file holds one vector and not the layers.
     source: str = _positional("adapter file, or a PEFT folder", "SOURCE")
     out: str = _positional("folder or file to write", "OUT")
     to: Literal["lora", "gguf", "peft-unilora", "unilora"] = option("the format of OUT", REQUIRED)
+    overwrite: bool = option(OVERWRITE, False, action="store_true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +199,7 @@ training has changed since the start that all have in common; then no file may h
     files: tuple[str, ...] = _positional("adapter files of one spec and base", nargs="+")
     out: File = option("file to write", REQUIRED)
     weights: tuple[float, ...] | None = option("one for each file (default: the mean)", nargs="+", metavar="W")
-    overwrite: bool = option("replace a file that is already there", False, action="store_true")
+    overwrite: bool = option(OVERWRITE, False, action="store_true")
 
 
 @dataclass(frozen=True, kw_only=True)
