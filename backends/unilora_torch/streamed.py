@@ -14,7 +14,7 @@ from torch import Tensor
 from unilora_core import ProjectionSpec
 from unilora_torch.projection import row_by_row, spec_of
 
-__all__ = ["BLOCK", "Place", "groups_at", "streamed"]
+__all__ = ["BLOCK", "Place", "gradient", "groups_at", "product", "streamed"]
 
 BLOCK = 2**20
 """How many numbers of ΔW, or of θ_D, are computed at a time: a few temporaries of 4 MB."""
@@ -60,15 +60,13 @@ def streamed(x: Tensor, table: Tensor, told: str, place: Place) -> Tensor:
     return _Streamed.apply(x, table, told, [place.start, place.height, place.width])
 
 
-@torch.library.custom_op("unilora::streamed", mutates_args=())
-def _streamed(x: Tensor, table: Tensor, told: str, place: Sequence[int]) -> Tensor:
+def product(x: Tensor, table: Tensor, told: str, place: Sequence[int]) -> Tensor:
     """Compute x·ΔWᵀ: (…, height)."""
     blocks = Place(*place).blocks(spec_of(told), x.device)
     return torch.cat([x @ _rows(table, groups, x.dtype).T for _, groups in blocks], dim=-1)
 
 
-@torch.library.custom_op("unilora::streamed_gradient", mutates_args=())
-def _gradient(
+def gradient(
     grad: Tensor, x: Tensor, table: Tensor, told: str, place: Sequence[int], inner: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of x, unless no ``inner`` one is wanted, and of the table."""
@@ -81,6 +79,10 @@ def _gradient(
         update = part.reshape(len(flat), -1).T @ flat
         grad_table.index_add_(0, groups.flatten(), update.flatten().to(table.dtype))
     return grad_x.to(x.dtype), grad_table
+
+
+_streamed = torch.library.custom_op("unilora::streamed", product, mutates_args=())
+_gradient = torch.library.custom_op("unilora::streamed_gradient", gradient, mutates_args=())
 
 
 class _Streamed(torch.autograd.Function):
