@@ -94,8 +94,9 @@ def torch(session: nox.Session) -> None:
 def jax(session: nox.Session) -> None:
     """The core in JAX, and the JAX backend, with PyTorch and PEFT as the judges of its files."""
     session.install(".[jax,torch,testing]", *JAX, PEFT, *PYTEST)
-    pytest(session, "tests/core", "-k", "jax", expect="numpy,jax")
-    pytest(session, "tests/jax", *TOP_LEVEL, expect="jax,flax,equinox,torch,peft", XLA_FLAGS=quick(session))
+    flags = quick(session)
+    pytest(session, "tests/core", "-k", "jax", expect="numpy,jax", XLA_FLAGS=flags)
+    pytest(session, "tests/jax", *TOP_LEVEL, expect="jax,flax,equinox,torch,peft", XLA_FLAGS=flags)
 
 
 @nox.session
