@@ -174,11 +174,8 @@ def lowest(session: nox.Session, extra: str) -> None:
         pytest(session, "tests/core", expect="numpy")
         return
     needs = {
-        "torch": [
-            "setuptools>=70",
-            "matplotlib>=3.8",
-            "pyparsing>=3.1,<3.3",
-        ],  # for Dynamo of PyTorch 2.9; for matplotlib 3.8
+        # setuptools is for Dynamo of PyTorch 2.9, pyparsing for matplotlib 3.8
+        "torch": ["setuptools>=70", "matplotlib>=3.8", "pyparsing>=3.1,<3.3"],
         "jax": ["torch>=2.9", "hypothesis>=6.100", *JAX],
         "transformers": [TRL, "requests>=2.32", "aiohttp>=3.9", SENTENCES, MINILM, NUMPY_2],
         "timm": ["torchvision>=0.24", "setuptools>=70"],  # left alone, the first would ask for a newer torch

@@ -4,7 +4,6 @@
 """
 
 import os
-import sys
 from enum import Enum
 from importlib import import_module
 from importlib.util import find_spec
@@ -131,9 +130,8 @@ def data():
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
     """A stand-in for the hub, which serves until the test ends: `tests/hub.py`."""
-    sys.path.insert(0, str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     with import_module("hub").Hub() as serving:
         yield serving
-    sys.path.pop(0)

@@ -209,9 +209,7 @@ class LayerHook(Hook):
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         batch.check(x, 1, self.module)
-        positions = (
-            x.shape[:-1].numel() // batch.size
-        )  # the copies of a row lie side by side: they become its positions
+        positions = x.shape[:-1].numel() // batch.size  # the copies of a row, which lie side by side, become its own
         x = x.reshape(batch.size, positions, x.shape[-1])
         total = output.reshape(batch.size, positions, output.shape[-1]).clone()
         for block, pairs in mine:
@@ -245,14 +243,16 @@ class HeadHook(Hook):
         if batch is None:
             return None
         self.rows.reach(self.module)
-        if self.module in batch.heads and not isinstance(output, Tensor):
+        if not (heads := batch.heads.get(self.module)):
+            return None
+        if not isinstance(output, Tensor):
             raise TargetError(
                 f"{self.module}: expected a tensor as the output of a module that adapters save, got "
                 f"{type(output).__name__}; rows of other adapters cannot be put into it. Attach such an adapter alone."
             )
         named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
         now = dict(itertools.chain(*named))
-        for state, rows in batch.heads.get(self.module, ()):
+        for state, rows in heads:
             state = {key: tensor.to(now[key].dtype) for key, tensor in state.items()}  # the model may be cast later
 
             def own(x: Any, rows: Tensor = rows) -> Any:

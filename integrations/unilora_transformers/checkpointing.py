@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from unilora_core import TargetError
 
-__all__ = ["tracked_checkpoints", "watch_checkpointing"]
+__all__ = ["enable_checkpointing", "tracked_checkpoints", "watch_checkpointing"]
 
 
 def watch_checkpointing(model: PreTrainedModel) -> list[Any]:
@@ -26,6 +26,12 @@ def watch_checkpointing(model: PreTrainedModel) -> list[Any]:
     inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     made = [(each, TrackedCheckpoints(each)) for each in inner]
     return [handle for each, tracked in made for handle in (tracked, each.register_forward_pre_hook(tracked))]
+
+
+def enable_checkpointing(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Switch gradient checkpointing on, as a model's own method takes it; transformers 5.23 renamed that."""
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)(*args, **kwargs)
 
 
 @contextlib.contextmanager

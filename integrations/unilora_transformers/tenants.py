@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unilora_core import ValuesError
 from unilora_torch.tenants import Tenants
-from unilora_transformers.checkpointing import tracked_checkpoints
+from unilora_transformers.checkpointing import enable_checkpointing, tracked_checkpoints
 
 __all__ = ["TenantModel"]
 
@@ -86,10 +86,12 @@ class TenantModel(nn.Module):
         Raises:
             ValuesError: it takes none.
         """
+        if self._compared:
+            return {}
         model = self.tenants.model
         if "labels" not in inspect.signature(model.forward).parameters:
             raise ValuesError(f"TenantModel: {type(model).__name__} takes no labels, so it has no loss to train by.")
-        return {} if self._compared else {"labels": labels}
+        return {"labels": labels}
 
     def _compare(self, output: Any, labels: Tensor) -> None:
         """Refuse a base whose own loss is another than what is made for tenants, seen in the first batch."""
@@ -106,9 +108,7 @@ class TenantModel(nn.Module):
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoint the base's layers, as the Trainer asks for it."""
-        model = self.tenants.model
-        newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
-        (newer or model.gradient_checkpointing_enable)(*args, **kwargs)
+        enable_checkpointing(self.tenants.model, *args, **kwargs)
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 

@@ -84,10 +84,10 @@ def loaded(base: Base, options: Memory, shard: bool = False) -> tuple[Any, list[
         if device.type == "cpu" and any(p.dtype == torch.float16 for p in model.parameters()):
             model.float()  # the same values: a CPU's norms take no float16 beside the bfloat16 of autocast
     if options.gradient_checkpointing:
+        from unilora_transformers.checkpointing import enable_checkpointing
+
         with readable_errors(f"--gradient-checkpointing of {base.name!r}"):
-            renamed = hasattr(model, "activation_checkpointing_enable")  # in later versions of transformers 5
-            enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
     return model, fresh
 
 
